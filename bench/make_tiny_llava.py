@@ -1,0 +1,240 @@
+"""Write models/tiny_llava: LLaVA-1.5's architecture in miniature, with random weights.
+
+The folder loads like any other checkpoint, offline and without torchvision, through
+AutoProcessor.from_pretrained and AutoModelForImageTextToText.from_pretrained. It keeps what
+token reduction depends on in LLaVA-1.5-7B, the 576 visual tokens of a 336-pixel image and the
+32 decoder layers, so that a schedule published for that model applies to it unchanged. The
+widths are small and the tokenizer is one token per byte. The text it generates means nothing.
+
+    python bench/make_tiny_llava.py [--output FOLDER] [--seed N]
+
+The same seed gives the same bytes.
+"""
+
+import argparse
+import json
+import string
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+OUTPUT = Path(__file__).resolve().parents[1] / "models" / "tiny_llava"
+
+IMAGE_SIZE = 336
+PATCH_SIZE = 14
+MAX_LENGTH = 4096
+
+UNK, BOS, EOS, IMAGE, PAD = "<unk>", "<s>", "</s>", "<image>", "<pad>"
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+VOCAB = [UNK, BOS, EOS, *ALPHABET, IMAGE, PAD]
+TOKEN_ID = {token: i for i, token in enumerate(VOCAB)}
+
+# The tokens that greedy decoding may choose; the byte-level alphabet spells the space as U+0120.
+WRITABLE = set(string.ascii_letters + string.digits + "\u0120")
+
+CONFIG = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "dtype": "bfloat16",
+    "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+    "image_token_index": TOKEN_ID[IMAGE],
+    "pad_token_id": TOKEN_ID[PAD],
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": 32,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": len(VOCAB),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "max_position_embeddings": MAX_LENGTH,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": TOKEN_ID[BOS],
+        "eos_token_id": TOKEN_ID[EOS],
+        "pad_token_id": TOKEN_ID[PAD],
+        "tie_word_embeddings": False,
+    },
+}
+
+GENERATION_CONFIG = {
+    "bos_token_id": TOKEN_ID[BOS],
+    "eos_token_id": TOKEN_ID[EOS],
+    "pad_token_id": TOKEN_ID[PAD],
+}
+
+PREPROCESSOR_CONFIG = {
+    "image_processor_type": "CLIPImageProcessor",
+    "processor_class": "LlavaProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": IMAGE_SIZE},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+PROCESSOR_CONFIG = {
+    "processor_class": "LlavaProcessor",
+    "image_token": IMAGE,
+    "num_additional_image_tokens": 1,
+    "patch_size": PATCH_SIZE,
+    "vision_feature_select_strategy": "default",
+}
+
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "processor_class": "LlavaProcessor",
+    "bos_token": BOS,
+    "eos_token": EOS,
+    "pad_token": PAD,
+    "unk_token": UNK,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": MAX_LENGTH,
+    "padding_side": "left",
+}
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {%- if message['role'] != 'system' -%}
+        {{- message['role'].upper() + ': ' -}}
+    {%- endif -%}
+    {%- if message['content'] is string -%}
+        {{- message['content'] + ' ' -}}
+    {%- else -%}
+        {%- for content in message['content'] | selectattr('type', 'equalto', 'image') -%}
+            {{- '<image>\\n' -}}
+        {%- endfor -%}
+        {%- for content in message['content'] | selectattr('type', 'equalto', 'text') -%}
+            {{- content['text'] + ' ' -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+# Standard deviations of the weights, by the end of their names. Queries and keys are wide enough
+# to concentrate attention on some image tokens; the rest keeps every layer's update of the
+# residual stream smaller than the stream itself.
+STD = {
+    "embeddings.patch_embedding.weight": 0.1,
+    "embeddings.position_embedding.weight": 0.5,
+    "embeddings.class_embedding": 0.5,
+    "linear_1.weight": 0.2,
+    "linear_2.weight": 0.2,
+    "embed_tokens.weight": 1.0,
+    "lm_head.weight": 0.5,
+    "q_proj.weight": 0.2,
+    "k_proj.weight": 0.2,
+}
+DEFAULT_STD = 0.1
+
+
+def published_name(name):
+    """The name in the published LLaVA-1.5 checkpoints of a parameter of the model.
+
+    transformers renames these on loading, to names that differ between its versions.
+    """
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if name.startswith("language_model."):
+        return name.replace("language_model.", "language_model.model.", 1)
+    if name.startswith("lm_head."):
+        return "language_model." + name
+    return name
+
+
+def make_weights(seed):
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(**CONFIG))
+    shapes = {published_name(name): p.shape for name, p in model.named_parameters()}
+
+    random = np.random.RandomState(seed)
+    weights = {}
+    for name in sorted(shapes):
+        shape = shapes[name]
+        if name.endswith(".bias"):
+            weight = np.zeros(shape)
+        elif "norm" in name or "layrnorm" in name:
+            weight = np.ones(shape)
+        else:
+            std = next((s for end, s in STD.items() if name.endswith(end)), DEFAULT_STD)
+            weight = std * random.standard_normal(tuple(shape))
+        if name.endswith("lm_head.weight"):
+            # Zero logits for all other tokens: greedy text is readable and never ends early.
+            weight[[token not in WRITABLE for token in VOCAB]] = 0
+        weights[name] = torch.from_numpy(weight).to(torch.bfloat16)
+    return weights
+
+
+def make_tokenizer():
+    vocab = {token: TOKEN_ID[token] for token in [UNK, BOS, EOS, *ALPHABET]}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, TOKEN_ID[BOS])],
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in [UNK, BOS, EOS, IMAGE, PAD]])
+    assert tokenizer.get_vocab() == TOKEN_ID
+    return tokenizer
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write")
+    parser.add_argument("--seed", type=int, default=2, help="seed of the weights")
+    args = parser.parse_args()
+
+    folder = args.output
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = save(make_weights(args.seed), metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(weights)
+    make_tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(folder / "config.json", CONFIG)
+    write_json(folder / "generation_config.json", GENERATION_CONFIG)
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR_CONFIG)
+    write_json(folder / "processor_config.json", PROCESSOR_CONFIG)
+    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

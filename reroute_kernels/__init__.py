@@ -1,0 +1,42 @@
+"""Fused kernels and drop-in adapters that route visual tokens through vision-language models (arXiv 2606.12412)."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from . import cost, ops, ref
+from .backends import backend
+from .policy import Policy, Stage
+from .presets import Preset, preset, presets
+
+try:
+    __version__ = version("reroute-kernels")
+except PackageNotFoundError:  # imported from a source tree that is not installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "Policy",
+    "Preset",
+    "Stage",
+    "apply",
+    "backend",
+    "cost",
+    "models",
+    "ops",
+    "preset",
+    "presets",
+    "ref",
+    "triton",
+]
+
+
+def __getattr__(name):
+    # Loaded on first use: the kernels need triton, the adapters are wanted only beside a transformers model.
+    if name in ("triton", "models"):
+        return import_module(f".{name}", __name__)
+    if name == "apply":
+        return import_module(".models", __name__).apply
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,22 @@
+"""Compact per-token tensors to the rows of a kept index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """See `reroute_kernels.ops.gather_tokens`."""
+    length = tensors[0].shape[1]
+    if length == 0:
+        return tuple(tensor.new_zeros(*index.shape, *tensor.shape[2:]) for tensor in tensors)
+    filler = (index < 0) | (index >= length)
+    sample = torch.arange(index.shape[0], device=index.device)[:, None]
+    row = index.masked_fill(filler, 0)
+
+    def compact(tensor: Tensor) -> Tensor:
+        expanded_filler = filler.view(*filler.shape, *(1,) * (tensor.ndim - 2))
+        return tensor[sample, row].masked_fill_(expanded_filler, 0)
+
+    return tuple(compact(tensor) for tensor in tensors)

@@ -1,0 +1,69 @@
+"""Score tokens by the attention that a few queries pay to them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def last_queries(key: Tensor, key_mask: Tensor | None, queries: int) -> Tensor:
+    """Positions of each sample's last valid tokens, ascending: (B, Q) int64; -1 where a sample has fewer."""
+    batch, length = key.shape[:2]
+    positions = torch.arange(length, device=key.device)
+    if key_mask is None:
+        return positions[length - queries :].expand(batch, queries)
+    return torch.where(key_mask, positions, -1).topk(queries, dim=1).values.flip(1)
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the rotate-half form, on the first R of D channels.
+
+    x: (..., D); cos, sin: (..., R), broadcastable to x.
+    """
+    rotary = cos.shape[-1]
+    half = rotary // 2
+    low, high, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
+    low_cos, high_cos = cos[..., :half], cos[..., half:]
+    low_sin, high_sin = sin[..., :half], sin[..., half:]
+    return torch.cat([low * low_cos - high * low_sin, high * high_cos + low * high_sin, rest], dim=-1)
+
+
+def rank_tokens(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_index: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    query_reduction: str = "mean",
+    head_reduction: str = "mean",
+) -> Tensor:
+    """See `reroute_kernels.ops.rank_tokens`."""
+    batch, queries, heads, head_dim = query.shape
+    length, kv_heads = key.shape[1:3]
+    if query_index is None:
+        query_index = last_queries(key, key_mask, queries)
+    if scale is None:
+        scale = head_dim**-0.5
+
+    query, key = query.float(), key.float()
+    if cos is not None:
+        cos, sin = cos.float().expand(batch, -1, -1), sin.float().expand(batch, -1, -1)
+        rows = query_index.clamp(min=0)[:, :, None].expand(-1, -1, cos.shape[-1])
+        query = rotate_half(query, cos.gather(1, rows)[:, :, None], sin.gather(1, rows)[:, :, None])
+        key = rotate_half(key, cos[:, :, None], sin[:, :, None])
+
+    # Query heads h * G ... h * G + G - 1 share key head h.
+    query = query.view(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    logits = torch.einsum("bqhgd,blhd->bqhgl", query, key).flatten(2, 3) * scale  # [B, Q, Hq, L]
+
+    visible = torch.arange(length, device=key.device) <= query_index[:, :, None]  # [B, Q, L]
+    if key_mask is not None:
+        visible = visible & key_mask[:, None]
+    hidden = ~visible[:, :, None]
+    attention = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(hidden, 0.0)
+
+    attention = attention.mean(dim=1) if query_reduction == "mean" else attention.amax(dim=1)
+    return attention.mean(dim=1) if head_reduction == "mean" else attention.amax(dim=1)

@@ -1,0 +1,8 @@
+"""The four operations as Triton kernels, for CUDA and ROCm devices, or for the CPU under Triton's interpreter."""
+
+from .gather import gather_tokens
+from .rank import rank_tokens
+from .scatter import scatter_tokens_
+from .select import select_tokens
+
+__all__ = ["gather_tokens", "rank_tokens", "scatter_tokens_", "select_tokens"]

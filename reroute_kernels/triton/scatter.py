@@ -1,0 +1,60 @@
+"""Write compact rows back to their places in the full sequence, in one launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import as_rows, on_device_of
+
+
+@triton.jit
+def copy_rows_to_full(
+    index,  # [B, M] contiguous
+    compact,  # [B, M, W]
+    full,  # [B, L, W]
+    stride_compact_b,
+    stride_compact_m,
+    stride_full_b,
+    stride_full_l,
+    length,
+    index_length,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    sample = place // index_length
+    row = tl.load(index + place)
+    if (row >= 0) & (row < length):
+        source = compact + sample * stride_compact_b + (place % index_length) * stride_compact_m
+        target = full + sample * stride_full_b + row * stride_full_l
+        for start in range(0, WIDTH, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            mask = columns < WIDTH
+            tl.store(target + columns, tl.load(source + columns, mask=mask), mask=mask)
+
+
+def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
+    """See `reroute_kernels.ops.scatter_tokens_`."""
+    if compact.numel() == 0 or full.numel() == 0:
+        return full
+    target = as_rows(full)
+    if target.data_ptr() != full.data_ptr():  # the inner layout forced a copy: write there, then back
+        return full.copy_(scatter_tokens_(target, index, compact).view(full.shape))
+    source = as_rows(compact)
+    width = source.shape[2]
+    with on_device_of(full):
+        copy_rows_to_full[(index.numel(),)](
+            index.contiguous(),
+            source,
+            target,
+            *source.stride()[:2],
+            *target.stride()[:2],
+            full.shape[1],
+            index.shape[1],
+            WIDTH=width,
+            BLOCK=min(2048, triton.next_power_of_2(width)),
+            num_warps=4,
+        )
+    return full
