@@ -1,0 +1,99 @@
+"""What routing must know about a model. The class below fits decoders built like Llama's."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from torch import Tensor, nn
+
+from ..ops import rank_tokens
+
+
+class Adapter:
+    """The default: a `language_model` of Llama-like layers inside a model that merges image features into it.
+
+    A family overrides what is different. Arguments named `layer` are decoder layers.
+
+    Args:
+        model: the transformers model to route.
+
+    Raises:
+        AttributeError: the model lacks something that routing needs, which the message names.
+    """
+
+    text_model_types: tuple[str, ...] = ("llama",)
+    """Decoders that this family is known to come with."""
+
+    token_id_names: tuple[str, ...] = ("image_token_id",)
+    """Configuration entries that hold the ids of visual placeholder tokens."""
+
+    layer_attributes: tuple[str, ...] = (
+        "input_layernorm",
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.head_dim",
+        "self_attn.scaling",
+    )
+    """What ranking reads of a decision layer."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.core: nn.Module = self._require(model, "model")
+        self.decoder: nn.Module = self._require(self.core, "language_model")
+        self.layers: nn.ModuleList = self._require(self.decoder, "layers")
+        for layer in self.layers:
+            for path in self.layer_attributes:
+                self._require(layer, path)
+        self.visual_token_ids = [self._require(model.config, name) for name in self.token_id_names]
+
+    def _require(self, owner: object, path: str):
+        try:
+            return attrgetter(path)(owner)
+        except AttributeError:
+            import transformers
+
+            raise AttributeError(
+                f"cannot route {type(self.model).__name__} of transformers {transformers.__version__}: "
+                f"{type(owner).__name__} has no attribute {path!r} (known to work: transformers 5.4 to 5.23)"
+            ) from None
+
+    def rotary(self, layer: nn.Module, position_embeddings) -> tuple[Tensor, Tensor]:
+        """cos and sin as (B or 1, L, R), from what the model hands its layers."""
+        cos, sin = position_embeddings
+        return cos, sin
+
+    def position_embeddings(self, cos: Tensor, sin: Tensor):
+        """What the model hands its layers, from cos and sin as `rotary` gives them."""
+        return cos, sin
+
+    def rank(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        valid: Tensor | None,
+        last: Tensor | None,
+    ) -> Tensor:
+        """Score tokens by the attention that each sample's last token would pay to them in this layer.
+
+        Args:
+            layer: the decision layer.
+            hidden: (B, L, d), its input.
+            cos, sin: (B or 1, L, R).
+            valid: (B, L) bool, or None where every token counts.
+            last: (B,) place of each sample's last token, or None where it is the last of the row.
+
+        Returns:
+            (B, L) float32.
+        """
+        attention = layer.self_attn
+        states = layer.input_layernorm(hidden)
+        if last is None:
+            query_index, query_states = None, states[:, -1:]
+        else:
+            query_index = last.clamp(min=0)[:, None]
+            query_states = states.gather(1, query_index[:, :, None].expand(-1, -1, states.shape[2]))
+        query = attention.q_proj(query_states).unflatten(-1, (-1, attention.head_dim))
+        key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
+        return rank_tokens(query, key, cos, sin, valid, query_index, scale=attention.scaling)

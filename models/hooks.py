@@ -1,0 +1,367 @@
+"""Routing installed on one model instance, through PyTorch's forward hooks."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..policy import Policy
+from ..routing import CachedPrompt, Prompt, RoutedForward, Trace
+from .adapter import Adapter
+from .masks import IMPLEMENTATIONS, causal_mask
+
+# The attribute of a cache object that holds its CachedPrompt: it lives, is copied and dies with the cache.
+_CACHE_ATTRIBUTE = "_reroute_kernels_prompt"
+
+_routed_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class _Prefill:
+    """A routed prompt on its way through the layers."""
+
+    def __init__(self, forward: RoutedForward):
+        self.forward = forward
+        self.last_position: Tensor | None = None
+        self.cache = None
+        self.masks: dict[int, Tensor | None] = {}
+
+
+class _Continuation:
+    """New tokens on top of a cache that a routed prompt filled."""
+
+    def __init__(self, prompt: CachedPrompt, batch: int, queries: int, new_tokens: int, added: Tensor | None):
+        self.prompt = prompt
+        self.batch = batch
+        self.queries = queries
+        self.new_tokens = new_tokens  # after the prompt, those of this call included
+        self.added = added
+        self.masks: dict[int, Tensor | None] = {}
+
+
+class Routing:
+    """A policy at work on one model; made by `apply`, and usable as a context manager.
+
+    Attributes:
+        policy: the policy.
+        trace: what the latest routed prefill did, or None before the first one.
+    """
+
+    def __init__(self, adapter: Adapter, policy: Policy):
+        self.policy = policy
+        self.trace: Trace | None = None
+        self._adapter = adapter
+        self._config = adapter.decoder.config
+        self._local = threading.local()  # one forward per thread; `call` is what it is
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._check_model()
+        self._install()
+
+    # Set-up and removal
+
+    def _check_model(self) -> None:
+        adapter, policy = self._adapter, self.policy
+        model, config = adapter.model, self._config
+        if model in _routed_models:
+            raise ValueError(
+                f"model must not be routed already, got a {type(model).__name__} that is: remove() it first"
+            )
+        if config.model_type not in adapter.text_model_types:
+            raise NotImplementedError(
+                f"model must have a text model of type {', '.join(adapter.text_model_types)}, got {config.model_type!r}"
+            )
+        layers, first = len(adapter.layers), policy.schedule[0].layer
+        if policy.schedule[-1].layer >= layers:
+            raise ValueError(
+                f"schedule must stay below layer {layers} of this {type(model).__name__}, "
+                f"got layer {policy.schedule[-1].layer}"
+            )
+        if policy.positions != "original":
+            raise NotImplementedError(f"positions must be 'original' on transformers models, got {policy.positions!r}")
+        layer_types = getattr(config, "layer_types", None)
+        if layer_types is None:
+            sliding = getattr(config, "sliding_window", None) is not None
+            layer_types = ["sliding_attention" if sliding else "full_attention"] * layers
+        for number in range(first, layers):
+            if layer_types[number] != "full_attention":
+                raise NotImplementedError(
+                    f"layers from the first decision on must have full attention, got {layer_types[number]!r} "
+                    f"at layer {number} of this {type(model).__name__}"
+                )
+        devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
+        if len(devices) > 1:
+            raise NotImplementedError(f"model must be on one device, got hf_device_map over {', '.join(devices)}")
+        if getattr(model, "_tp_size", None) not in (None, 1):
+            raise NotImplementedError(f"model must not be split by tensor parallelism, got tp_size {model._tp_size}")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        if self._config._attn_implementation not in IMPLEMENTATIONS:
+            raise NotImplementedError(
+                f"attn_implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, "
+                f"got {self._config._attn_implementation!r}"
+            )
+
+    def _install(self) -> None:
+        adapter, schedule = self._adapter, self.policy.schedule
+        self._core_signature = inspect.signature(adapter.core.forward)
+        self._decoder_signature = inspect.signature(adapter.decoder.forward)
+        add = self._handles.append
+        add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
+        add(adapter.core.register_forward_hook(self._end, always_call=True))
+        add(adapter.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+        for stage, (here, after) in enumerate(zip(schedule, (*schedule[1:], None), strict=True)):
+            for number in range(here.layer, after.layer if after else len(adapter.layers)):
+                hook = partial(self._enter_layer, stage, number == here.layer)
+                add(adapter.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+        add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
+        _routed_models.add(adapter.model)
+
+    def remove(self) -> None:
+        """Take every hook off the model, which then is what it was. Calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        if self._handles:
+            _routed_models.discard(self._adapter.model)
+        self._handles.clear()
+
+    def __enter__(self) -> Routing:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __deepcopy__(self, memo):
+        raise TypeError("a routed model cannot be copied: remove() the routing first")
+
+    def __reduce__(self):
+        raise TypeError("a routed model cannot be pickled: remove() the routing first")
+
+    # One call of the model
+
+    def _begin(self, core: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Find out what this call is: a routed prompt, new tokens on a routed cache, or nothing to route."""
+        self._local.call = None
+        self._local.awaits_decoder = False
+        arguments = _arguments(self._core_signature, args, kwargs)
+        cache = arguments.get("past_key_values")
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        if tokens is None:
+            return  # the model says what is missing
+        if cache is not None and _cached_tokens(cache) > 0:
+            self._local.call = self._continue(cache, tokens, arguments)
+        else:
+            if cache is not None and hasattr(cache, _CACHE_ATTRIBUTE):
+                delattr(cache, _CACHE_ATTRIBUTE)  # the cache was reset since
+            self._local.call = self._start(cache, arguments)
+        self._local.awaits_decoder = True
+
+    def _end(self, core: nn.Module, args: tuple, output) -> None:
+        self._local.call = None
+        self._local.awaits_decoder = False
+
+    def _start(self, cache, arguments: dict) -> _Prefill | None:
+        visual = self._visual_tokens(arguments)
+        mask = arguments.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != visual.shape):
+            # Refused only if there is something to route, which takes the counts to know.
+            prompt = Prompt(visual, None)
+            if prompt.has_visual_tokens:
+                shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                raise NotImplementedError(
+                    f"attention_mask must be None or of shape {tuple(visual.shape)} for a routed prompt, got {shape}"
+                )
+            return None
+        prompt = Prompt(visual, None if mask is None else mask.to(visual.device, torch.bool))
+        if not prompt.has_visual_tokens:
+            return None
+        self._check_attention()
+        self._check_cache(cache)
+        for name in ("output_hidden_states", "output_attentions"):
+            if arguments.get(name, getattr(self._config, name, False)):
+                raise NotImplementedError(f"{name} must be off for a routed prompt, got {arguments.get(name, True)}")
+        layer = self._adapter.layers[self.policy.schedule[0].layer]
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise NotImplementedError("gradient checkpointing must be off for a routed prompt, got it on")
+        return _Prefill(RoutedForward(self.policy, prompt))
+
+    def _check_cache(self, cache) -> None:
+        if cache is None:
+            return
+        from transformers import DynamicCache
+
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            kind = type(cache).__name__ + (" with offloading" if getattr(cache, "offloading", False) else "")
+            raise NotImplementedError(f"past_key_values must be a DynamicCache without offloading, got {kind}")
+
+    def _visual_tokens(self, arguments: dict) -> Tensor:
+        """(B, L) bool, found by placeholder: `generate` may have encoded the images before this call."""
+        input_ids = arguments.get("input_ids")
+        if input_ids is not None:
+            visual = torch.zeros_like(input_ids, dtype=torch.bool)
+            for token_id in self._adapter.visual_token_ids:
+                visual |= input_ids == token_id
+            return visual
+        if not _image_features(arguments):
+            raise ValueError(
+                "input_ids must be given to a routed model, got inputs_embeds without image features: "
+                "visual tokens cannot be told from text in them"
+            )
+        embeds = arguments["inputs_embeds"]
+        embed = self._adapter.core.get_input_embeddings()
+        ids = torch.tensor(self._adapter.visual_token_ids, device=embeds.device)
+        return (embeds[:, :, None] == embed(ids)).all(dim=-1).any(dim=-1)
+
+    def _continue(self, cache, tokens: Tensor, arguments: dict) -> _Continuation | None:
+        prompt: CachedPrompt | None = getattr(cache, _CACHE_ATTRIBUTE, None)
+        if names := _image_features(arguments):
+            raise NotImplementedError(
+                f"past_key_values must be empty where a routed prompt brings images, got {_cached_tokens(cache)} "
+                f"cached tokens with {', '.join(names)}"
+            )
+        first = self.policy.schedule[0].layer
+        if prompt is None:
+            lengths = {cache.get_seq_length(layer) for layer in (0, first, len(self._adapter.layers) - 1)}
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"past_key_values must come from a finished call, got layers of {sorted(lengths)} cached tokens "
+                    "and no record of the routed prompt that filled them"
+                )
+            return None
+        if prompt.policy != self.policy:
+            raise ValueError(
+                f"past_key_values must have been filled under this policy, got a cache filled under {prompt.policy}"
+            )
+        self._check_attention()
+        batch, queries = tokens.shape[:2]
+        if batch % prompt.batch:
+            raise ValueError(
+                f"the batch must be {prompt.batch} or a multiple of it, as in the cached prompt, got {batch}"
+            )
+        before = cache.get_seq_length(first) - prompt.stage_lengths[0]
+        if before < 0:
+            raise ValueError(f"past_key_values must hold the whole routed prompt, got {-before} of its tokens cropped")
+        new_tokens = before + queries
+        mask = arguments.get("attention_mask")
+        if mask is not None:
+            expected = (batch, prompt.length + new_tokens)
+            if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
+                shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(
+                    f"attention_mask must be None or of shape {expected}, the {prompt.length} tokens of the prompt and "
+                    f"{new_tokens} after it, got {shape}"
+                )
+            prompt.masked |= queries > 1
+        added = mask[:, prompt.length :].bool() if mask is not None and prompt.masked else None
+        return _Continuation(prompt, batch, queries, new_tokens, added)
+
+    # Inside the language model
+
+    def _enter_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if not getattr(self._local, "awaits_decoder", False):
+            raise RuntimeError(
+                f"{type(decoder).__name__} was called on its own: call the whole model, which knows where the visual "
+                "tokens are, or remove() the routing first"
+            )
+        self._local.awaits_decoder = False
+        call = self._local.call
+        if call is None:
+            return None
+        arguments = _arguments(self._decoder_signature, args, kwargs)
+        positions: Tensor | None = arguments.get("position_ids")
+        if isinstance(call, _Prefill):
+            call.last_position = self._last_position(call.forward.prompt, positions)
+            return None
+        if call.prompt.last_position is None:
+            return None
+        last = call.prompt.last_position.repeat_interleave(call.batch // call.prompt.batch, dim=-2)
+        if positions is not None and positions.ndim == last.ndim:
+            last = last[last.shape[0] - positions.shape[0] :] if last.ndim == 3 else last
+        offsets = torch.arange(call.new_tokens - call.queries, call.new_tokens, device=last.device)
+        arguments["position_ids"] = last + 1 + offsets
+        return (), arguments
+
+    def _last_position(self, prompt: Prompt, positions: Tensor | None) -> Tensor | None:
+        """Where a later call cannot tell its positions from the first layer's cache or from the end of a row."""
+        if not prompt.right_padded and self.policy.schedule[0].layer > 0:
+            return None
+        batch, device = prompt.visual.shape[0], prompt.visual.device
+        if positions is None:
+            positions = torch.arange(prompt.length, device=device)[None]
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
+        if prompt.last is None:
+            return positions[..., -1:]
+        last = prompt.last.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
+        return positions.gather(-1, last)
+
+    def _enter_layer(self, stage: int, decides: bool, layer: nn.Module, args: tuple, kwargs: dict):
+        call = getattr(self._local, "call", None)
+        if call is None:
+            return None
+        if isinstance(call, _Continuation):
+            kwargs["attention_mask"] = self._continuation_mask(call, stage, args[0])
+            return args, kwargs
+
+        forward = call.forward
+        hidden, *others = args
+        position_ids = kwargs.get("position_ids")
+        if decides:
+            call.cache = kwargs.get("past_key_values")
+            cos, sin = self._adapter.rotary(layer, kwargs["position_embeddings"])
+            tables = (cos, sin) if position_ids is None else (cos, sin, position_ids)
+            tables = tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in tables)
+            hidden = forward.decide(hidden, tables, partial(self._rank, layer))
+        cos, sin, *positions = forward.tables
+        kwargs["position_embeddings"] = self._adapter.position_embeddings(cos, sin)
+        kwargs["position_ids"] = positions[0] if positions else None
+        kwargs["attention_mask"] = self._prefill_mask(call, stage, hidden)
+        return (hidden, *others), kwargs
+
+    @torch.no_grad()
+    def _rank(self, layer: nn.Module, hidden: Tensor, tables: tuple, valid: Tensor | None, last: Tensor | None):
+        return self._adapter.rank(layer, hidden, *tables[:2], valid, last)
+
+    def _prefill_mask(self, call: _Prefill, stage: int, hidden: Tensor) -> Tensor | None:
+        # Rows without a token stand after all others, so that causality alone keeps them out.
+        if stage not in call.masks:
+            length = hidden.shape[1]
+            call.masks = {stage: causal_mask(self._config._attn_implementation, length, length, None, hidden)}
+        return call.masks[stage]
+
+    def _continuation_mask(self, call: _Continuation, stage: int, hidden: Tensor) -> Tensor | None:
+        if stage not in call.masks:
+            valid = call.prompt.valid_keys(stage, call.batch, call.added, call.new_tokens)
+            keys = call.prompt.stage_lengths[stage] + call.new_tokens
+            call.masks = {stage: causal_mask(self._config._attn_implementation, call.queries, keys, valid, hidden)}
+        return call.masks[stage]
+
+    def _leave_last_layer(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        call = getattr(self._local, "call", None)
+        if not isinstance(call, _Prefill):
+            return None
+        full = call.forward.finish(output)
+        if call.cache is not None:
+            setattr(call.cache, _CACHE_ATTRIBUTE, CachedPrompt.of(call.forward, call.last_position))
+        self.trace = Trace.of(call.forward)
+        return full
+
+
+def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a call by name."""
+    return {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+
+
+def _cached_tokens(cache) -> int:
+    return int(cache.get_seq_length())
+
+
+def _image_features(arguments: dict) -> list[str]:
+    """Arguments of a call that bring image or video features."""
+    names = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+    return [name for name in names if arguments.get(name) is not None and len(arguments[name])]

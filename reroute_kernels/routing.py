@@ -1,0 +1,269 @@
+"""One routed forward: which tokens run in which stage, and what goes in and out of the compact sequence.
+
+Nothing here knows a model: tensors come in, a ranking is a callable, and the kernels do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .policy import Policy
+
+# Scores the tokens of a sequence: (hidden, tables, key mask or None, last token of each sample or None) -> (B, L).
+Ranking = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | None"], Tensor]
+
+
+class Prompt:
+    """Where the visual and text tokens of a batch stand, and how many there are.
+
+    Reading the counts is the one transfer from the device that a routed prefill makes.
+
+    Args:
+        visual: (B, L) bool, positions that hold image or video features.
+        valid: (B, L) bool, False at padding; None where there is none.
+    """
+
+    def __init__(self, visual: Tensor, valid: Tensor | None):
+        self.length = visual.shape[1]
+        positions = torch.arange(self.length, device=visual.device)
+        if valid is None:
+            valid = torch.ones_like(visual)
+        visual = visual & valid
+        last = torch.where(valid, positions, -1).amax(dim=1)  # [B]
+        is_last = positions == last[:, None]
+        # The next token is predicted from the last one, so it runs whatever it is.
+        self.pinned = (valid & ~visual) | is_last
+        self.pool = visual & ~is_last
+        self.visual = visual
+        counts = torch.stack(
+            [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - last]
+        ).tolist()
+        self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing = counts
+        self.padded = min(self.valid_counts) < self.length
+        self.right_padded = max(trailing) > 0
+        self.valid = valid if self.padded else None
+        self.last = last if self.padded else None
+
+    @property
+    def has_visual_tokens(self) -> bool:
+        return any(self.visual_counts)
+
+
+@dataclass
+class Sequence:
+    """Tokens in order: hidden states with everything else that is per token.
+
+    hidden: (B, L, d); tables: tensors (B, L, ...); pool, pinned: (B, L) bool; valid: (B, L) bool, or None where all
+    are; last: (B,) place of each sample's last token, or None where it is the last of the row; kept: (B, L) positions
+    in the full sequence, or None where this is the full sequence.
+    """
+
+    hidden: Tensor
+    tables: tuple[Tensor, ...]
+    pool: Tensor
+    pinned: Tensor
+    valid: Tensor | None
+    last: Tensor | None
+    kept: Tensor | None
+
+
+class RoutedForward:
+    """The state of one routed prefill, from its first decision until the full sequence is restored.
+
+    Args:
+        policy: what to route.
+        prompt: the batch that is prefilled.
+    """
+
+    def __init__(self, policy: Policy, prompt: Prompt):
+        self.policy = policy
+        self.prompt = prompt
+        per_sample = [
+            policy.selected_counts(visual, pool)
+            for visual, pool in zip(prompt.visual_counts, prompt.pool_counts, strict=True)
+        ]
+        self.selected_counts = list(zip(*per_sample, strict=True))  # [stage][sample]
+        self.row_lengths = [
+            [pinned + selected for pinned, selected in zip(prompt.pinned_counts, counts, strict=True)]
+            for counts in self.selected_counts
+        ]
+        self.lengths = [max(rows) for rows in self.row_lengths]
+        self.keep = torch.tensor(self.selected_counts, device=prompt.visual.device)
+        self.kept: list[Tensor] = []
+        self._full: Tensor | None = None
+        self._owns_full = False
+        self._sequence: Sequence | None = None
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """The per-token tensors of the tokens that run in this stage."""
+        return self._sequence.tables
+
+    def is_ragged(self, stage: int) -> bool:
+        """Whether some sample fills its row of this stage up with rows that hold no token."""
+        return min(self.row_lengths[stage]) < self.lengths[stage]
+
+    def decide(self, hidden: Tensor, tables: tuple[Tensor, ...], rank: Ranking) -> Tensor:
+        """Start the next stage: rank, select and compact.
+
+        Args:
+            hidden: (B, L, d) of the full sequence at the first decision, then (B, M, d) as the last stage left it.
+            tables: per-token tensors of the full sequence, (B, L, ...).
+            rank: scores the candidates.
+
+        Returns:
+            (B, M, d), the hidden states of the tokens that run.
+        """
+        stage = len(self.kept)
+        source = self._source(hidden, tables)
+        scores = rank(source.hidden, source.tables, source.valid, source.last)
+        index = ops.select_tokens(scores, source.pool, source.pinned, self.keep[stage], self.lengths[stage])
+        if self.policy.action == "reroute":
+            pool, pinned = source.pool, source.pinned
+            compact, *tables = ops.gather_tokens(index, source.hidden, *source.tables)
+        else:
+            compact, pool, pinned, *tables = ops.gather_tokens(
+                index, source.hidden, source.pool, source.pinned, *source.tables
+            )
+        kept = index
+        if source.kept is not None:
+            kept = torch.where(index < 0, index, source.kept.gather(1, index.clamp(min=0)))
+        self.kept.append(kept)
+        valid = kept >= 0 if self.is_ragged(stage) else None
+        last = valid.sum(dim=1) - 1 if valid is not None else None
+        self._sequence = Sequence(compact, tuple(tables), pool, pinned, valid, last, kept)
+        return compact
+
+    def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> Sequence:
+        """The sequence to select from: all tokens under `reroute`, the survivors under `remove`."""
+        if self._full is None:
+            self._full = hidden
+        else:
+            self._write_back(hidden)
+            if self.policy.action == "remove":
+                self._sequence.hidden = hidden
+                return self._sequence
+        prompt = self.prompt
+        return Sequence(self._full, tables, prompt.pool, prompt.pinned, prompt.valid, prompt.last, None)
+
+    def _write_back(self, hidden: Tensor) -> None:
+        # The hidden states at the first decision belong to the model (hooks may hold them): never write there.
+        if not self._owns_full:
+            self._full, self._owns_full = self._full.clone(), True
+        self._full = ops.scatter_tokens_(self._full, self._sequence.kept, hidden)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Full-length hidden states after the last layer; what did not run shows its last hidden state.
+
+        Trailing padding shows its sample's last token, so that reading the last position of a row is right whatever
+        the padding side.
+        """
+        self._write_back(hidden)
+        full, prompt = self._full, self.prompt
+        if prompt.right_padded:
+            trailing = torch.arange(prompt.length, device=full.device) > prompt.last[:, None]
+            last_row = full.gather(1, prompt.last.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
+            full = torch.where(trailing[:, :, None], last_row, full)
+        return full
+
+
+@dataclass(frozen=True, eq=False)
+class StageTrace:
+    """What one stage of a routed prefill did; nothing is copied from the device before it is read."""
+
+    layer: int
+    """The decision layer."""
+    keep: float
+    """The share of visual tokens that was asked for."""
+    tokens: int
+    """M, the tokens that each row of this stage's layers holds and caches."""
+    _kept: Tensor
+    _visual: Tensor
+
+    @cached_property
+    def selected(self) -> list[Tensor]:
+        """For each sample the positions of the visual tokens that ran: int64, ascending, on the CPU."""
+        kept, visual = self._kept.cpu(), self._visual.cpu()
+        rows = (row[row >= 0] for row in kept)
+        return [row[is_visual[row]] for row, is_visual in zip(rows, visual, strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What the latest routed prefill did."""
+
+    policy: Policy
+    length: int
+    """L, the tokens of the prompt, padding included."""
+    visual_counts: list[int]
+    """Visual tokens of each sample."""
+    stages: list[StageTrace]
+
+    @classmethod
+    def of(cls, forward: RoutedForward) -> Trace:
+        prompt, policy = forward.prompt, forward.policy
+        stages = [
+            StageTrace(stage.layer, stage.keep, length, kept, prompt.visual)
+            for stage, length, kept in zip(policy.schedule, forward.lengths, forward.kept, strict=True)
+        ]
+        return cls(policy, prompt.length, prompt.visual_counts, stages)
+
+
+@dataclass(eq=False)
+class CachedPrompt:
+    """What later calls must know about a cache that a routed prefill filled. It lives with the cache object."""
+
+    policy: Policy
+    batch: int
+    length: int
+    """L, the tokens of the prompt, padding included."""
+    stage_lengths: list[int]
+    """Tokens that each layer of a stage cached."""
+    stage_valid: list[Tensor | None]
+    """(B, M) bool, False at cached rows that hold no token; None where all do."""
+    last_position: Tensor | None
+    """Rotary position of each sample's last token, (..., B, 1), where later positions must be derived from it."""
+    masked: bool = False
+    """Whether tokens added after the prompt may be padding."""
+
+    @classmethod
+    def of(cls, forward: RoutedForward, last_position: Tensor | None) -> CachedPrompt:
+        stages = range(len(forward.kept))
+        return cls(
+            policy=forward.policy,
+            batch=forward.prompt.visual.shape[0],
+            length=forward.prompt.length,
+            stage_lengths=forward.lengths,
+            stage_valid=[forward.kept[stage] >= 0 if forward.is_ragged(stage) else None for stage in stages],
+            last_position=last_position,
+        )
+
+    def valid_keys(self, stage: int, batch: int, added: Tensor | None, new_tokens: int) -> Tensor | None:
+        """Which of a stage's keys count for the tokens of a later call.
+
+        Args:
+            stage: number of the stage.
+            batch: samples of the call, B or a multiple of it (each sample repeated in place).
+            added: (B, T) bool of all tokens after the prompt, False at padding; None where there is none.
+            new_tokens: T, the tokens after the prompt, those of the call included.
+
+        Returns:
+            (B, M + T) bool, or None where every key counts.
+        """
+        cached = self.stage_valid[stage]
+        if cached is None and added is None:
+            return None
+        device = added.device if cached is None else cached.device
+        if cached is None:
+            cached = torch.ones(batch, self.stage_lengths[stage], dtype=torch.bool, device=device)
+        elif cached.shape[0] != batch:
+            cached = cached.repeat_interleave(batch // cached.shape[0], dim=0)
+        if added is None:
+            added = torch.ones(batch, new_tokens, dtype=torch.bool, device=device)
+        return torch.cat([cached, added], dim=1)
