@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Tokens whose keys are rotated at a time, so that no rotated copy of all keys is made.
+TILE = 512
+
 
 def last_queries(key: Tensor, key_mask: Tensor | None, queries: int) -> Tensor:
     """Positions of each sample's last valid tokens, ascending: (B, Q) int64; -1 where a sample has fewer."""
@@ -48,16 +51,22 @@ def rank_tokens(
     if scale is None:
         scale = head_dim**-0.5
 
-    query, key = query.float(), key.float()
+    query = query.float()
     if cos is not None:
-        cos, sin = cos.float().expand(batch, -1, -1), sin.float().expand(batch, -1, -1)
-        rows = query_index.clamp(min=0)[:, :, None].expand(-1, -1, cos.shape[-1])
-        query = rotate_half(query, cos.gather(1, rows)[:, :, None], sin.gather(1, rows)[:, :, None])
-        key = rotate_half(key, cos[:, :, None], sin[:, :, None])
-
+        cos, sin = (table.expand(batch, -1, -1)[:, :, None] for table in (cos, sin))  # [B, L, 1, R]
+        rows = query_index.clamp(min=0)[:, :, None, None].expand(-1, -1, 1, cos.shape[-1])
+        query = rotate_half(query, cos.gather(1, rows).float(), sin.gather(1, rows).float())
     # Query heads h * G ... h * G + G - 1 share key head h.
     query = query.view(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    logits = torch.einsum("bqhgd,blhd->bqhgl", query, key).flatten(2, 3) * scale  # [B, Q, Hq, L]
+
+    def tile_logits(tile: slice) -> Tensor:
+        tile_key = key[:, tile].float()
+        if cos is not None:
+            tile_key = rotate_half(tile_key, cos[:, tile].float(), sin[:, tile].float())
+        return torch.einsum("bqhgd,blhd->bqhgl", query, tile_key)
+
+    tiles = [slice(start, start + TILE) for start in range(0, max(length, 1), TILE)]
+    logits = torch.cat([tile_logits(tile) for tile in tiles], dim=-1).flatten(2, 3) * scale  # [B, Q, Hq, L]
 
     visible = torch.arange(length, device=key.device) <= query_index[:, :, None]  # [B, Q, L]
     if key_mask is not None:

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from tests.models.prompts import GOLDEN, PROMPTS
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session", params=["llava", "qwen2_5_vl"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def _loaded(family):
+    return transformers.AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def model(_loaded):
+    """The golden checkpoint of a family: 12 layers, sdpa, and no hook left by another test."""
+    assert not hooks(_loaded)
+    _loaded.set_attn_implementation("sdpa")
+    yield _loaded
+    assert not hooks(_loaded), "a test left its routing on the shared model"
+
+
+@pytest.fixture
+def prompt(family):
+    """Makes a prompt: (images, text tokens before, text tokens after, seed)."""
+    return PROMPTS[family]
+
+
+def hooks(model) -> list:
+    """Every forward hook on the model that is not transformers' own."""
+    return [
+        hook
+        for module in model.modules()
+        for table in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in table.values()
+        if "transformers" not in getattr(hook, "__module__", "")
+    ]

@@ -1,0 +1,248 @@
+"""What is not supported raises before the first forward, and says what came and what is accepted."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    StaticCache,
+)
+
+import reroute_kernels as rk
+from tests.models.conftest import hooks
+from tests.models.prompts import GOLDEN, batch, policy
+
+
+@pytest.fixture
+def inputs(prompt):
+    return batch([prompt(1, 5, 12, seed=1)])
+
+
+def test_policy_must_be_a_policy(model):
+    with pytest.raises(TypeError, match="policy must be a Policy, got str"):
+        rk.apply(model, "reroute")
+
+
+@pytest.mark.parametrize("what", [None, torch.nn.Linear(2, 2), "llava"], ids=["none", "module", "string"])
+def test_model_must_be_a_transformers_model(what):
+    with pytest.raises(TypeError, match="model must be a transformers model, got"):
+        rk.apply(what, policy())
+
+
+def test_unknown_model_type_is_named_with_those_supported():
+    tiny = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=9,
+    )
+    with pytest.raises(ValueError, match=r"supported type \(llava, qwen2_5_vl\), got 'llama'"):
+        rk.apply(AutoModelForCausalLM.from_config(tiny), policy())
+
+
+def test_schedule_beyond_the_last_layer(model):
+    with pytest.raises(ValueError, match=r"schedule must stay below layer 12 .* got layer 12"):
+        rk.apply(model, policy(schedule=(rk.Stage(12, 0.5),)))
+
+
+def test_contiguous_positions(model):
+    with pytest.raises(NotImplementedError, match=r"positions must be 'original' .* got 'contiguous'"):
+        rk.apply(model, rk.Policy([rk.Stage(2, 0.5)], positions="contiguous"))
+
+
+def test_second_routing_of_one_model(model):
+    with rk.apply(model, policy()), pytest.raises(ValueError, match="must not be routed already"):
+        rk.apply(model, policy())
+    with rk.apply(model, policy()):
+        pass
+
+
+def test_refused_model_is_left_untouched(model):
+    with pytest.raises(ValueError, match="below layer 12"):
+        rk.apply(model, policy(schedule=(rk.Stage(2, 0.5), rk.Stage(40, 0.5))))
+    assert not hooks(model)
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "self_attn.k_proj"])
+def test_missing_attribute_is_named_with_the_version(model, name):
+    other = copy.deepcopy(model)
+    owner, _, leaf = name.rpartition(".")
+    delattr(other.model.language_model.layers[3].get_submodule(owner), leaf)
+    with pytest.raises(AttributeError, match=rf"transformers \d.*DecoderLayer has no attribute '{name}'"):
+        rk.apply(other, policy())
+
+
+def tiny_config(family, **text):
+    config = AutoConfig.from_pretrained(GOLDEN / family)
+    for name, value in text.items():
+        setattr(config.text_config, name, value)
+    return config
+
+
+def test_sliding_window_layers(family):
+    if family == "llava":
+        text = {"model_type": "mistral", "sliding_window": 64}
+        config = AutoConfig.from_pretrained(GOLDEN / family)
+        values = {**config.text_config.to_dict(), **text}
+        config.text_config = AutoConfig.for_model(**values)
+    else:
+        config = tiny_config(family, layer_types=["full_attention"] * 6 + ["sliding_attention"] * 6, sliding_window=64)
+    other = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(NotImplementedError, match="must have full attention, got 'sliding_attention' at layer"):
+        rk.apply(other, policy())
+
+
+def test_text_model_of_another_family():
+    config = AutoConfig.from_pretrained(GOLDEN / "llava")
+    values = {**config.text_config.to_dict(), "model_type": "gemma"}
+    config.text_config = AutoConfig.for_model(**values)
+    other = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(NotImplementedError, match="text model of type llama, mistral, qwen2, got 'gemma'"):
+        rk.apply(other, policy())
+
+
+def test_attention_implementation(model, inputs):
+    with rk.apply(model, policy()):
+        model.model.language_model.config._attn_implementation = "flex_attention"
+        try:
+            with pytest.raises(NotImplementedError, match="'eager', 'sdpa', got 'flex_attention'"):
+                model(**inputs)
+        finally:
+            model.set_attn_implementation("sdpa")
+
+
+def test_model_on_several_devices(model):
+    other = copy.deepcopy(model)
+    other.hf_device_map = {"model.language_model": "cpu", "lm_head": "disk"}
+    with pytest.raises(NotImplementedError, match="on one device, got hf_device_map over cpu, disk"):
+        rk.apply(other, policy())
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+@torch.no_grad()
+def test_captured_outputs(model, inputs, name):
+    with rk.apply(model, policy()), pytest.raises(NotImplementedError, match=f"{name} must be off"):
+        model(**inputs, **{name: True})
+
+
+@torch.no_grad()
+def test_four_dimensional_mask(model, inputs):
+    length = inputs["input_ids"].shape[1]
+    mask = torch.zeros(1, 1, length, length)
+    with rk.apply(model, policy()), pytest.raises(NotImplementedError, match="attention_mask must be None or of shape"):
+        model(**{**inputs, "attention_mask": mask})
+
+
+@torch.no_grad()
+def test_other_caches(model, inputs):
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=300)
+    with (
+        rk.apply(model, policy()),
+        pytest.raises(NotImplementedError, match=r"must be a DynamicCache .* got StaticCache"),
+    ):
+        model(**inputs, past_key_values=cache)
+
+
+def test_gradient_checkpointing(model, inputs):
+    other = copy.deepcopy(model).train()
+    other.gradient_checkpointing_enable()
+    with rk.apply(other, policy()), pytest.raises(NotImplementedError, match="gradient checkpointing must be off"):
+        other(**inputs)
+
+
+@torch.no_grad()
+def test_new_image_on_a_filled_cache(model, inputs):
+    with rk.apply(model, policy()):
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(NotImplementedError, match=r"past_key_values must be empty .* with pixel_values"):
+            model(**inputs, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_embeddings_that_hide_where_the_image_is(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with rk.apply(model, policy()), pytest.raises(ValueError, match="input_ids must be given"):
+        model(inputs_embeds=embeds)
+
+
+@torch.no_grad()
+def test_language_model_on_its_own(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with rk.apply(model, policy()), pytest.raises(RuntimeError, match="was called on its own"):
+        model.model.language_model(inputs_embeds=embeds)
+
+
+@torch.no_grad()
+def test_cache_of_another_policy(model, inputs):
+    step = {"input_ids": torch.tensor([[7]])}
+    with rk.apply(model, policy()):
+        cache = model(**inputs, use_cache=True).past_key_values
+    with rk.apply(model, policy("remove")), pytest.raises(ValueError, match="filled under this policy"):
+        model(**step, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_cache_of_an_unfinished_prefill(model, inputs):
+    from transformers import DynamicCache
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    with rk.apply(model, policy()):
+        handle = model.model.language_model.layers[9].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(ValueError, match="must come from a finished call"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_cache_cropped_into_the_prompt(model, inputs):
+    with rk.apply(model, policy()):
+        cache = model(**inputs, use_cache=True).past_key_values
+        cache.crop(-2)
+        with pytest.raises(ValueError, match="whole routed prompt, got 2 of its tokens cropped"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_attention_mask_that_does_not_fit_the_cache(model, inputs):
+    with rk.apply(model, policy()):
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="attention_mask must be None or of shape"):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache, attention_mask=torch.ones(1, 5))
+
+
+@torch.no_grad()
+def test_batch_that_does_not_fit_the_cache(model, prompt):
+    inputs = batch([prompt(1, 5, 12, seed=1), prompt(1, 5, 12, seed=2)])
+    with rk.apply(model, policy()):
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="the batch must be 2 or a multiple of it"):
+            model(input_ids=torch.tensor([[7]] * 3), past_key_values=cache)
+
+
+def test_copy_and_pickle_of_a_routed_model(model):
+    with rk.apply(model, policy()):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copy.deepcopy(model)
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(model)
+
+
+@torch.no_grad()
+def test_refusals_leave_the_model_usable(model, inputs):
+    with rk.apply(model, policy()):
+        expected = model(**inputs).logits
+        with pytest.raises(NotImplementedError):
+            model(**inputs, output_attentions=True)
+        assert torch.equal(model(**inputs).logits, expected)
