@@ -1,0 +1,17 @@
+"""`pytest` runs the tests, `pytest --benchmark` the benchmarks."""
+
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent / "bench"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
+
+
+def pytest_ignore_collect(collection_path, config):
+    is_benchmark = collection_path.is_relative_to(BENCHMARKS)
+    is_test = collection_path.is_relative_to(BENCHMARKS.with_name("tests"))
+    if (is_benchmark and not config.getoption("benchmark")) or (is_test and config.getoption("benchmark")):
+        return True
+    return None

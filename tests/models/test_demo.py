@@ -1,0 +1,159 @@
+"""The demo as its user meets it: the command line."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import reroute_kernels as rk
+from reroute_kernels.__main__ import app
+from reroute_kernels.models import demo
+from tests.models.prompts import GOLDEN
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory):
+    """The default demo, run once: its result and the picture."""
+    picture = tmp_path_factory.mktemp("demo") / "demo.png"
+    return run("demo", "--output", str(picture), "--repeats", "1"), picture
+
+
+def test_table_of_the_default_demo(default):
+    result, _ = default
+    assert result.exit_code == 0, result.output
+    rows = {row[0]: row[1:] for row in table_rows(result.output)}
+    assert rows["unrouted"][1:3] == ["576.0", "19,680"]
+    # 192 tokens on average: (3 * 576 + 29 * 152) / 32 visual tokens a layer, and 39 text tokens.
+    assert rows["remove"][1:3] == rows["reroute"][1:3] == ["191.8", "7,384"]
+    assert rows["reroute"][3] == f"{7384 * 2 * 64 * 4:,}"
+    assert rows["unrouted"][0] != rows["reroute"][0] != rows["remove"][0]
+    assert rows["3"][:2] == ["152", "424"]
+    assert int(rows["7"][2]) > 0
+    assert "random weights: its words mean nothing" in result.output
+
+
+def table_rows(output):
+    return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in output.splitlines() if line[:1] == "│"]
+
+
+def test_picture_of_the_default_demo(default):
+    _, picture = default
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+        assert len(image.convert("RGB").getcolors(2**24)) > 1000
+
+
+def test_chat_template_and_schedule(tmp_path):
+    picture = tmp_path / "other.jpg"
+    arguments = (
+        "--chat",
+        "--prompt",
+        "What is this?",
+        "--policy",
+        "2:0.5,9:0.1",
+        "--max-new-tokens",
+        "2",
+        "--repeats",
+        "1",
+    )
+    result = run("demo", *arguments, "--output", str(picture))
+    assert result.exit_code == 0, result.output
+    assert {"2", "9"} <= {row[0] for row in table_rows(result.output)}
+    assert picture.exists()
+
+
+@pytest.fixture
+def unreadable(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_text("no photo")
+    return path
+
+
+def checkpoint(folder, **config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda path: ("--image", str(path / "missing.jpg")), "image must be an existing file, got .*missing.jpg"),
+        (lambda path: ("--image", str(path)), "image must be readable, got"),
+        (lambda path: ("--prompt", "no token"), "prompt must hold the image token '<image>' .* got 'no token'"),
+        (lambda path: ("--model", checkpoint(path, model_type="llama")), r"\(llava, qwen2_5_vl\), got .* type 'llama'"),
+        (
+            lambda path: ("--model", checkpoint(path, model_type="unheard_of")),
+            r"\(llava, qwen2_5_vl\), got .*unheard_of",
+        ),
+        (lambda path: ("--model", str(path / "missing")), "model must be a checkpoint folder or hub id"),
+        (lambda path: ("--model", checkpoint(path, model_type="llava")), "could not be loaded"),
+        (lambda path: ("--policy", "nonsense"), "policy must be a preset like .* got 'nonsense'"),
+        (lambda path: ("--policy", "3:1.5"), r"keep must be in \(0, 1\], got 1.5 at layer 3"),
+        (lambda path: ("--policy", "40:0.5"), "schedule must stay below layer 32 .* got layer 40"),
+        (lambda path: ("--policy", "llava-1.5-7b/fastv/100"), "avg_tokens must be one of 192, 128, 64, got 100"),
+        (lambda path: ("--device", "nowhere"), "device must be one of this machine's, got 'nowhere'"),
+        (lambda path: ("--dtype", "int8"), "dtype must be float32, float16 or bfloat16, got 'int8'"),
+        (lambda path: ("--output", str(path / "missing" / "x.png")), "output must be a file that can be written"),
+        (lambda path: ("--output", str(path / "x.txt")), "output must end in one of .png"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_one_clear_line_and_exit_code_2(arguments, message, tmp_path):
+    result = run("demo", "--repeats", "1", "--max-new-tokens", "1", *arguments(tmp_path))
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("reroute-kernels: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_unreadable_image(unreadable):
+    result = run("demo", "--image", str(unreadable))
+    assert result.exit_code == 2
+    assert "image must be readable" in result.stderr
+
+
+def test_presets_are_listed():
+    result = run("presets")
+    assert result.exit_code == 0
+    for name in rk.presets():
+        assert "/".join(map(str, name)) in result.output
+    assert "191.8" in result.output
+
+
+def test_stage_shares_tell_what_came_back():
+    selected = [[10, 12], [11, 12], [11]]
+    stages = [_Stage(layer, [torch.tensor(positions)]) for layer, positions in zip((2, 5, 8), selected, strict=True)]
+    first, second, third = demo.stage_shares(_Trace(stages), [10, 11, 12])
+    assert (first.ran, first.deferred, first.returned) == ({0, 2}, {1}, set())
+    assert (second.ran, second.deferred, second.returned) == ({1, 2}, {0}, {1})
+    assert (third.ran, third.deferred, third.returned) == ({1}, {0, 2}, set())
+
+
+class _Stage:
+    def __init__(self, layer, selected):
+        self.layer, self.selected = layer, selected
+
+
+class _Trace:
+    def __init__(self, stages):
+        self.stages = stages
+
+
+def test_grid_of_qwen_follows_the_merged_patches():
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(GOLDEN / "qwen2_5_vl")
+    inputs = {"image_grid_thw": torch.tensor([[1, 20, 28]])}
+    picture, grid = demo.seen_picture(config, None, inputs, Image.new("RGB", (640, 480)))
+    assert grid == (10, 14)
+    assert picture.size == (28 * 14, 20 * 14)

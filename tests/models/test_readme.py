@@ -1,0 +1,37 @@
+"""The README's code runs as it stands, on the tiny checkpoint and the default photo."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import reroute_kernels as rk
+from reroute_kernels.models.demo import TINY_CHECKPOINT, open_image
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_first_block_routes_a_llava(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    open_image(None).save("photo.jpg")
+    code = BLOCKS[0].replace("llava-hf/llava-1.5-7b-hf", str(TINY_CHECKPOINT)).replace('"cuda"', '"cpu"')
+    names = {}
+    exec(code, names)
+    stages = names["routing"].trace.stages
+    assert [stage.layer for stage in stages] == [3, 7, 15, 23]
+    assert [len(stage.selected[0]) for stage in stages] == [152] * 4
+    assert "Where is the red cup?" in capsys.readouterr().out
+
+
+def test_second_block_is_a_policy():
+    names = {"rk": rk}
+    exec(BLOCKS[1], names)
+    assert names["policy"].action == "reroute"
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize("name", re.findall(r"^  ([\w/.]+)/? ", README.partition("## Map")[2], flags=re.MULTILINE))
+def test_map_names_what_exists(name):
+    root = Path(__file__).parents[2]
+    assert (root / "reroute_kernels" / name).exists() or (root / "models" / name).exists()
