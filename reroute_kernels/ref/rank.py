@@ -46,6 +46,8 @@ def rank_tokens(
     """See `reroute_kernels.ops.rank_tokens`."""
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
+    if length == 0:
+        return torch.empty(batch, 0, device=key.device)
     if query_index is None:
         query_index = last_queries(key, key_mask, queries)
     if scale is None:
@@ -65,13 +67,13 @@ def rank_tokens(
             tile_key = rotate_half(tile_key, cos[:, tile].float(), sin[:, tile].float())
         return torch.einsum("bqhgd,blhd->bqhgl", query, tile_key)
 
-    tiles = [slice(start, start + TILE) for start in range(0, max(length, 1), TILE)]
+    tiles = [slice(start, start + TILE) for start in range(0, length, TILE)]
     logits = torch.cat([tile_logits(tile) for tile in tiles], dim=-1).flatten(2, 3) * scale  # [B, Q, Hq, L]
 
     visible = torch.arange(length, device=key.device) <= query_index[:, :, None]  # [B, Q, L]
     if key_mask is not None:
         visible = visible & key_mask[:, None]
-    hidden = ~visible[:, :, None]
+    hidden = ~visible[:, :, None] | (logits == -torch.inf)
     attention = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(hidden, 0.0)
 
     attention = attention.mean(dim=1) if query_reduction == "mean" else attention.amax(dim=1)

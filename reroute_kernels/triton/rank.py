@@ -17,6 +17,8 @@ from .launch import on_device_of
 # Tokens per split: fixed by the shape alone, so that results do not depend on the size of the device.
 MIN_SPLIT = 128
 MAX_SPLITS = 64
+# Keys that a program holds at a time: 16 bytes a thread for either half of the channels, so that nothing spills.
+TILE_BYTES = 4096
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def attention_logits(
             key_rest = key_rest.to(tl.float32)
 
         for row in range(GROUP * QUERIES):
-            query_number = row % QUERIES
+            query_number = tl.cast(row % QUERIES, tl.int64)
             head = kv_head * GROUP + row // QUERIES
             position = tl.load(query_index + sample * QUERIES + query_number)
             query_row = query + sample * stride_query_b + query_number * stride_query_q + head * stride_query_h
@@ -265,7 +267,7 @@ def rank_tokens(
             REST=rest,
             HAS_MASK=key_mask is not None,
             SPLIT=split,
-            TILE=max(8, min(64, 4096 // triton.next_power_of_2(head_dim))),
+            TILE=min(split, max(8, TILE_BYTES // (triton.next_power_of_2(head_dim) * key.element_size()))),
             BLOCK_ROWS=triton.next_power_of_2(rows),
             BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
             BLOCK_REST=triton.next_power_of_2(max(rest, 1)),

@@ -54,7 +54,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
             full.shape[1],
             index.shape[1],
             WIDTH=width,
-            BLOCK=min(2048, triton.next_power_of_2(width)),
+            BLOCK=min(1024, triton.next_power_of_2(width)),
             num_warps=4,
         )
     return full
