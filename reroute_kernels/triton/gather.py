@@ -63,7 +63,7 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             length,
             index.shape[1],
             WIDTHS=widths,
-            BLOCK=min(1024, triton.next_power_of_2(max(widths))),
+            BLOCK=min(2048, triton.next_power_of_2(max(widths))),
             num_warps=4,
         )
     return outputs

@@ -26,13 +26,14 @@ def copy_rows_to_full(
     place = tl.program_id(0).to(tl.int64)
     sample = place // index_length
     row = tl.load(index + place)
-    if (row >= 0) & (row < length):
-        source = compact + sample * stride_compact_b + (place % index_length) * stride_compact_m
-        target = full + sample * stride_full_b + row * stride_full_l
-        for start in range(0, WIDTH, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < WIDTH
-            tl.store(target + columns, tl.load(source + columns, mask=mask), mask=mask)
+    is_token = (row >= 0) & (row < length)
+    row = tl.where(is_token, row, 0)
+    source = compact + sample * stride_compact_b + (place % index_length) * stride_compact_m
+    target = full + sample * stride_full_b + row * stride_full_l
+    for start in range(0, WIDTH, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = (columns < WIDTH) & is_token
+        tl.store(target + columns, tl.load(source + columns, mask=mask), mask=mask)
 
 
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
             full.shape[1],
             index.shape[1],
             WIDTH=width,
-            BLOCK=min(1024, triton.next_power_of_2(width)),
+            BLOCK=min(2048, triton.next_power_of_2(width)),
             num_warps=4,
         )
     return full
