@@ -5,7 +5,8 @@ Each is one registered call, `torch.ops.reroute_kernels.*`, which runs on the ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index as as_integer
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from .backends import operations_for
 
 REDUCTIONS = ("mean", "max")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+COPYABLE = (
+    *FLOATING,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+_COPYABLE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in COPYABLE)
 
 _library = torch.library.Library("reroute_kernels", "DEF")
 
@@ -120,8 +132,9 @@ def rank_tokens(
             channels, R even. It rotates `key` and, by the rows that `query_index` names, `query`. None: both come
             rotated, or need no rotation.
         key_mask: (B, L) bool, True at keys that count. None: all do.
-        query_index: (B, Q) int64, the place of each query among the L tokens; a query sees keys up to its own place.
-            None: the queries are the last Q tokens that `key_mask` admits.
+        query_index: (B, Q) int64, the place of each query among the L tokens; a query sees keys up to its own place,
+            and none at -1. Places of L or more are not checked for. None: the queries are the last Q tokens that
+            `key_mask` admits.
         scale: factor on the logits. None: D ** -0.5.
         query_reduction, head_reduction: `"mean"` or `"max"`.
 
@@ -230,8 +243,14 @@ def select_tokens(
     _expect_flags("pinned", pinned, scores.shape, scores.device)
     batch = scores.shape[0]
     if not isinstance(keep, Tensor):
-        counts = [keep] * batch if isinstance(keep, int) else list(keep)
-        if len(counts) != batch or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in counts):
+        values = list(keep) if isinstance(keep, Iterable) else [keep] * batch
+        try:
+            counts = [as_integer(k) for k in values if not isinstance(k, bool)]
+        except TypeError:
+            counts = []
+        if len(counts) != len(values):
+            raise TypeError(f"keep must be an integer, integers or a tensor, got {keep!r}")
+        if len(counts) != batch or any(k < 0 for k in counts):
             raise ValueError(f"keep must be an integer of 0 or more, or {batch} of them, got {keep!r}")
         keep = torch.tensor(counts, dtype=torch.int64, device=scores.device)
     _expect(
@@ -273,7 +292,7 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     Args:
         index: (B, M) int64, as from `select_tokens`. Positions outside 0 ... L - 1, such as -1, give rows of zeros; a
             position appears at most once in a row.
-        tensors: each (B, L, ...), any dtype but complex; strided and expanded views are read in place.
+        tensors: each (B, L, ...), of a dtype in `COPYABLE`; strided and expanded views are read in place.
 
     Returns:
         A tuple of one contiguous (B, M, ...) tensor for each of `tensors`.
@@ -291,11 +310,12 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             tensor.ndim >= 2
             and tensor.shape[0] == index.shape[0]
             and tensor.shape[1] == tensors[0].shape[1]
-            and not tensor.is_complex()
+            and tensor.dtype in COPYABLE
             and tensor.device == index.device,
             f"tensors[{i}]",
             tensor,
-            f"(B, L, ...) with B = {index.shape[0]} and one L for all of them, not complex, on {index.device}",
+            f"(B, L, ...) with B = {index.shape[0]} and one L for all of them, on {index.device}, "
+            f"of dtype {_COPYABLE_NAMES}",
         )
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _Gather.apply(index, *tensors)
@@ -314,11 +334,11 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx, gradient):
         (index,) = ctx.saved_tensors
         full_gradient = compact_gradient = None
-        (rows,) = gather_tokens(index, gradient)
         if ctx.needs_input_grad[0]:
-            full_gradient = scatter_tokens_(gradient.clone(), index, torch.zeros_like(rows))
+            nothing = gradient.new_zeros(*index.shape, *gradient.shape[2:])
+            full_gradient = scatter_tokens_(gradient.clone(), index, nothing)
         if ctx.needs_input_grad[2]:
-            compact_gradient = rows
+            (compact_gradient,) = gather_tokens(index, gradient)
         return full_gradient, None, compact_gradient
 
 
@@ -328,7 +348,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     Differentiable in `full` and `compact`: the gradient is a gather.
 
     Args:
-        full: (B, L, ...), written in place; no two elements may share memory.
+        full: (B, L, ...) of a dtype in `COPYABLE`, written in place; no two elements may share memory.
         index: (B, M) int64, as from `select_tokens`. Rows at positions outside 0 ... L - 1, such as -1, are skipped;
             a position appears at most once in a row.
         compact: (B, M, ...), same trailing shape, dtype and device as `full`.
@@ -341,7 +361,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
         ValueError: a shape, dtype, device or memory layout is not accepted.
     """
     _expect_tensors(full=full, index=index, compact=compact)
-    _expect(full.ndim >= 2 and not full.is_complex(), "full", full, "(B, L, ...), not complex")
+    _expect(full.ndim >= 2 and full.dtype in COPYABLE, "full", full, f"(B, L, ...) of dtype {_COPYABLE_NAMES}")
     _expect(
         index.ndim == 2
         and index.shape[0] == full.shape[0]

@@ -25,10 +25,12 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     rotary = cos.shape[-1]
     half = rotary // 2
-    low, high, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
-    low_cos, high_cos = cos[..., :half], cos[..., half:]
-    low_sin, high_sin = sin[..., :half], sin[..., half:]
-    return torch.cat([low * low_cos - high * low_sin, high * high_cos + low * high_sin, rest], dim=-1)
+    low, high = x[..., :half], x[..., half:rotary]
+    rotated = x.clone()
+    rotated[..., :rotary] *= cos
+    rotated[..., :half].addcmul_(high, sin[..., :half], value=-1)
+    rotated[..., half:rotary].addcmul_(low, sin[..., half:])
+    return rotated
 
 
 def rank_tokens(
@@ -47,7 +49,7 @@ def rank_tokens(
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     if length == 0:
-        return torch.empty(batch, 0, device=key.device)
+        return torch.empty(batch, 0, dtype=torch.float32, device=key.device)
     if query_index is None:
         query_index = last_queries(key, key_mask, queries)
     if scale is None:

@@ -1,0 +1,162 @@
+"""Compile every kernel as the library launches it, for GPUs that need not be here, and print what came out as JSON.
+
+Run with TRITON_INTERPRET=0: kernels are decorated when they are imported, for the interpreter or for the compiler.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from itertools import product
+from multiprocessing import get_context
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import KernelInterface
+
+from reroute_kernels import triton as kernels
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def rank(heads, kv_heads, head_dim, rotary, dtype, *, length=640, queries=1, masked=False, reduction="mean"):
+    query = torch.empty(1, queries, heads, head_dim, dtype=dtype)
+    key = torch.empty(1, length, kv_heads, head_dim, dtype=dtype)
+    table = torch.empty(1, length, rotary, dtype=dtype) if rotary else None
+    key_mask = torch.ones(1, length, dtype=torch.bool) if masked else None
+    kernels.rank_tokens(
+        query, key, table, table, key_mask=key_mask, query_reduction=reduction, head_reduction=reduction
+    )
+
+
+def select(length):
+    flags = torch.empty(2, length, dtype=torch.bool)
+    kernels.select_tokens(torch.empty(2, length), flags, flags, torch.empty(2, dtype=torch.int64), 200)
+
+
+def gather(width, dtype):
+    table = torch.empty(2, 640, 128, dtype=dtype)
+    kernels.gather_tokens(torch.empty(2, 200, dtype=torch.int64), torch.empty(2, 640, width, dtype=dtype), table, table)
+
+
+def scatter(width, dtype):
+    index = torch.empty(2, 200, dtype=torch.int64)
+    kernels.scatter_tokens_(torch.empty(2, 640, width, dtype=dtype), index, torch.empty(2, 200, width, dtype=dtype))
+
+
+CASES = {
+    "llava-1.5-7b float32": lambda: rank(32, 32, 128, 128, torch.float32),
+    "llava-1.5-7b float16": lambda: rank(32, 32, 128, 128, torch.float16),
+    "llava-1.5-7b bfloat16": lambda: rank(32, 32, 128, 128, torch.bfloat16),
+    "qwen2.5-vl-7b bfloat16": lambda: rank(28, 4, 128, 128, torch.bfloat16),
+    "head_dim 80 bfloat16": lambda: rank(16, 16, 80, 80, torch.bfloat16),
+    "head_dim 256 bfloat16": lambda: rank(8, 4, 256, 256, torch.bfloat16),
+    "head_dim 256 rotary 64 float32": lambda: rank(16, 2, 256, 64, torch.float32),
+    "no rotary bfloat16": lambda: rank(32, 8, 128, 0, torch.bfloat16),
+    "three padded queries of a long video": lambda: rank(
+        28, 4, 128, 128, torch.bfloat16, length=16384, queries=3, masked=True, reduction="max"
+    ),
+    "length 200": lambda: select(200),
+    "length 4096": lambda: select(4096),
+    "gather 4096 bfloat16": lambda: gather(4096, torch.bfloat16),
+    "gather 4096 float32": lambda: gather(4096, torch.float32),
+    "gather 4095 bfloat16": lambda: gather(4095, torch.bfloat16),
+    "scatter 4096 bfloat16": lambda: scatter(4096, torch.bfloat16),
+    "scatter 4096 float32": lambda: scatter(4096, torch.float32),
+    "scatter 4095 bfloat16": lambda: scatter(4095, torch.bfloat16),
+}
+
+
+class AbsentDevice:
+    """Stands in for Triton's driver: a device of the given target, on which nothing can be launched."""
+
+    def __init__(self, target):
+        self.get_current_device = lambda: list(TARGETS.values()).index(target)
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: target
+
+
+def resources(compiled):
+    """Registers of a thread, and what did not fit into them."""
+    if "cubin" in compiled.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage).groups())
+        return {"registers": registers, "stack": stack + local, "spills": 0}  # a spilled register lies on the stack
+    counts = {name: int(n) for name, n in re.findall(r"^\s+\.(\w+):\s+(\d+)$", compiled.asm["amdgcn"], re.MULTILINE)}
+    return {
+        "registers": counts["vgpr_count"],
+        "stack": counts["private_segment_fixed_size"],
+        "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
+    }
+
+
+def memory_accesses(compiled):
+    """Instructions that load or store global memory, by whether they move 16 bytes at a time."""
+    accesses = dict.fromkeys(("wide_loads", "other_loads", "wide_stores", "other_stores"), 0)
+    if "ptx" in compiled.asm:
+        instruction = r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b"
+        for kind, vector, bits in re.findall(instruction, compiled.asm["ptx"]):
+            width = "wide" if int(vector or 1) * int(bits) >= 128 else "other"
+            accesses[f"{width}_{'loads' if kind == 'ld' else 'stores'}"] += 1
+    else:
+        for kind, size in re.findall(r"\b(?:buffer|global|flat)_(load|store)_(\w+)", compiled.asm["amdgcn"]):
+            accesses[f"{'wide' if size == 'dwordx4' else 'other'}_{kind}s"] += 1
+    return accesses
+
+
+def has_wide_addresses(compiled):
+    """Whether the offset from every pointer argument is computed in 64 bits, products of strides and sizes included."""
+    ttir = compiled.asm["ttir"]
+    signature = re.search(r"tt\.func public @\w+\((.*)\) attributes", ttir).group(1)
+    pointers = set(re.findall(r"(%\w+): !tt\.ptr<", signature))
+    integers = set(re.findall(r"(%\w+): i32\b", signature))
+    spread = dict(re.findall(r"(%\w+) = tt\.(?:splat|broadcast|expand_dims|bitcast) (%\w+)", ttir))
+
+    def source(value):
+        while value in spread:
+            value = spread[value]
+        return value
+
+    offsets = re.findall(r"tt\.addptr (%\w+), %\w+ : \S+, (?:tensor<[\dx]+)?(i\d+)", ttir)
+    products = re.findall(r"arith\.muli (%\w+), (%\w+) : (?:tensor<[\dx]+)?i32\b", ttir)
+    first_offsets = {(source(pointer), width) for pointer, width in offsets if source(pointer) in pointers}
+    return (
+        {pointer for pointer, _ in first_offsets} == pointers
+        and all(width == "i64" for _, width in first_offsets)
+        and not any(source(value) in integers for product in products for value in product)
+    )
+
+
+def compile_case(target_and_case):
+    target, case = target_and_case
+    triton.runtime.driver.set_active(AbsentDevice(TARGETS[target]))
+    rows = []
+
+    def compile_only(kernel, grid):
+        def launch(*args, **kwargs):
+            compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            row = {"kernel": kernel.__name__, "case": case, "target": target}
+            row |= resources(compiled) | memory_accesses(compiled)
+            rows.append(row | {"shared": compiled.metadata.shared, "wide_addresses": has_wide_addresses(compiled)})
+
+        return launch
+
+    KernelInterface.__getitem__ = compile_only
+    CASES[case]()
+    return rows
+
+
+if __name__ == "__main__":
+    with get_context("fork").Pool(2) as pool:
+        rows = [row for rows in pool.imap_unordered(compile_case, product(TARGETS, CASES)) for row in rows]
+    print(json.dumps(sorted(rows, key=lambda row: (row["kernel"], row["case"], row["target"])), indent=1))

@@ -1,0 +1,95 @@
+"""What the compiler makes of every kernel, for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import reroute_kernels as rk
+
+KERNELS = ["attention_logits", "copy_rows_to_compact", "copy_rows_to_full", "reduce_attention", "select_and_compact"]
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+@pytest.fixture(scope="session")
+def all_compiled(tmp_path_factory):
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "PYTHONPATH": str(Path(rk.__file__).parents[1]),
+    }
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    return request.param
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    return request.param
+
+
+@pytest.fixture
+def compiled(all_compiled, kernel, target):
+    rows = [row for row in all_compiled if row["kernel"] == kernel and row["target"] == target]
+    assert rows
+    return rows
+
+
+def test_every_kernel_is_compiled(all_compiled):
+    from triton.runtime.jit import KernelInterface
+
+    prefix = f"{rk.triton.__name__}."
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
+    names = {name for module in modules for name, value in vars(module).items() if isinstance(value, KernelInterface)}
+    assert {name for name in names if not name.startswith("_")} == set(KERNELS)
+    assert {(row["kernel"], row["target"]) for row in all_compiled} == {(k, t) for k in KERNELS for t in TARGETS}
+
+
+def test_everything_fits_into_registers(compiled):
+    assert [row for row in compiled if row["stack"] or row["spills"]] == []
+    assert all(0 < row["registers"] <= 255 for row in compiled)
+
+
+def test_shared_memory(compiled):
+    assert [row for row in compiled if row["shared"] >= 96 * 1024] == []
+
+
+def test_addresses_are_64_bits_wide(compiled):
+    assert [row for row in compiled if not row["wide_addresses"]] == []
+
+
+@pytest.mark.parametrize("kernel", ["copy_rows_to_compact", "copy_rows_to_full"], indirect=True)
+def test_rows_are_copied_16_bytes_at_a_time(compiled):
+    rows = [row for row in compiled if "4096" in row["case"]]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["wide_loads"] == row["wide_stores"] > 0, row
+        assert row["other_loads"] <= 1, row  # the index
+        assert row["other_stores"] == 0, row
+
+
+@pytest.mark.parametrize("kernel", ["attention_logits"], indirect=True)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"], indirect=True)
+def test_keys_are_read_16_bytes_at_a_time(compiled):
+    rows = [row for row in compiled if row["case"].startswith(("llava", "qwen"))]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["wide_loads"] >= 6, row  # both halves of the key, its cosines and its sines
+        assert row["other_loads"] <= 7, row  # one row of each for a query, and its position
+
+
+@pytest.mark.parametrize("kernel", ["copy_rows_to_compact", "copy_rows_to_full"], indirect=True)
+def test_odd_rows_are_copied_as_their_alignment_allows(compiled):
+    """What shows that the count of wide accesses can be other than perfect."""
+    (row,) = (row for row in compiled if "4095" in row["case"])
+    assert row["other_loads"] > 1
+    assert row["other_stores"] > 0

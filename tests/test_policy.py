@@ -1,0 +1,127 @@
+"""Stages and policies: what they accept, and how many tokens they select."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+import reroute_kernels as rk
+from reroute_kernels import Policy, Stage
+
+STAGES = [Stage(3, 0.5), Stage(7, 0.25)]
+
+
+def test_stage_takes_any_integer_and_any_real_number():
+    stage = Stage(layer=np.int64(3), keep=np.float32(0.5))
+    assert (stage.layer, stage.keep) == (3, 0.5)
+    assert (type(stage.layer), type(stage.keep)) == (int, float)
+    assert Stage(0, 1) == Stage(layer=0, keep=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((-1, 0.5), ValueError, "layer must be 0 or more, got -1"),
+        ((2.0, 0.5), TypeError, "layer must be an integer, got 2.0"),
+        ((True, 0.5), TypeError, "layer must be an integer, got True"),
+        (("3", 0.5), TypeError, "layer must be an integer, got '3'"),
+        ((7, 1.4), ValueError, "keep must be in (0, 1], got 1.4 at layer 7"),
+        ((7, 0.0), ValueError, "keep must be in (0, 1], got 0.0 at layer 7"),
+        ((7, -0.1), ValueError, "keep must be in (0, 1], got -0.1 at layer 7"),
+        ((7, float("nan")), ValueError, "keep must be in (0, 1], got nan at layer 7"),
+        ((7, float("inf")), ValueError, "keep must be in (0, 1], got inf at layer 7"),
+        ((7, True), TypeError, "keep must be a number in (0, 1], got True at layer 7"),
+        ((7, "0.5"), TypeError, "keep must be a number in (0, 1], got '0.5' at layer 7"),
+        ((7, None), TypeError, "keep must be a number in (0, 1], got None at layer 7"),
+    ],
+)
+def test_stage_refuses_and_says_why(arguments, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        Stage(*arguments)
+
+
+def test_policy_has_defaults():
+    policy = Policy(schedule=STAGES)
+    assert policy == Policy(tuple(STAGES), action="reroute", ranking="last_query", positions="original")
+    assert policy.schedule == tuple(STAGES)
+    assert Policy(schedule=iter(STAGES)) == policy
+
+
+def test_policies_are_values():
+    policy = Policy(STAGES)
+    assert hash(policy) == hash(Policy(tuple(STAGES)))
+    assert policy != Policy(STAGES, action="remove")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.action = "remove"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.schedule[0].keep = 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"schedule": None}, TypeError, "schedule must be a sequence of Stage, got None"),
+        ({"schedule": Stage(3, 0.5)}, TypeError, "schedule must be a sequence of Stage, got Stage(layer=3, keep=0.5)"),
+        ({"schedule": [(3, 0.5)]}, TypeError, "schedule must hold Stage objects, got (3, 0.5)"),
+        ({"schedule": []}, ValueError, "schedule must hold at least one Stage, got none"),
+        (
+            {"schedule": [Stage(7, 0.5), Stage(3, 0.5)]},
+            ValueError,
+            "schedule must have strictly ascending layers, got [7, 3]",
+        ),
+        (
+            {"schedule": [Stage(3, 0.5), Stage(3, 0.2)]},
+            ValueError,
+            "schedule must have strictly ascending layers, got [3, 3]",
+        ),
+        ({"action": "drop"}, ValueError, "action must be one of 'reroute', 'remove', got 'drop'"),
+        ({"ranking": "random"}, ValueError, "ranking must be one of 'last_query', got 'random'"),
+        ({"positions": None}, ValueError, "positions must be one of 'original', 'contiguous', got None"),
+    ],
+)
+def test_policy_refuses_and_says_why(arguments, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        Policy(**{"schedule": STAGES} | arguments)
+
+
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize(
+    ("keeps", "visual_tokens", "counts"),
+    [
+        pytest.param([0.2644] * 4, 576, (152, 152, 152, 152), id="truncated"),
+        pytest.param([0.5, 0.25], 7, (3, 1), id="odd"),
+        pytest.param([0.01], 5, (1,), id="at-least-one"),
+        pytest.param([1.0, 0.999], 100, (100, 99), id="everything"),
+        pytest.param([0.5], 1, (1,), id="one-token"),
+        pytest.param([0.5, 0.1], 0, (0, 0), id="no-token"),
+        pytest.param([0.29], 100, (28,), id="as-floating-point-multiplies"),
+    ],
+)
+def test_selected_counts_follow_the_formula(action, keeps, visual_tokens, counts):
+    policy = Policy([Stage(3 + i, keep) for i, keep in enumerate(keeps)], action=action)
+    assert policy.selected_counts(visual_tokens) == counts
+
+
+def test_a_growing_schedule_grows_only_where_tokens_come_back():
+    schedule = [Stage(2, 0.2), Stage(5, 0.6), Stage(9, 0.1), Stage(12, 1.0)]
+    assert Policy(schedule, action="reroute").selected_counts(50) == (10, 30, 5, 50)
+    assert Policy(schedule, action="remove").selected_counts(50) == (10, 10, 5, 5)
+
+
+def test_fewer_candidates_than_tokens_in_the_prompt():
+    """The ratios stay relative to the prompt; only the pool is smaller."""
+    schedule = [Stage(2, 0.5), Stage(5, 0.2)]
+    for action in ("reroute", "remove"):
+        policy = Policy(schedule, action=action)
+        assert policy.selected_counts(100, candidates=80) == (50, 20)
+        assert policy.selected_counts(100, candidates=30) == (30, 20)
+        assert policy.selected_counts(100, candidates=0) == (0, 0)
+    schedule = [Stage(2, 0.1), Stage(5, 0.5)]
+    assert Policy(schedule, action="reroute").selected_counts(100, candidates=30) == (10, 30)
+    assert Policy(schedule, action="remove").selected_counts(100, candidates=30) == (10, 10)
+
+
+def test_public_names_are_the_same_objects():
+    assert rk.Policy is Policy
+    assert rk.Stage is Stage

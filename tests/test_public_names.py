@@ -1,0 +1,77 @@
+"""The names and signatures that users and other tools import."""
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+
+import reroute_kernels as rk
+
+OPERATIONS = ["gather_tokens", "rank_tokens", "scatter_tokens_", "select_tokens"]
+
+
+def test_names():
+    assert rk.__all__ == [
+        "Policy",
+        "Preset",
+        "Stage",
+        "apply",
+        "backend",
+        "cost",
+        "models",
+        "ops",
+        "preset",
+        "presets",
+        "ref",
+        "triton",
+    ]
+    assert dir(rk) == rk.__all__
+
+
+@pytest.mark.parametrize("name", rk.__all__)
+def test_every_name_resolves(name):
+    if name in ("apply", "models"):
+        pytest.importorskip("transformers")
+    assert getattr(rk, name) is not None
+
+
+def test_operations_of_every_backend():
+    assert rk.ref.__all__ == OPERATIONS
+    assert rk.triton.__all__ == OPERATIONS
+    assert all(callable(getattr(rk.ops, name)) for name in OPERATIONS)
+
+
+def test_signatures():
+    signatures = {name: str(inspect.signature(getattr(rk.ops, name))).replace("'", "") for name in OPERATIONS}
+    assert signatures == {
+        "gather_tokens": "(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]",
+        "rank_tokens": "(query: Tensor, key: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, "
+        "key_mask: Tensor | None = None, query_index: Tensor | None = None, *, scale: float | None = None, "
+        "query_reduction: str = mean, head_reduction: str = mean) -> Tensor",
+        "scatter_tokens_": "(full: Tensor, index: Tensor, compact: Tensor) -> Tensor",
+        "select_tokens": "(scores: Tensor, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, "
+        "length: int) -> Tensor",
+    }
+
+
+@pytest.mark.parametrize("module", [rk.ref, rk.triton], ids=["ref", "triton"])
+@pytest.mark.parametrize("name", ["gather_tokens", "rank_tokens", "scatter_tokens_"])
+def test_backends_have_the_same_signatures(module, name):
+    assert inspect.signature(getattr(module, name)) == inspect.signature(getattr(rk.ops, name))
+
+
+def test_selection_takes_counts_as_a_tensor_below_the_boundary():
+    public, reference, kernels = (inspect.signature(module.select_tokens) for module in (rk.ops, rk.ref, rk.triton))
+    assert reference == kernels
+    assert list(reference.parameters) == list(public.parameters)
+    assert reference.parameters["keep"].annotation == "Tensor"
+
+
+def test_unknown_name():
+    with pytest.raises(AttributeError, match=r"^module 'reroute_kernels' has no attribute 'nothing'$"):
+        _ = rk.nothing
+    assert not hasattr(rk, "nothing")
+
+
+def test_version_is_that_of_the_distribution():
+    assert rk.__version__ == version("reroute-kernels")
