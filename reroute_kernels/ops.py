@@ -6,6 +6,7 @@ Each is one registered call, `torch.ops.reroute_kernels.*`, which runs on the ba
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from operator import index as as_integer
 
 import torch
@@ -38,17 +39,25 @@ def _register(schema: str, function, fake) -> None:
 
 
 def _rank(query, key, cos, sin, key_mask, query_index, scale, query_reduction, head_reduction):
-    return operations_for(key.device).rank_tokens(
-        query,
-        key,
-        cos,
-        sin,
-        key_mask,
-        query_index,
-        scale=scale,
-        query_reduction=query_reduction,
-        head_reduction=head_reduction,
-    )
+    with _full_precision(key.device):
+        return operations_for(key.device).rank_tokens(
+            query,
+            key,
+            cos,
+            sin,
+            key_mask,
+            query_index,
+            scale=scale,
+            query_reduction=query_reduction,
+            head_reduction=head_reduction,
+        )
+
+
+def _full_precision(device):
+    # Autocast would compute the reference's products in half precision.
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _rank_fake(query, key, cos, sin, key_mask, query_index, scale, query_reduction, head_reduction):

@@ -384,3 +384,9 @@ def test_no_gradient_where_none_is_wanted(device, doubles):
 def test_scatter_into_a_leaf_that_needs_its_gradient_is_refused(device, doubles):
     with pytest.raises(RuntimeError, match="leaf"):
         rk.ops.scatter_tokens_(doubles(2, 5, 3), torch.tensor(INDEX, device=device), doubles(2, 3, 3))
+
+
+def test_scores_are_float32_under_autocast(arguments, device):
+    expected = rk.ops.rank_tokens(**arguments["rank_tokens"])
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert torch.equal(rk.ops.rank_tokens(**arguments["rank_tokens"]), expected)
