@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import weakref
 from functools import partial
@@ -10,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import CachedPrompt, Prompt, RoutedForward, Trace
 from .adapter import Adapter
@@ -28,18 +30,28 @@ class _Prefill:
         self.forward = forward
         self.last_position: Tensor | None = None
         self.cache = None
+        self.finished = False
         self.masks: dict[int, Tensor | None] = {}
 
 
 class _Continuation:
     """New tokens on top of a cache that a routed prompt filled."""
 
-    def __init__(self, prompt: CachedPrompt, batch: int, queries: int, new_tokens: int, added: Tensor | None):
+    def __init__(
+        self,
+        prompt: CachedPrompt,
+        batch: int,
+        queries: int,
+        new_tokens: int,
+        added: Tensor | None,
+        has_positions: bool,
+    ):
         self.prompt = prompt
         self.batch = batch
         self.queries = queries
         self.new_tokens = new_tokens  # after the prompt, those of this call included
-        self.added = added
+        self.added = added  # (B, new tokens), False at padding; None where there is none
+        self.has_positions = has_positions  # given by the caller
         self.masks: dict[int, Tensor | None] = {}
 
 
@@ -97,6 +109,9 @@ class Routing:
             raise NotImplementedError(f"model must be on one device, got hf_device_map over {', '.join(devices)}")
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise NotImplementedError(f"model must not be split by tensor parallelism, got tp_size {model._tp_size}")
+        dtype = getattr(model, "dtype", None)
+        if dtype not in FLOATING:
+            raise NotImplementedError(f"model must be of dtype {', '.join(map(str, FLOATING))}, got {dtype}")
         self._check_attention()
 
     def _check_attention(self) -> None:
@@ -120,6 +135,7 @@ class Routing:
                 add(adapter.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
         add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
         _routed_models.add(adapter.model)
+        _forget_compiled_code()
 
     def remove(self) -> None:
         """Take every hook off the model, which then is what it was. Calling it again does nothing."""
@@ -127,6 +143,7 @@ class Routing:
             handle.remove()
         if self._handles:
             _routed_models.discard(self._adapter.model)
+            _forget_compiled_code()
         self._handles.clear()
 
     def __enter__(self) -> Routing:
@@ -159,30 +176,44 @@ class Routing:
         else:
             if cache is not None and hasattr(cache, _CACHE_ATTRIBUTE):
                 delattr(cache, _CACHE_ATTRIBUTE)  # the cache was reset since
+                lengths = {cache.get_seq_length(layer) for layer in range(len(self._adapter.layers))}
+                if lengths != {0}:
+                    raise ValueError(
+                        "past_key_values must hold the whole routed prompt or nothing, got layers of "
+                        f"{sorted(lengths)} cached tokens"
+                    )
             self._local.call = self._start(cache, arguments)
         self._local.awaits_decoder = True
 
     def _end(self, core: nn.Module, args: tuple, output) -> None:
-        self._local.call = None
+        call, self._local.call = getattr(self._local, "call", None), None
         self._local.awaits_decoder = False
+        if output is not None and isinstance(call, _Prefill) and not call.finished:
+            raise RuntimeError(
+                f"a routed prompt must run through all {len(self._adapter.layers)} decoder layers, and it did not: "
+                "does the configuration name fewer (num_hidden_layers)?"
+            )
 
     def _start(self, cache, arguments: dict) -> _Prefill | None:
         visual = self._visual_tokens(arguments)
         mask = arguments.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape != visual.shape):
-            # Refused only if there is something to route, which takes the counts to know.
-            prompt = Prompt(visual, None)
-            if prompt.has_visual_tokens:
-                shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-                raise NotImplementedError(
-                    f"attention_mask must be None or of shape {tuple(visual.shape)} for a routed prompt, got {shape}"
-                )
-            return None
-        prompt = Prompt(visual, None if mask is None else mask.to(visual.device, torch.bool))
+        is_padding_mask = isinstance(mask, Tensor) and mask.shape == visual.shape
+        valid = mask.to(visual.device, torch.bool) if is_padding_mask else None
+        prompt = Prompt(visual, valid, self._packing_positions(cache, arguments))
         if not prompt.has_visual_tokens:
             return None
         self._check_attention()
         self._check_cache(cache)
+        if mask is not None and not is_padding_mask:
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise NotImplementedError(
+                f"attention_mask must be None or of shape {tuple(visual.shape)} for a routed prompt, got {got}"
+            )
+        if prompt.has_gaps:
+            raise NotImplementedError(
+                "position_ids of a routed prompt without cache and mask must count by one: transformers takes others "
+                "for several packed sequences"
+            )
         for name in ("output_hidden_states", "output_attentions"):
             if arguments.get(name, getattr(self._config, name, False)):
                 raise NotImplementedError(f"{name} must be off for a routed prompt, got {arguments.get(name, True)}")
@@ -190,6 +221,16 @@ class Routing:
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise NotImplementedError("gradient checkpointing must be off for a routed prompt, got it on")
         return _Prefill(RoutedForward(self.policy, prompt))
+
+    def _packing_positions(self, cache, arguments: dict) -> Tensor | None:
+        """The positions, (B or 1, L), of a call in which transformers would look for packed sequences in them."""
+        positions = arguments.get("position_ids")
+        uses_cache = cache is not None or arguments.get("use_cache", getattr(self._config, "use_cache", False))
+        if positions is None or uses_cache or arguments.get("attention_mask") is not None:
+            return None
+        if positions.ndim == 3:
+            return positions[0] if positions.shape[0] == 4 else None
+        return positions
 
     def _check_cache(self, cache) -> None:
         if cache is None:
@@ -227,6 +268,11 @@ class Routing:
             )
         first = self.policy.schedule[0].layer
         if prompt is None:
+            if arguments.get("input_ids") is None and tokens.shape[1] > 1:
+                raise ValueError(
+                    "input_ids must be given to a routed model, got inputs_embeds of several tokens on a cache: "
+                    "visual tokens cannot be told from text in them"
+                )
             lengths = {cache.get_seq_length(layer) for layer in (0, first, len(self._adapter.layers) - 1)}
             if len(lengths) > 1:
                 raise ValueError(
@@ -244,22 +290,42 @@ class Routing:
             raise ValueError(
                 f"the batch must be {prompt.batch} or a multiple of it, as in the cached prompt, got {batch}"
             )
-        before = cache.get_seq_length(first) - prompt.stage_lengths[0]
-        if before < 0:
-            raise ValueError(f"past_key_values must hold the whole routed prompt, got {-before} of its tokens cropped")
-        new_tokens = before + queries
+        new_tokens = self._tokens_after(cache, prompt) + queries
         mask = arguments.get("attention_mask")
         if mask is not None:
             expected = (batch, prompt.length + new_tokens)
             if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
-                shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(
                     f"attention_mask must be None or of shape {expected}, the {prompt.length} tokens of the prompt and "
-                    f"{new_tokens} after it, got {shape}"
+                    f"{new_tokens} after it, got {got}"
                 )
-            prompt.masked |= queries > 1
-        added = mask[:, prompt.length :].bool() if mask is not None and prompt.masked else None
-        return _Continuation(prompt, batch, queries, new_tokens, added)
+        elif first == 0 and queries > 1:
+            # The length of layer 0, by which `generate` cuts off what is cached, is not that of the prompt.
+            raise NotImplementedError(
+                "attention_mask must be given with several new tokens on a cache that a decision at layer 0 filled"
+            )
+        added = mask[:, prompt.length :].bool() if mask is not None else None
+        has_positions = arguments.get("position_ids") is not None
+        return _Continuation(prompt, batch, queries, new_tokens, added, has_positions)
+
+    def _tokens_after(self, cache, prompt: CachedPrompt) -> int:
+        """Tokens that a cache holds after its routed prompt."""
+        decision_layers = [stage.layer for stage in self.policy.schedule]
+        lengths = dict(zip(decision_layers, prompt.stage_lengths, strict=True))
+        lengths[len(self._adapter.layers) - 1] = prompt.stage_lengths[-1]
+        lengths.setdefault(0, prompt.length)
+        after = {cache.get_seq_length(layer) - length for layer, length in lengths.items()}
+        if len(after) > 1:
+            raise ValueError(
+                "past_key_values must hold the same tokens in all layers after the routed prompt, got "
+                f"{sorted(after)} of them: a call on it failed, or it was cropped to one length for all layers"
+            )
+        if min(after) < 0:
+            raise ValueError(
+                f"past_key_values must hold the whole routed prompt, got {-min(after)} of its tokens cropped"
+            )
+        return after.pop()
 
     # Inside the language model
 
@@ -278,12 +344,16 @@ class Routing:
         if isinstance(call, _Prefill):
             call.last_position = self._last_position(call.forward.prompt, positions)
             return None
-        if call.prompt.last_position is None:
+        if call.prompt.last_position is None or (call.has_positions and not call.prompt.right_padded):
             return None
         last = call.prompt.last_position.repeat_interleave(call.batch // call.prompt.batch, dim=-2)
         if positions is not None and positions.ndim == last.ndim:
             last = last[last.shape[0] - positions.shape[0] :] if last.ndim == 3 else last
-        offsets = torch.arange(call.new_tokens - call.queries, call.new_tokens, device=last.device)
+        if call.added is None:
+            offsets = torch.arange(call.new_tokens, device=last.device)
+        else:
+            offsets = (call.added.cumsum(dim=1) - 1).clamp(min=0)
+        offsets = offsets[..., -call.queries :]
         arguments["position_ids"] = last + 1 + offsets
         return (), arguments
 
@@ -296,15 +366,26 @@ class Routing:
             positions = torch.arange(prompt.length, device=device)[None]
         positions = positions.expand(*positions.shape[:-2], batch, -1)
         if prompt.last is None:
-            return positions[..., -1:]
-        last = prompt.last.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
-        return positions.gather(-1, last)
+            last = positions[..., -1:]
+        else:
+            index = prompt.last.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
+            last = positions.gather(-1, index)
+        if positions.ndim == 3:
+            # Of three axes, what follows stands behind the furthest one; a fourth counts the tokens.
+            axes = positions[-3:]
+            if prompt.valid is not None:
+                axes = axes.masked_fill(~prompt.valid, 0)
+            furthest = axes.amax(dim=(0, 2))[None, :, None].expand(3, -1, -1)
+            last = torch.cat([last[:-3], furthest])
+        return last
 
     def _enter_layer(self, stage: int, decides: bool, layer: nn.Module, args: tuple, kwargs: dict):
         call = getattr(self._local, "call", None)
         if call is None:
             return None
         if isinstance(call, _Continuation):
+            if kwargs.get("attention_mask") is None and self.policy.schedule[0].layer > 0:
+                call.added = None  # the model looked for padding and found none
             kwargs["attention_mask"] = self._continuation_mask(call, stage, args[0])
             return args, kwargs
 
@@ -346,6 +427,7 @@ class Routing:
         if not isinstance(call, _Prefill):
             return None
         full = call.forward.finish(output)
+        call.finished = True
         if call.cache is not None:
             setattr(call.cache, _CACHE_ATTRIBUTE, CachedPrompt.of(call.forward, call.last_position))
         self.trace = Trace.of(call.forward)
@@ -355,6 +437,12 @@ class Routing:
 def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
     """All arguments of a call by name."""
     return {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+
+
+def _forget_compiled_code() -> None:
+    """Code that `torch.compile` made before hooks came or went does not look for them again."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def _cached_tokens(cache) -> int:

@@ -27,24 +27,27 @@ class Prompt:
     Args:
         visual: (B, L) bool, positions that hold image or video features.
         valid: (B, L) bool, False at padding; None where there is none.
+        positions: (B or 1, L), to find out whether they count by one; None not to ask.
     """
 
-    def __init__(self, visual: Tensor, valid: Tensor | None):
+    def __init__(self, visual: Tensor, valid: Tensor | None, positions: Tensor | None = None):
         self.length = visual.shape[1]
-        positions = torch.arange(self.length, device=visual.device)
+        places = torch.arange(self.length, device=visual.device)
         if valid is None:
             valid = torch.ones_like(visual)
         visual = visual & valid
-        last = torch.where(valid, positions, -1).amax(dim=1)  # [B]
-        is_last = positions == last[:, None]
+        last = torch.where(valid, places, -1).amax(dim=1)  # [B]
+        is_last = places == last[:, None]
         # The next token is predicted from the last one, so it runs whatever it is.
         self.pinned = (valid & ~visual) | is_last
         self.pool = visual & ~is_last
         self.visual = visual
+        gaps = torch.zeros_like(last) if positions is None else (positions.diff(dim=1) != 1).sum(1).expand_as(last)
         counts = torch.stack(
-            [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - last]
+            [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - last, gaps]
         ).tolist()
-        self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing = counts
+        self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, gaps = counts
+        self.has_gaps = max(gaps) > 0
         self.padded = min(self.valid_counts) < self.length
         self.right_padded = max(trailing) > 0
         self.valid = valid if self.padded else None
@@ -229,8 +232,7 @@ class CachedPrompt:
     """(B, M) bool, False at cached rows that hold no token; None where all do."""
     last_position: Tensor | None
     """Rotary position of each sample's last token, (..., B, 1), where later positions must be derived from it."""
-    masked: bool = False
-    """Whether tokens added after the prompt may be padding."""
+    right_padded: bool
 
     @classmethod
     def of(cls, forward: RoutedForward, last_position: Tensor | None) -> CachedPrompt:
@@ -242,6 +244,7 @@ class CachedPrompt:
             stage_lengths=forward.lengths,
             stage_valid=[forward.kept[stage] >= 0 if forward.is_ragged(stage) else None for stage in stages],
             last_position=last_position,
+            right_padded=forward.prompt.right_padded,
         )
 
     def valid_keys(self, stage: int, batch: int, added: Tensor | None, new_tokens: int) -> Tensor | None:
