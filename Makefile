@@ -17,7 +17,7 @@ test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest sup
 demo: .venv/ready  ## route a photo through a tiny model; ARGS="--model ... --image ..." for others
 	$(BIN)/python -m reroute_kernels demo $(ARGS)
 
-bench: .venv/ready  ## run the CPU benchmarks and write bench/results/cpu
+bench: .venv/ready  ## run the benchmarks on a CPU; rewrites bench/results/cpu and the tables in README.md
 	$(BIN)/python -m pytest --benchmark -q --benchmark-json=bench/results/cpu/benchmarks.json
 	$(BIN)/python -m bench.report
 
@@ -29,8 +29,8 @@ format: .venv/ready  ## format the code
 	$(BIN)/ruff check -q --fix .
 	$(BIN)/ruff format -q .
 
-clean:  ## remove the environments
-	rm -rf .venv .venv-oldest
+clean:  ## remove the environments and what was built
+	rm -rf .venv .venv-oldest build *.egg-info .benchmarks
 
 .venv/ready: requirements/dev.txt pyproject.toml
 .venv-oldest/ready: requirements/oldest.txt pyproject.toml

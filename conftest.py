@@ -15,3 +15,10 @@ def pytest_ignore_collect(collection_path, config):
     if (is_benchmark and not config.getoption("benchmark")) or (is_test and config.getoption("benchmark")):
         return True
     return None
+
+
+def pytest_collection_modifyitems(config, items):
+    # A path given on the command line is collected all the same.
+    wanted = [item for item in items if item.path.is_relative_to(BENCHMARKS) == config.getoption("benchmark")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted

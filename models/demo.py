@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,8 +27,6 @@ TINY_CHECKPOINT = Path(__file__).with_name("tiny_llava")
 
 PICTURE_FORMATS = (".png", ".jpg", ".pdf", ".svg")
 
-DEFAULT_QUESTION = "Where is the temple?"
-
 DEFAULT_PRESETS = {
     "llava": Preset("llava-1.5-7b", "reroute-fastv", 192),
     "qwen2_5_vl": Preset("qwen2.5-vl-7b", "reroute-fastv", 192),
@@ -45,6 +44,8 @@ class Subject:
     model: nn.Module
     processor: object
     inputs: dict[str, Tensor]
+    policies: tuple[Policy, Policy]
+    """What `remove` and `reroute` follow."""
     picture: object
     """The part of the photo that the model sees, as a PIL image."""
     grid: tuple[int, int]
@@ -121,18 +122,22 @@ def check_output(path: Path) -> None:
         raise DemoError(f"output must end in one of {', '.join(PICTURE_FORMATS)}, got {path}")
 
 
-def load(model: str | None, image, prompt: str | None, *, chat: bool, device: str, dtype: str) -> Subject:
+def load(model: str | None, image, prompt: str, policy: str | None, *, chat: bool, device: str, dtype: str) -> Subject:
     """Load a checkpoint by the ordinary transformers path and process the prompt for it.
 
     Args:
         model: checkpoint folder or hub id; None for the tiny checkpoint.
         image: the photo, as a PIL image.
-        prompt: text with the model's image token; None for a default question.
+        prompt: text with the model's image token once.
+        policy: as `parse_policies` takes it.
         chat: put the prompt into the model's chat template, which adds the image token.
         device, dtype: where and in what precision to run.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     source = str(TINY_CHECKPOINT if model is None else model)
     accepted = f"a checkpoint folder or hub id of a supported type ({', '.join(ADAPTERS)})"
     try:
@@ -141,24 +146,29 @@ def load(model: str | None, image, prompt: str | None, *, chat: bool, device: st
         raise DemoError(f"model must be {accepted}, got {source}: {first_line(error)}") from None
     if config.model_type not in ADAPTERS:
         raise DemoError(f"model must be {accepted}, got {source} of type {config.model_type!r}")
+    policies = parse_policies(policy, config.model_type)
+
+    # The weights come last: they take longest, and nothing that is wrong with the prompt needs them.
     try:
         processor = AutoProcessor.from_pretrained(source)
+    except Exception as error:
+        raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
+    if chat:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    if prompt.count(processor.image_token) != 1:
+        raise DemoError(
+            f"prompt must hold the image token {processor.image_token!r} once (--chat adds it), got {prompt!r}"
+        )
+    try:
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
         network = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
         network = network.to(device).eval()
     except Exception as error:
         raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
-
-    if chat or prompt is None:
-        prompt = DEFAULT_QUESTION if prompt is None else prompt
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    if processor.image_token not in prompt:
-        raise DemoError(
-            f"prompt must hold the image token {processor.image_token!r} (--chat has it added), got {prompt!r}"
-        )
-    inputs = processor(images=image, text=prompt, return_tensors="pt").to(device)
+    inputs = inputs.to(device)
     picture, grid = seen_picture(network.config, processor, inputs, image)
-    return Subject(network, processor, dict(inputs), picture, grid)
+    return Subject(network, processor, dict(inputs), policies, picture, grid)
 
 
 def seen_picture(config, processor, inputs, image):
@@ -182,10 +192,10 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def compare(subject: Subject, policies: tuple[Policy, Policy], *, max_new_tokens: int, repeats: int) -> list[Run]:
+def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]:
     """Run the prompt unrouted, with removal and rerouted; prefills are timed in turn, so that all share the noise."""
     model, inputs = subject.model, subject.inputs
-    runs = [Run("unrouted", None), Run("remove", policies[0]), Run("reroute", policies[1])]
+    runs = [Run("unrouted", None), Run("remove", subject.policies[0]), Run("reroute", subject.policies[1])]
     visual = int(torch.isin(inputs["input_ids"], torch.tensor(visual_ids(model.config)).to(model.device)).sum())
     text = inputs["input_ids"].shape[1] - visual
     times: dict[str, list[float]] = {run.name: [] for run in runs}

@@ -9,10 +9,11 @@ from typing import Annotated
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 except ModuleNotFoundError as error:
-    sys.exit(f"reroute-kernels: the command line needs {error.name}: pip install 'reroute-kernels[demo]'")
+    print(f"reroute-kernels: the command line needs {error.name}: pip install 'reroute-kernels[demo]'", file=sys.stderr)
+    sys.exit(2)
 
 from .cost import average_visual_tokens
 from .presets import NUM_LAYERS, preset, presets
@@ -31,7 +32,7 @@ def list_presets() -> None:
 
     Example: reroute-kernels presets
     """
-    table = Table("preset", "action", "layer: keep", "average of 576 tokens")
+    table = Table(Column("preset", no_wrap=True, min_width=42), "action", "layer: keep", "average of 576 tokens")
     for name in presets():
         policy = preset(*name)
         table.add_row(
@@ -40,7 +41,9 @@ def list_presets() -> None:
             "  ".join(f"{stage.layer}: {stage.keep:g}" for stage in policy.schedule),
             f"{average_visual_tokens(policy, NUM_LAYERS[name.model], 576):.1f}",
         )
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    console.print("A -stagewise configuration is the same policy as the one without.", highlight=False)
 
 
 @app.command()
@@ -66,7 +69,7 @@ def demo(
 ) -> None:
     """Run one prompt unrouted, with tokens removed, and rerouted; print a table and save a picture.
 
-    Example: reroute-kernels demo --image photo.jpg --prompt "USER: <image>\\nWhere is the cup? ASSISTANT:"
+    Example: reroute-kernels demo --image photo.jpg --chat --prompt "Where is the cup?"
     """
     try:
         _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tokens, repeats)
@@ -90,10 +93,11 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
             raise demonstration.DemoError(f"device must be one of this machine's, got {device!r}: {message}") from None
         demonstration.check_output(output)
         photo = demonstration.open_image(image)
-        subject = demonstration.load(model, photo, prompt, chat=chat, device=device, dtype=dtype)
-        policies = demonstration.parse_policies(policy, subject.model.config.model_type)
+        if prompt is None:
+            chat, prompt = True, "Where is the temple?" if image is None else "Describe the image."
+        subject = demonstration.load(model, photo, prompt, policy, chat=chat, device=device, dtype=dtype)
         with console.status("running"):
-            runs = demonstration.compare(subject, policies, max_new_tokens=max_new_tokens, repeats=repeats)
+            runs = demonstration.compare(subject, max_new_tokens=max_new_tokens, repeats=repeats)
         ids = torch.tensor(demonstration.visual_ids(subject.model.config), device=subject.model.device)
         positions = torch.isin(subject.inputs["input_ids"][0], ids).nonzero().flatten().tolist()
         shares = demonstration.stage_shares(runs[-1].trace, positions)
@@ -101,7 +105,14 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
     except demonstration.DemoError as error:
         _fail(str(error))
 
-    table = Table("", "answer", "visual tokens\nper layer", "cached tokens\n(all layers)", "KV bytes", "prefill ms")
+    table = Table(
+        "",
+        Column("answer", overflow="fold"),
+        "visual tokens\nper layer",
+        "cached tokens\n(all layers)",
+        "KV bytes",
+        "prefill ms",
+    )
     for run in runs:
         table.add_row(
             run.name,
@@ -133,7 +144,8 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
     if model is None:
         console.print(
             "This checkpoint has random weights: its words mean nothing, and it is too small for its prefill times "
-            "to say anything about a real model. Pass --model for one."
+            "to say anything about a real model. Pass --model for one.",
+            soft_wrap=True,
         )
 
 

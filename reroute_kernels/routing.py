@@ -6,7 +6,7 @@ Nothing here knows a model: tensors come in, a ranking is a callable, and the ke
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -186,8 +186,8 @@ class StageTrace:
     """The share of visual tokens that was asked for."""
     tokens: int
     """M, the tokens that each row of this stage's layers holds and caches."""
-    _kept: Tensor
-    _visual: Tensor
+    _kept: Tensor = field(repr=False)
+    _visual: Tensor = field(repr=False)
 
     @cached_property
     def selected(self) -> list[Tensor]:

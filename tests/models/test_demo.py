@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import reroute_kernels as rk
@@ -87,7 +88,9 @@ def checkpoint(folder, **config):
     [
         (lambda path: ("--image", str(path / "missing.jpg")), "image must be an existing file, got .*missing.jpg"),
         (lambda path: ("--image", str(path)), "image must be readable, got"),
-        (lambda path: ("--prompt", "no token"), "prompt must hold the image token '<image>' .* got 'no token'"),
+        (lambda path: ("--prompt", "no token"), "prompt must hold the image token '<image>' once .* got 'no token'"),
+        (lambda path: ("--prompt", "<image> and <image>"), "prompt must hold the image token '<image>' once"),
+        (lambda path: ("--chat", "--prompt", "<image>"), "prompt must hold the image token '<image>' once"),
         (lambda path: ("--model", checkpoint(path, model_type="llama")), r"\(llava, qwen2_5_vl\), got .* type 'llama'"),
         (
             lambda path: ("--model", checkpoint(path, model_type="unheard_of")),
@@ -122,7 +125,9 @@ def test_unreadable_image(unreadable):
     assert "image must be readable" in result.stderr
 
 
-def test_presets_are_listed():
+@pytest.mark.parametrize("columns", [80, 140])
+def test_presets_are_listed(columns, monkeypatch):
+    monkeypatch.setattr("reroute_kernels.__main__._console", lambda: Console(width=columns))
     result = run("presets")
     assert result.exit_code == 0
     for name in rk.presets():

@@ -260,3 +260,59 @@ def test_no_mask_is_made_without_padding(model, inputs):
         finally:
             handle.remove()
     assert masks == [None] * 4
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("first", [0, 2], ids=["decision-at-layer-0", "decision-at-layer-2"])
+@pytest.mark.parametrize("together", [True, False], ids=["one-call", "call-by-call"])
+@torch.no_grad()
+def test_new_tokens_with_padding_among_them(prompt, family, model, side, first, together):
+    """A sample that sits out two steps continues as if it had been alone."""
+    if family != "llava":
+        pytest.skip("its positions on three axes are not counted by hand here")
+    prompts = [prompt(1, 6, 20, seed=3), prompt(1, 6, 14, seed=4)]
+    inputs = batch(prompts, side)
+    tokens, valid = torch.tensor([[9, 8, 7], [0, 0, 7]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    lengths = inputs["attention_mask"].sum(dim=1, keepdim=True)
+    positions = lengths + (valid.cumsum(dim=1) - 1).clamp(min=0)
+    begin = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    with rk.apply(model, policy(schedule=(rk.Stage(first, 0.3), rk.Stage(6, 0.2)))):
+        cache = model(**inputs, position_ids=begin, use_cache=True).past_key_values
+        for chunk in [slice(0, 3)] if together else [slice(step, step + 1) for step in range(3)]:
+            mask = torch.cat([inputs["attention_mask"], valid[:, : chunk.stop]], dim=1)
+            step = {"input_ids": tokens[:, chunk], "attention_mask": mask, "position_ids": positions[:, chunk]}
+            logits = model(**step, past_key_values=cache).logits
+        alone = model(**batch(prompts[1:]), use_cache=True).past_key_values
+        step = {"input_ids": torch.tensor([[7]]), "position_ids": torch.tensor([[len(prompts[1])]])}
+        expected = model(**step, past_key_values=alone).logits
+    torch.testing.assert_close(logits[1, -1], expected[0, -1], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_decoding_after_a_prompt_that_ends_in_an_image(model, prompt):
+    """The position that follows is the one behind the image, not the one behind its last token."""
+    inputs = prompt(1, 9, 0, seed=7)
+    inputs.ids = inputs.ids[: int((inputs.ids == 500).nonzero()[-1]) + 1]
+    logits = []
+    for this in (None, policy(schedule=(rk.Stage(0, 1.0),))):
+        routing = rk.apply(model, this) if this else None
+        cache = model(**batch([inputs]), use_cache=True).past_key_values
+        logits.append(model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits)
+        if routing:
+            routing.remove()
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_model_compiled_before_routing_routes(model, inputs):
+    compiled = torch.compile(model, backend="eager")
+    unrouted = compiled(**inputs).logits
+    with rk.apply(model, policy()) as routing:
+        expected = model(**inputs).logits
+        routing.trace = None
+        routed = compiled(**inputs).logits
+        assert routing.trace is not None
+    assert torch.equal(compiled(**inputs).logits, unrouted)
+    torch._dynamo.reset()
+    torch.testing.assert_close(routed, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(routed, unrouted, atol=1e-3)

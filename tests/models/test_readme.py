@@ -21,7 +21,7 @@ def test_first_block_routes_a_llava(tmp_path, monkeypatch, capsys):
     stages = names["routing"].trace.stages
     assert [stage.layer for stage in stages] == [3, 7, 15, 23]
     assert [len(stage.selected[0]) for stage in stages] == [152] * 4
-    assert "Where is the red cup?" in capsys.readouterr().out
+    assert "tensor([" in capsys.readouterr().out
 
 
 def test_second_block_is_a_policy():

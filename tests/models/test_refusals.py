@@ -246,3 +246,71 @@ def test_refusals_leave_the_model_usable(model, inputs):
         with pytest.raises(NotImplementedError):
             model(**inputs, output_attentions=True)
         assert torch.equal(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_packed_sequences(model, inputs):
+    length = inputs["input_ids"].shape[1]
+    positions = torch.cat([torch.arange(9), torch.arange(length - 9)])[None]
+    if "image_grid_thw" in inputs:
+        positions = positions.expand(4, 1, -1)
+    packed = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    with rk.apply(model, policy()):
+        with pytest.raises(NotImplementedError, match=r"position_ids of a routed prompt .* must count by one"):
+            model(**packed, position_ids=positions, use_cache=False)
+        model(**packed, position_ids=positions, use_cache=True)
+
+
+@torch.no_grad()
+def test_cache_on_which_a_call_failed(model, inputs):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    step = {"input_ids": torch.tensor([[7]])}
+    with rk.apply(model, policy()):
+        cache = model(**inputs, use_cache=True).past_key_values
+        handle = model.model.language_model.layers[9].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(**step, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(ValueError, match="must hold the same tokens in all layers"):
+            model(**step, past_key_values=cache)
+
+
+def test_double_precision(model):
+    with pytest.raises(NotImplementedError, match=r"model must be of dtype .* got torch\.float64"):
+        rk.apply(copy.deepcopy(model).double(), policy())
+
+
+def test_static_cache_through_generate(model, inputs):
+    with rk.apply(model, policy()), pytest.raises(NotImplementedError, match="got StaticCache"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_layers_that_the_configuration_leaves_out(model, inputs):
+    """Some decoders run only as many layers as the configuration names."""
+    other = copy.deepcopy(model)
+    layers = other.model.language_model.layers
+    other.model.language_model.layers = layers[:10]
+    with rk.apply(other, policy()):
+        other.model.language_model.layers = layers[:9]
+        with pytest.raises(RuntimeError, match="must run through all 10 decoder layers"):
+            other(**inputs)
+
+
+@torch.no_grad()
+def test_embeddings_on_a_filled_cache(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with rk.apply(model, policy()):
+        cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="input_ids must be given to a routed model"):
+            model(inputs_embeds=embeds, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_several_tokens_without_a_mask_after_a_decision_at_layer_0(model, inputs):
+    with rk.apply(model, policy(schedule=(rk.Stage(0, 0.5),))):
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(NotImplementedError, match="attention_mask must be given"):
+            model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
