@@ -370,7 +370,7 @@ class Routing:
         else:
             index = prompt.last.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
             last = positions.gather(-1, index)
-        if positions.ndim == 3:
+        if positions.ndim == 3 and not prompt.right_padded:
             # Of three axes, what follows stands behind the furthest one; a fourth counts the tokens.
             axes = positions[-3:]
             if prompt.valid is not None:
