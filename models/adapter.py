@@ -6,8 +6,6 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
-from ..ops import rank_tokens
-
 
 class Adapter:
     """The default: a `language_model` of Llama-like layers inside a model that merges image features into it.
@@ -66,7 +64,7 @@ class Adapter:
         """What the model hands its layers, from cos and sin as `rotary` gives them."""
         return cos, sin
 
-    def rank(
+    def ranking(
         self,
         layer: nn.Module,
         hidden: Tensor,
@@ -74,8 +72,8 @@ class Adapter:
         sin: Tensor,
         valid: Tensor | None,
         last: Tensor | None,
-    ) -> Tensor:
-        """Score tokens by the attention that each sample's last token would pay to them in this layer.
+    ) -> dict[str, object]:
+        """What scores tokens by the attention that each sample's last token would pay to them in this layer.
 
         Args:
             layer: the decision layer.
@@ -85,7 +83,7 @@ class Adapter:
             last: (B,) place of each sample's last token, or None where it is the last of the row.
 
         Returns:
-            (B, L) float32.
+            Arguments of `reroute_kernels.ops.rank_tokens`.
         """
         attention = layer.self_attn
         states = layer.input_layernorm(hidden)
@@ -96,4 +94,12 @@ class Adapter:
             query_states = states.gather(1, query_index[:, :, None].expand(-1, -1, states.shape[2]))
         query = attention.q_proj(query_states).unflatten(-1, (-1, attention.head_dim))
         key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
-        return rank_tokens(query, key, cos, sin, valid, query_index, scale=attention.scaling)
+        return {
+            "query": query,
+            "key": key,
+            "cos": cos,
+            "sin": sin,
+            "key_mask": valid,
+            "query_index": query_index,
+            "scale": attention.scaling,
+        }

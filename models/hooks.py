@@ -397,7 +397,7 @@ class Routing:
             cos, sin = self._adapter.rotary(layer, kwargs["position_embeddings"])
             tables = (cos, sin) if position_ids is None else (cos, sin, position_ids)
             tables = tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in tables)
-            hidden = forward.decide(hidden, tables, partial(self._rank, layer))
+            hidden = forward.decide(hidden, tables, partial(self._ranking, layer))
         cos, sin, *positions = forward.tables
         kwargs["position_embeddings"] = self._adapter.position_embeddings(cos, sin)
         kwargs["position_ids"] = positions[0] if positions else None
@@ -405,8 +405,8 @@ class Routing:
         return (hidden, *others), kwargs
 
     @torch.no_grad()
-    def _rank(self, layer: nn.Module, hidden: Tensor, tables: tuple, valid: Tensor | None, last: Tensor | None):
-        return self._adapter.rank(layer, hidden, *tables[:2], valid, last)
+    def _ranking(self, layer: nn.Module, hidden: Tensor, tables: tuple, valid: Tensor | None, last: Tensor | None):
+        return self._adapter.ranking(layer, hidden, *tables[:2], valid, last)
 
     def _prefill_mask(self, call: _Prefill, stage: int, hidden: Tensor) -> Tensor | None:
         # Rows without a token stand after all others, so that causality alone keeps them out.

@@ -1,20 +1,20 @@
-"""The four operations: what they accept, and their registration with `torch.library`.
+"""The operations: what they accept, what they return, and their gradients.
 
-Each is one registered call, `torch.ops.reroute_kernels.*`, which runs on the backend that `backends.py` chooses.
+Each checks its arguments and makes one registered call, see `library.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from operator import index as as_integer
 
 import torch
 from torch import Tensor
 
-from .backends import operations_for
+from . import library  # noqa: F401 (registers the operations)
 
 REDUCTIONS = ("mean", "max")
+ROTARY_STYLES = ("rotate_half", "interleaved")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 COPYABLE = (
     *FLOATING,
@@ -28,91 +28,93 @@ COPYABLE = (
 )
 _COPYABLE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in COPYABLE)
 
-_library = torch.library.Library("reroute_kernels", "DEF")
+
+def _refused(name: str, tensor: Tensor, accepted: str) -> ValueError:
+    got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+    return ValueError(f"{name} must be {accepted}, got {got}")
 
 
-def _register(schema: str, function, fake) -> None:
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"reroute_kernels::{name}", fake, lib=_library)
+def _expect_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
-def _rank(query, key, cos, sin, key_mask, query_index, scale, query_reduction, head_reduction):
-    with _full_precision(key.device):
-        return operations_for(key.device).rank_tokens(
-            query,
-            key,
-            cos,
-            sin,
-            key_mask,
-            query_index,
-            scale=scale,
-            query_reduction=query_reduction,
-            head_reduction=head_reduction,
+def _expect_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    _expect_tensor(name, flags)
+    if flags.shape != shape or flags.dtype != torch.bool or flags.device != device:
+        raise _refused(name, flags, f"{tuple(shape)} bool on {device}")
+
+
+def _check_ranking(
+    query, key, cos, sin, key_mask, query_index, past_key, past_mask, query_reduction, head_reduction, rotary_style
+) -> None:
+    _expect_tensor("query", query)
+    _expect_tensor("key", key)
+    if query.ndim != 4 or query.dtype not in FLOATING:
+        raise _refused("query", query, "(B, Q, Hq, D) float32, float16 or bfloat16")
+    if key.ndim != 4 or key.dtype != query.dtype:
+        raise _refused("key", key, f"(B, L, Hkv, D) {query.dtype}, as query is")
+    batch, queries, heads, head_dim = query.shape
+    length, kv_heads = key.shape[1:3]
+    device = query.device
+    if key.shape[0] != batch or key.shape[3] != head_dim or key.device != device:
+        raise _refused("key", key, f"(B, L, Hkv, D) with B = {batch} and D = {head_dim} on {device}, as query is")
+    if queries == 0 or head_dim == 0 or kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise _refused("query", query, f"(B, Q, Hq, D) with Q and D above 0 and Hq a multiple of Hkv = {kv_heads}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together, got only one of them")
+    if cos is not None:
+        _check_table("cos", cos, batch, length, head_dim, device)
+        _check_table("sin", sin, batch, length, head_dim, device)
+        if sin.shape != cos.shape:
+            raise _refused("sin", sin, f"{tuple(cos.shape)}, as cos is")
+    if key_mask is not None:
+        _expect_flags("key_mask", key_mask, (batch, length), device)
+    if query_index is not None:
+        _expect_tensor("query_index", query_index)
+        if query_index.shape != (batch, queries) or query_index.dtype != torch.int64 or query_index.device != device:
+            raise _refused("query_index", query_index, f"({batch}, {queries}) int64 on {device}")
+    elif queries > length:
+        raise ValueError(f"query must have at most L = {length} queries where query_index is None, got {queries}")
+    if past_key is not None:
+        _expect_tensor("past_key", past_key)
+        if (
+            past_key.ndim != 4
+            or past_key.shape[0] != batch
+            or past_key.shape[2:] != key.shape[2:]
+            or past_key.dtype != key.dtype
+            or past_key.device != device
+        ):
+            raise _refused(
+                "past_key", past_key, f"({batch}, P, {kv_heads}, {head_dim}) {key.dtype} on {device}, as key is"
+            )
+    if past_mask is not None:
+        if past_key is None:
+            raise ValueError("past_mask must come with past_key, got it alone")
+        _expect_flags("past_mask", past_mask, (batch, past_key.shape[1]), device)
+    for name, value, accepted in (
+        ("query_reduction", query_reduction, REDUCTIONS),
+        ("head_reduction", head_reduction, REDUCTIONS),
+        ("rotary_style", rotary_style, ROTARY_STYLES),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _check_table(name: str, table: Tensor, batch: int, length: int, head_dim: int, device: torch.device) -> None:
+    _expect_tensor(name, table)
+    if (
+        table.ndim != 3
+        or table.shape[0] not in (1, batch)
+        or table.shape[1] != length
+        or not 0 < table.shape[2] <= head_dim
+        or table.shape[2] % 2
+        or table.dtype not in FLOATING
+        or table.device != device
+    ):
+        raise _refused(
+            name, table, f"({batch} or 1, {length}, R) with R even and at most {head_dim}, floating point, on {device}"
         )
-
-
-def _full_precision(device):
-    # Autocast would compute the reference's products in half precision.
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def _rank_fake(query, key, cos, sin, key_mask, query_index, scale, query_reduction, head_reduction):
-    return key.new_empty(key.shape[:2], dtype=torch.float32)
-
-
-def _select(scores, pool, pinned, keep, length):
-    return operations_for(scores.device).select_tokens(scores, pool, pinned, keep, length)
-
-
-def _select_fake(scores, pool, pinned, keep, length):
-    return scores.new_empty((scores.shape[0], length), dtype=torch.int64)
-
-
-def _gather(index, tensors):
-    return list(operations_for(index.device).gather_tokens(index, *tensors))
-
-
-def _gather_fake(index, tensors):
-    return [tensor.new_empty((*index.shape, *tensor.shape[2:])) for tensor in tensors]
-
-
-def _scatter(full, index, compact):
-    operations_for(full.device).scatter_tokens_(full, index, compact)
-
-
-def _scatter_fake(full, index, compact):
-    return None
-
-
-_register(
-    "rank_tokens(Tensor query, Tensor key, Tensor? cos, Tensor? sin, Tensor? key_mask, Tensor? query_index, "
-    "float scale, str query_reduction, str head_reduction) -> Tensor",
-    _rank,
-    _rank_fake,
-)
-_register(
-    "select_tokens(Tensor scores, Tensor pool, Tensor pinned, Tensor keep, SymInt length) -> Tensor",
-    _select,
-    _select_fake,
-)
-_register("gather_tokens(Tensor index, Tensor[] tensors) -> Tensor[]", _gather, _gather_fake)
-_register("scatter_tokens_(Tensor(a!) full, Tensor index, Tensor compact) -> ()", _scatter, _scatter_fake)
-
-
-def _expect(condition: bool, name: str, tensor: Tensor, accepted: str) -> None:
-    if not condition:
-        got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-        raise ValueError(f"{name} must be {accepted}, got {got}")
-
-
-def _expect_tensors(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
 
 
 def rank_tokens(
@@ -122,10 +124,13 @@ def rank_tokens(
     sin: Tensor | None = None,
     key_mask: Tensor | None = None,
     query_index: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_mask: Tensor | None = None,
     *,
     scale: float | None = None,
     query_reduction: str = "mean",
     head_reduction: str = "mean",
+    rotary_style: str = "rotate_half",
 ) -> Tensor:
     """Score every token by the attention that a few queries pay to it.
 
@@ -137,90 +142,73 @@ def rank_tokens(
         query: (B, Q, Hq, D), as projected; float32, float16 or bfloat16.
         key: (B, L, Hkv, D), as projected, same dtype as `query`; Hq is a multiple of Hkv, and query heads
             h * Hq / Hkv and following share key head h.
-        cos, sin: (B or 1, L, R), rotary embedding of the L positions in the rotate-half form, on the first R of D
-            channels, R even. It rotates `key` and, by the rows that `query_index` names, `query`. None: both come
+        cos, sin: (B or 1, L, R), rotary embedding of the L positions on the first R of D channels, R even; entry c
+            belongs to channel c. It rotates `key` and, by the rows that `query_index` names, `query`. None: both come
             rotated, or need no rotation.
         key_mask: (B, L) bool, True at keys that count. None: all do.
         query_index: (B, Q) int64, the place of each query among the L tokens; a query sees keys up to its own place,
             and none at -1. Places of L or more are not checked for. None: the queries are the last Q tokens that
             `key_mask` admits.
+        past_key: (B, P, Hkv, D), rotated keys of earlier turns, such as a view of a KV cache. They count in the
+            softmax beside `key`, before all of its tokens, and get no scores. None: there are none.
+        past_mask: (B, P) bool, True at past keys that count. None: all do.
         scale: factor on the logits. None: D ** -0.5.
         query_reduction, head_reduction: `"mean"` or `"max"`.
+        rotary_style: which channels of the R form a pair: `"rotate_half"`, c and c + R / 2 (Llama, Qwen), or
+            `"interleaved"`, 2c and 2c + 1 (GLM, Cohere).
 
     Returns:
-        (B, L) float32; 0 where no query sees the key. Not differentiable.
+        (B, L) float32; 0 where no query sees the key. Not differentiable. Besides it, memory for B * Q * Hq * L
+        floats is used.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or name is not accepted.
     """
-    _expect_tensors(query=query, key=key)
-    _expect(query.ndim == 4 and query.dtype in FLOATING, "query", query, "(B, Q, Hq, D) float32, float16 or bfloat16")
-    _expect(key.ndim == 4 and key.dtype == query.dtype, "key", key, f"(B, L, Hkv, D) {query.dtype}, as query is")
-    batch, queries, heads, head_dim = query.shape
-    length, kv_heads = key.shape[1:3]
-    _expect(
-        key.shape[0] == batch and key.shape[3] == head_dim and key.device == query.device,
-        "key",
-        key,
-        f"(B, L, Hkv, D) with B = {batch} and D = {head_dim} on {query.device}, as query is",
+    _check_ranking(
+        query, key, cos, sin, key_mask, query_index, past_key, past_mask, query_reduction, head_reduction, rotary_style
     )
-    _expect(
-        queries > 0 and head_dim > 0 and kv_heads > 0 and heads > 0 and heads % kv_heads == 0,
-        "query",
-        query,
-        f"(B, Q, Hq, D) with Q and D above 0 and Hq a multiple of Hkv = {kv_heads}",
-    )
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin must be given together, got only one of them")
-    if cos is not None:
-        _expect_tensors(cos=cos, sin=sin)
-        for name, table in (("cos", cos), ("sin", sin)):
-            _expect(
-                table.ndim == 3
-                and table.shape[0] in (1, batch)
-                and table.shape[1] == length
-                and 0 < table.shape[2] <= head_dim
-                and table.shape[2] % 2 == 0
-                and table.dtype in FLOATING
-                and table.shape == cos.shape
-                and table.device == key.device,
-                name,
-                table,
-                f"({batch} or 1, {length}, R) with R even and at most {head_dim}, floating point, on {key.device}",
-            )
-    if key_mask is not None:
-        _expect_tensors(key_mask=key_mask)
-        _expect_flags("key_mask", key_mask, (batch, length), key.device)
-    if query_index is not None:
-        _expect_tensors(query_index=query_index)
-        _expect(
-            query_index.shape == (batch, queries)
-            and query_index.dtype == torch.int64
-            and query_index.device == key.device,
-            "query_index",
-            query_index,
-            f"({batch}, {queries}) int64 on {key.device}",
-        )
-    elif queries > length:
-        raise ValueError(f"query must have at most L = {length} queries where query_index is None, got {queries}")
-    for name, value in (("query_reduction", query_reduction), ("head_reduction", head_reduction)):
-        if value not in REDUCTIONS:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, REDUCTIONS))}, got {value!r}")
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.no_grad():
         return torch.ops.reroute_kernels.rank_tokens(
-            query, key, cos, sin, key_mask, query_index, scale, query_reduction, head_reduction
+            query,
+            key,
+            cos,
+            sin,
+            key_mask,
+            query_index,
+            past_key,
+            past_mask,
+            scale,
+            query_reduction,
+            head_reduction,
+            rotary_style,
         )
 
 
-def _expect_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    _expect(
-        flags.shape == shape and flags.dtype == torch.bool and flags.device == device,
-        name,
-        flags,
-        f"{tuple(shape)} bool on {device}",
-    )
+def _check_selection(pool, pinned, keep, length, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`keep` as a tensor."""
+    _expect_flags("pool", pool, shape, device)
+    _expect_flags("pinned", pinned, shape, device)
+    batch = shape[0]
+    if not isinstance(keep, Tensor):
+        values = list(keep) if isinstance(keep, Iterable) else [keep] * batch
+        try:
+            counts = [as_integer(k) for k in values if not isinstance(k, bool)]
+        except TypeError:
+            counts = []
+        if len(counts) != len(values):
+            raise TypeError(f"keep must be an integer, integers or a tensor, got {keep!r}")
+        if len(counts) != batch or any(k < 0 for k in counts):
+            raise ValueError(f"keep must be an integer of 0 or more, or {batch} of them, got {keep!r}")
+        keep = torch.tensor(counts, dtype=torch.int64, device=device)
+    if keep.shape != (batch,) or keep.dtype not in (torch.int32, torch.int64) or keep.device != device:
+        raise _refused("keep", keep, f"({batch},) int32 or int64 on {device}")
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+        raise TypeError(f"length must be an integer, got {length!r}")
+    if length < 0:
+        raise ValueError(f"length must be 0 or more, got {length}")
+    return keep
 
 
 def select_tokens(
@@ -246,33 +234,30 @@ def select_tokens(
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or number is not accepted.
     """
-    _expect_tensors(scores=scores, pool=pool, pinned=pinned)
-    _expect(scores.ndim == 2 and scores.dtype == torch.float32, "scores", scores, "(B, L) float32")
-    _expect_flags("pool", pool, scores.shape, scores.device)
-    _expect_flags("pinned", pinned, scores.shape, scores.device)
-    batch = scores.shape[0]
-    if not isinstance(keep, Tensor):
-        values = list(keep) if isinstance(keep, Iterable) else [keep] * batch
-        try:
-            counts = [as_integer(k) for k in values if not isinstance(k, bool)]
-        except TypeError:
-            counts = []
-        if len(counts) != len(values):
-            raise TypeError(f"keep must be an integer, integers or a tensor, got {keep!r}")
-        if len(counts) != batch or any(k < 0 for k in counts):
-            raise ValueError(f"keep must be an integer of 0 or more, or {batch} of them, got {keep!r}")
-        keep = torch.tensor(counts, dtype=torch.int64, device=scores.device)
-    _expect(
-        keep.shape == (batch,) and keep.dtype in (torch.int32, torch.int64) and keep.device == scores.device,
-        "keep",
-        keep,
-        f"({batch},) int32 or int64 on {scores.device}",
-    )
-    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
-        raise TypeError(f"length must be an integer, got {length!r}")
-    if length < 0:
-        raise ValueError(f"length must be 0 or more, got {length}")
+    _expect_tensor("scores", scores)
+    if scores.ndim != 2 or scores.dtype != torch.float32:
+        raise _refused("scores", scores, "(B, L) float32")
+    keep = _check_selection(pool, pinned, keep, length, scores.shape, scores.device)
     return torch.ops.reroute_kernels.select_tokens(scores, pool, pinned, keep, length)
+
+
+def _check_rows(tensors, batch: int, length: int | None, device: torch.device) -> None:
+    for i, tensor in enumerate(tensors):
+        _expect_tensor(f"tensors[{i}]", tensor)
+        if length is None and tensor.ndim >= 2:
+            length = tensor.shape[1]
+        if (
+            tensor.ndim < 2
+            or tensor.shape[0] != batch
+            or tensor.shape[1] != length
+            or tensor.dtype not in COPYABLE
+            or tensor.device != device
+        ):
+            raise _refused(
+                f"tensors[{i}]",
+                tensor,
+                f"(B, L, ...) with B = {batch} and one L for all of them, on {device}, of dtype {_COPYABLE_NAMES}",
+            )
 
 
 class _Gather(torch.autograd.Function):
@@ -310,25 +295,86 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype or device is not accepted, or there is nothing to gather.
     """
-    _expect_tensors(index=index, **{f"tensors[{i}]": tensor for i, tensor in enumerate(tensors)})
+    _expect_tensor("index", index)
     if not tensors:
         raise ValueError("tensors must hold at least one tensor, got none")
-    _expect(index.ndim == 2 and index.dtype == torch.int64, "index", index, "(B, M) int64")
-    for i, tensor in enumerate(tensors):
-        _expect(
-            tensor.ndim >= 2
-            and tensor.shape[0] == index.shape[0]
-            and tensor.shape[1] == tensors[0].shape[1]
-            and tensor.dtype in COPYABLE
-            and tensor.device == index.device,
-            f"tensors[{i}]",
-            tensor,
-            f"(B, L, ...) with B = {index.shape[0]} and one L for all of them, on {index.device}, "
-            f"of dtype {_COPYABLE_NAMES}",
-        )
+    if index.ndim != 2 or index.dtype != torch.int64:
+        raise _refused("index", index, "(B, M) int64")
+    _check_rows(tensors, index.shape[0], None, index.device)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _Gather.apply(index, *tensors)
     return tuple(torch.ops.reroute_kernels.gather_tokens(index, tensors))
+
+
+def route_tokens(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_index: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    query_reduction: str = "mean",
+    head_reduction: str = "mean",
+    rotary_style: str = "rotate_half",
+    pool: Tensor,
+    pinned: Tensor,
+    keep: int | Sequence[int] | Tensor,
+    length: int,
+    tensors: Sequence[Tensor] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Make a whole decision in one call: rank the tokens, select those that run, and compact what belongs to them.
+
+    Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in fewer launches: three
+    where a sample's logits (Q * Hq * L) are at most 65,536 and L at most 4,096. Differentiable in `tensors`.
+
+    Args:
+        query, key, cos, sin, key_mask, query_index, past_key, past_mask, scale, query_reduction, head_reduction,
+            rotary_style: as in `rank_tokens`.
+        pool, pinned, keep, length: as in `select_tokens`.
+        tensors: each (B, L, ...), as in `gather_tokens`; may be none.
+
+    Returns:
+        (B, M) int64, the kept index, and a tuple of one contiguous (B, M, ...) tensor for each of `tensors`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a shape, dtype, device, name or number is not accepted.
+    """
+    _check_ranking(
+        query, key, cos, sin, key_mask, query_index, past_key, past_mask, query_reduction, head_reduction, rotary_style
+    )
+    batch, total = key.shape[:2]
+    keep = _check_selection(pool, pinned, keep, length, (batch, total), key.device)
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
+    _check_rows(tensors, batch, total, key.device)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    with torch.no_grad():
+        index, compact = torch.ops.reroute_kernels.route_tokens(
+            query,
+            key,
+            cos,
+            sin,
+            key_mask,
+            query_index,
+            past_key,
+            past_mask,
+            scale,
+            query_reduction,
+            head_reduction,
+            rotary_style,
+            pool,
+            pinned,
+            keep,
+            length,
+            () if needs_gradient else tensors,
+        )
+    return index, _Gather.apply(index, *tensors) if needs_gradient else tuple(compact)
 
 
 class _Scatter(torch.autograd.Function):
@@ -369,24 +415,16 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or memory layout is not accepted.
     """
-    _expect_tensors(full=full, index=index, compact=compact)
-    _expect(full.ndim >= 2 and full.dtype in COPYABLE, "full", full, f"(B, L, ...) of dtype {_COPYABLE_NAMES}")
-    _expect(
-        index.ndim == 2
-        and index.shape[0] == full.shape[0]
-        and index.dtype == torch.int64
-        and index.device == full.device,
-        "index",
-        index,
-        f"({full.shape[0]}, M) int64 on {full.device}",
-    )
+    _expect_tensor("full", full)
+    _expect_tensor("index", index)
+    _expect_tensor("compact", compact)
+    if full.ndim < 2 or full.dtype not in COPYABLE:
+        raise _refused("full", full, f"(B, L, ...) of dtype {_COPYABLE_NAMES}")
+    if index.ndim != 2 or index.shape[0] != full.shape[0] or index.dtype != torch.int64 or index.device != full.device:
+        raise _refused("index", index, f"({full.shape[0]}, M) int64 on {full.device}")
     shape = (*index.shape, *full.shape[2:])
-    _expect(
-        compact.shape == shape and compact.dtype == full.dtype and compact.device == full.device,
-        "compact",
-        compact,
-        f"{tuple(shape)} {full.dtype} on {full.device}",
-    )
+    if compact.shape != shape or compact.dtype != full.dtype or compact.device != full.device:
+        raise _refused("compact", compact, f"{tuple(shape)} {full.dtype} on {full.device}")
     if any(stride == 0 and size > 1 for stride, size in zip(full.stride(), full.shape, strict=True)):
         raise ValueError(
             f"full must not be an expanded view, got strides {full.stride()} for shape {tuple(full.shape)}"

@@ -15,8 +15,9 @@ from torch import Tensor
 from . import ops
 from .policy import Policy
 
-# Scores the tokens of a sequence: (hidden, tables, key mask or None, last token of each sample or None) -> (B, L).
-Ranking = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | None"], Tensor]
+# What `ops.rank_tokens` takes to score the tokens of a sequence, from (hidden, tables, key mask or None, last token of
+# each sample or None).
+Ranking = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | None"], "dict[str, object]"]
 
 
 class Prompt:
@@ -118,29 +119,33 @@ class RoutedForward:
         Args:
             hidden: (B, L, d) of the full sequence at the first decision, then (B, M, d) as the last stage left it.
             tables: per-token tensors of the full sequence, (B, L, ...).
-            rank: scores the candidates.
+            rank: gives the queries and keys that score the candidates.
 
         Returns:
             (B, M, d), the hidden states of the tokens that run.
         """
         stage = len(self.kept)
         source = self._source(hidden, tables)
-        scores = rank(source.hidden, source.tables, source.valid, source.last)
-        index = ops.select_tokens(scores, source.pool, source.pinned, self.keep[stage], self.lengths[stage])
-        if self.policy.action == "reroute":
-            pool, pinned = source.pool, source.pinned
-            compact, *tables = ops.gather_tokens(index, source.hidden, *source.tables)
-        else:
-            compact, pool, pinned, *tables = ops.gather_tokens(
-                index, source.hidden, source.pool, source.pinned, *source.tables
-            )
-        kept = index
+        removes = self.policy.action == "remove"
+        # What is removed is no candidate later: its flags leave with it, and places are counted in the full sequence.
+        carried = (source.pool, source.pinned) if removes else ()
         if source.kept is not None:
-            kept = torch.where(index < 0, index, source.kept.gather(1, index.clamp(min=0)))
+            carried += (source.kept,)
+        index, (compact, *rows) = ops.route_tokens(
+            **rank(source.hidden, source.tables, source.valid, source.last),
+            pool=source.pool,
+            pinned=source.pinned,
+            keep=self.keep[stage],
+            length=self.lengths[stage],
+            tensors=(source.hidden, *source.tables, *carried),
+        )
+        tables, carried = tuple(rows[: len(source.tables)]), rows[len(source.tables) :]
+        pool, pinned = carried[:2] if removes else (source.pool, source.pinned)
+        kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
         valid = kept >= 0 if self.is_ragged(stage) else None
         last = valid.sum(dim=1) - 1 if valid is not None else None
-        self._sequence = Sequence(compact, tuple(tables), pool, pinned, valid, last, kept)
+        self._sequence = Sequence(compact, tables, pool, pinned, valid, last, kept)
         return compact
 
     def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> Sequence:

@@ -7,7 +7,7 @@ import torch
 
 import reroute_kernels as rk
 
-NAMES = ["rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_"]
+NAMES = ["rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_", "route_tokens"]
 
 
 @pytest.fixture(params=["ref", "triton"])
@@ -20,26 +20,28 @@ def backend(request):
 def arguments(device):
     """Arguments that each operation accepts, by name."""
     flags = torch.arange(20, device=device) % 3 == 0
+    ranking = {
+        "query": torch.randn(2, 1, 4, 16, device=device),
+        "key": torch.randn(2, 20, 2, 16, device=device),
+        "cos": torch.randn(2, 20, 8, device=device),
+        "sin": torch.randn(2, 20, 8, device=device),
+        "key_mask": (torch.arange(20, device=device) > 2).expand(2, 20),
+        "query_index": torch.tensor([[19], [7]], device=device),
+        "past_key": torch.randn(2, 7, 2, 16, device=device),
+        "past_mask": (torch.arange(7, device=device) > 1).expand(2, 7),
+    }
+    selection = {
+        "pool": ~flags.expand(2, 20),
+        "pinned": flags.expand(2, 20),
+        "keep": torch.tensor([3, 5], device=device),
+        "length": 12,
+    }
+    rows = [torch.randn(2, 20, 16, device=device), torch.arange(40, device=device).view(2, 20)]
     return {
-        "rank_tokens": {
-            "query": torch.randn(2, 1, 4, 16, device=device),
-            "key": torch.randn(2, 20, 2, 16, device=device),
-            "cos": torch.randn(2, 20, 8, device=device),
-            "sin": torch.randn(2, 20, 8, device=device),
-            "key_mask": (torch.arange(20, device=device) > 2).expand(2, 20),
-            "query_index": torch.tensor([[19], [7]], device=device),
-        },
-        "select_tokens": {
-            "scores": torch.randn(2, 20, device=device),
-            "pool": ~flags.expand(2, 20),
-            "pinned": flags.expand(2, 20),
-            "keep": torch.tensor([3, 5], device=device),
-            "length": 12,
-        },
-        "gather_tokens": {
-            "index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device),
-            "tensors": [torch.randn(2, 20, 16, device=device), torch.arange(40, device=device).view(2, 20)],
-        },
+        "rank_tokens": ranking,
+        "select_tokens": {"scores": torch.randn(2, 20, device=device), **selection},
+        "gather_tokens": {"index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device), "tensors": rows},
+        "route_tokens": {**ranking, **selection, "tensors": rows},
         "scatter_tokens_": {
             "full": torch.randn(2, 20, 16, device=device),
             "index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device),
@@ -57,10 +59,14 @@ def call(operations, name, arguments):
         return value.clone() if isinstance(value, torch.Tensor) else value
 
     arguments = {key: copied(value) for key, value in arguments.items()}
-    tensors = arguments.pop("tensors", ())
     operation = getattr(operations, name)
-    result = operation(arguments["index"], *tensors) if tensors else operation(**arguments)
-    return result if isinstance(result, tuple) else (result,)
+    if name == "gather_tokens":
+        return operation(arguments["index"], *arguments["tensors"])
+    result = operation(**arguments)
+    if name == "route_tokens":
+        index, compact = result
+        return (index, *compact)
+    return (result,)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +78,10 @@ def test_wrapper_equals_every_backend(arguments, backend, name):
             torch.testing.assert_close(actual, expected, atol=0 if exact else 1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("option", "value"), [("scale", 0.9), ("query_reduction", "max"), ("head_reduction", "max")])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("scale", 0.9), ("query_reduction", "max"), ("head_reduction", "max"), ("rotary_style", "interleaved")],
+)
 def test_options_of_ranking(device, arguments, backend, option, value):
     values = arguments["rank_tokens"] | {"query": torch.randn(2, 2, 4, 16, device=device), "query_index": None}
     scores = rk.ops.rank_tokens(**values, **{option: value})
@@ -88,13 +97,24 @@ def test_is_registered(name):
 def registered_arguments(name, arguments, optional):
     """As `torch.ops.reroute_kernels` takes them, which has no defaults."""
     values = arguments[name]
-    if name == "rank_tokens":
-        query, key = values["query"], values["key"]
-        if not optional:
-            return (query, key, None, None, None, None, 0.25, "mean", "mean")
-        rest = [values[name] for name in ("cos", "sin", "key_mask", "query_index")]
-        return (query.half(), key.half(), *rest, 0.25, "mean", "max")
-    return tuple(values.values())
+    if name not in ("rank_tokens", "route_tokens"):
+        return tuple(values.values())
+    query, key, *rest = [values[each] for each in arguments["rank_tokens"]]
+    selection = [values[each] for each in values if each not in arguments["rank_tokens"]]
+    if not optional:
+        return (
+            query,
+            key,
+            *[None] * 6,
+            0.25,
+            "mean",
+            "mean",
+            "rotate_half",
+            *selection[:4],
+            *([[]] if selection else []),
+        )
+    rest[4] = rest[4].half()
+    return (query.half(), key.half(), *rest, 0.25, "mean", "max", "interleaved", *selection)
 
 
 @pytest.mark.parametrize("optional", [False, True], ids=["least-arguments", "all-arguments"])
@@ -148,7 +168,7 @@ def test_keep_per_sample_as_a_list(arguments):
     assert not torch.equal(index, rk.ops.select_tokens(**values | {"keep": [5, 3]}))
 
 
-RANK, SELECT, GATHER, SCATTER = NAMES
+RANK, SELECT, GATHER, SCATTER, ROUTE = NAMES
 ones = partial(torch.ones, device="cuda" if torch.cuda.is_available() else "cpu")
 REFUSED = [
     # operation, arguments in place of good ones, error, what its message says
@@ -176,8 +196,9 @@ REFUSED = [
     (RANK, {"cos": ones(2, 20, 0)}, ValueError, ["cos", "(2, 20, 0)", "even"]),
     (RANK, {"cos": ones(2, 20, 8).long()}, ValueError, ["cos", "int64", "floating point"]),
     (RANK, {"cos": ones(2, 20, 8, device="meta")}, ValueError, ["cos", "meta", "on "]),
-    (RANK, {"sin": ones(1, 20, 8)}, ValueError, ["sin", "(1, 20, 8)", "(2 or 1, 20, R)"]),
-    (RANK, {"sin": ones(2, 20, 6)}, ValueError, ["sin", "(2, 20, 6)", "(2 or 1, 20, R)"]),
+    (RANK, {"sin": ones(1, 20, 8)}, ValueError, ["sin", "(1, 20, 8)", "(2, 20, 8), as cos is"]),
+    (RANK, {"sin": ones(2, 20, 6)}, ValueError, ["sin", "(2, 20, 6)", "(2, 20, 8), as cos is"]),
+    (RANK, {"sin": ones(2, 20, 8).bool()}, ValueError, ["sin", "bool", "floating point"]),
     (RANK, {"key_mask": [True]}, TypeError, ["key_mask", "tensor", "list"]),
     (RANK, {"key_mask": ones(2, 20)}, ValueError, ["key_mask", "float32", "(2, 20) bool"]),
     (RANK, {"key_mask": ones(1, 20).bool()}, ValueError, ["key_mask", "(1, 20)", "(2, 20) bool"]),
@@ -187,6 +208,18 @@ REFUSED = [
     (RANK, {"query_index": ones(2, 1).int()}, ValueError, ["query_index", "int32", "(2, 1) int64"]),
     (RANK, {"query_index": ones(2, 1, device="meta").long()}, ValueError, ["query_index", "meta", "(2, 1) int64"]),
     (RANK, {"query": ones(2, 21, 4, 16), "query_index": None}, ValueError, ["query", "21", "at most L = 20"]),
+    (RANK, {"past_key": 1}, TypeError, ["past_key", "tensor", "int"]),
+    (RANK, {"past_key": ones(2, 7, 16)}, ValueError, ["past_key", "(2, 7, 16)", "(2, P, 2, 16)"]),
+    (RANK, {"past_key": ones(1, 7, 2, 16)}, ValueError, ["past_key", "(1, 7, 2, 16)", "(2, P, 2, 16)"]),
+    (RANK, {"past_key": ones(2, 2, 7, 16)}, ValueError, ["past_key", "(2, 2, 7, 16)", "(2, P, 2, 16)"]),
+    (RANK, {"past_key": ones(2, 7, 2, 8)}, ValueError, ["past_key", "(2, 7, 2, 8)", "(2, P, 2, 16)"]),
+    (RANK, {"past_key": ones(2, 7, 2, 16).half()}, ValueError, ["past_key", "float16", "as key is"]),
+    (RANK, {"past_key": ones(2, 7, 2, 16, device="meta")}, ValueError, ["past_key", "meta", "as key is"]),
+    (RANK, {"past_key": None}, ValueError, ["past_mask", "past_key", "alone"]),
+    (RANK, {"past_mask": 1}, TypeError, ["past_mask", "tensor", "int"]),
+    (RANK, {"past_mask": ones(2, 6).bool()}, ValueError, ["past_mask", "(2, 6)", "(2, 7) bool"]),
+    (RANK, {"past_mask": ones(2, 7)}, ValueError, ["past_mask", "float32", "(2, 7) bool"]),
+    (RANK, {"rotary_style": "neox"}, ValueError, ["rotary_style", "'neox'", "'rotate_half', 'interleaved'"]),
     (RANK, {"query_reduction": "sum"}, ValueError, ["query_reduction", "'sum'", "'mean', 'max'"]),
     (RANK, {"head_reduction": None}, ValueError, ["head_reduction", "None", "'mean', 'max'"]),
     (SELECT, {"scores": [0.5]}, TypeError, ["scores", "tensor", "list"]),
@@ -223,6 +256,19 @@ REFUSED = [
     (GATHER, {"index": [[0]]}, TypeError, ["index", "tensor", "list"]),
     (GATHER, {"index": ones(2).long()}, ValueError, ["index", "(2,)", "(B, M) int64"]),
     (GATHER, {"index": ones(2, 3).int()}, ValueError, ["index", "int32", "(B, M) int64"]),
+    (ROUTE, {"key": None}, TypeError, ["key", "tensor", "NoneType"]),
+    (ROUTE, {"query": ones(2, 1, 3, 16)}, ValueError, ["query", "(2, 1, 3, 16)", "multiple of Hkv = 2"]),
+    (ROUTE, {"past_key": ones(1, 7, 2, 16)}, ValueError, ["past_key", "(1, 7, 2, 16)", "(2, P, 2, 16)"]),
+    (ROUTE, {"pool": ones(2, 19).bool()}, ValueError, ["pool", "(2, 19)", "(2, 20) bool"]),
+    (ROUTE, {"pinned": ones(2, 20)}, ValueError, ["pinned", "float32", "(2, 20) bool"]),
+    (ROUTE, {"keep": [3, -1]}, ValueError, ["keep", "[3, -1]", "0 or more"]),
+    (ROUTE, {"length": -1}, ValueError, ["length", "-1", "0 or more"]),
+    (ROUTE, {"tensors": ones(2, 20)}, TypeError, ["tensors", "sequence", "Tensor"]),
+    (ROUTE, {"tensors": 3}, TypeError, ["tensors", "sequence", "int"]),
+    (ROUTE, {"tensors": [None]}, TypeError, ["tensors[0]", "tensor", "NoneType"]),
+    (ROUTE, {"tensors": [ones(2, 20), ones(2, 19)]}, ValueError, ["tensors[1]", "(2, 19)", "one L"]),
+    (ROUTE, {"tensors": [ones(2, 19)]}, ValueError, ["tensors[0]", "(2, 19)", "one L"]),
+    (ROUTE, {"tensors": [ones(2, 20).cfloat()]}, ValueError, ["tensors[0]", "complex64", "float32, float16"]),
     (SCATTER, {"full": None}, TypeError, ["full", "tensor", "NoneType"]),
     (SCATTER, {"full": ones(20)}, ValueError, ["full", "(20,)", "(B, L, ...)"]),
     (SCATTER, {"full": ones(2, 20, 16).cfloat()}, ValueError, ["full", "complex64", "float32, float16"]),
@@ -247,10 +293,9 @@ REFUSED = [
 )
 def test_refuses_and_says_why(arguments, name, changes, error, said):
     values = arguments[name] | changes
-    tensors = values.pop("tensors", ())
     operation = getattr(rk.ops, name)
     with pytest.raises(error) as refusal:
-        operation(values["index"], *tensors) if name == GATHER else operation(**values)
+        operation(values["index"], *values["tensors"]) if name == GATHER else operation(**values)
     message = str(refusal.value)
     assert message.startswith(said[0])
     assert all(part in message for part in said), message

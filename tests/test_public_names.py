@@ -7,7 +7,13 @@ import pytest
 
 import reroute_kernels as rk
 
-OPERATIONS = ["gather_tokens", "rank_tokens", "scatter_tokens_", "select_tokens"]
+OPERATIONS = ["gather_tokens", "rank_tokens", "route_tokens", "scatter_tokens_", "select_tokens"]
+RANKING = (
+    "query: Tensor, key: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, "
+    "key_mask: Tensor | None = None, query_index: Tensor | None = None, past_key: Tensor | None = None, "
+    "past_mask: Tensor | None = None, *, scale: float | None = None, query_reduction: str = mean, "
+    "head_reduction: str = mean, rotary_style: str = rotate_half"
+)
 
 
 def test_names():
@@ -45,9 +51,9 @@ def test_signatures():
     signatures = {name: str(inspect.signature(getattr(rk.ops, name))).replace("'", "") for name in OPERATIONS}
     assert signatures == {
         "gather_tokens": "(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]",
-        "rank_tokens": "(query: Tensor, key: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, "
-        "key_mask: Tensor | None = None, query_index: Tensor | None = None, *, scale: float | None = None, "
-        "query_reduction: str = mean, head_reduction: str = mean) -> Tensor",
+        "rank_tokens": f"({RANKING}) -> Tensor",
+        "route_tokens": f"({RANKING}, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, length: int, "
+        "tensors: Sequence[Tensor] = ()) -> tuple[Tensor, tuple[Tensor, ...]]",
         "scatter_tokens_": "(full: Tensor, index: Tensor, compact: Tensor) -> Tensor",
         "select_tokens": "(scores: Tensor, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, "
         "length: int) -> Tensor",
@@ -60,8 +66,9 @@ def test_backends_have_the_same_signatures(module, name):
     assert inspect.signature(getattr(module, name)) == inspect.signature(getattr(rk.ops, name))
 
 
-def test_selection_takes_counts_as_a_tensor_below_the_boundary():
-    public, reference, kernels = (inspect.signature(module.select_tokens) for module in (rk.ops, rk.ref, rk.triton))
+@pytest.mark.parametrize("name", ["select_tokens", "route_tokens"])
+def test_selection_takes_counts_as_a_tensor_below_the_boundary(name):
+    public, reference, kernels = (inspect.signature(getattr(module, name)) for module in (rk.ops, rk.ref, rk.triton))
     assert reference == kernels
     assert list(reference.parameters) == list(public.parameters)
     assert reference.parameters["keep"].annotation == "Tensor"

@@ -43,6 +43,8 @@ REDUCTIONS = [
     for query, head in product(("mean", "max"), repeat=2)
 ]
 
+ROTARY_STYLES = ["rotate_half", "interleaved"]
+
 
 def random_inputs(device, batch, length, queries, heads, kv_heads, head_dim, rotary, dtype=torch.float32):
     """Inputs whose attention is uneven, so that an error in one logit moves the scores."""
@@ -69,7 +71,7 @@ def assert_scores_equal(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=2e-4, equal_nan=True)
 
 
-def full_attention(query, key, cos, sin, key_mask, scale):
+def full_attention(query, key, cos, sin, key_mask, scale, interleaved):
     """Attention of a query at every position, in float64: [B, Hq, L, L]; nothing of it comes from the library."""
 
     def rotate(x):
@@ -77,8 +79,12 @@ def full_attention(query, key, cos, sin, key_mask, scale):
             return x
         rotary = cos.shape[-1]
         x, rest = x.split((rotary, x.shape[-1] - rotary), dim=-1)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((x * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2), rest), -1)
+        if interleaved:
+            partner = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        else:
+            first, second = x.chunk(2, dim=-1)
+            partner = torch.cat((-second, first), -1)
+        return torch.cat((x * cos.unsqueeze(2) + partner * sin.unsqueeze(2), rest), -1)
 
     batch, length, heads, _ = query.shape
     query = rotate(query).transpose(1, 2)
@@ -99,6 +105,7 @@ def last_positions(key_mask, queries):
 
 
 @pytest.mark.parametrize("reductions", REDUCTIONS)
+@pytest.mark.parametrize("rotary_style", ROTARY_STYLES)
 @pytest.mark.parametrize("masked", [False, True], ids=["no-mask", "padding"])
 @pytest.mark.parametrize("placed", [False, True], ids=["last-queries", "queries-in-the-middle"])
 @pytest.mark.parametrize(
@@ -111,7 +118,7 @@ def last_positions(key_mask, queries):
     ],
 )
 def test_reference_reads_rows_of_full_attention(
-    device, length, queries, heads, kv_heads, head_dim, rotary, scale, placed, masked, reductions
+    device, length, queries, heads, kv_heads, head_dim, rotary, scale, placed, masked, rotary_style, reductions
 ):
     batch = 3
     inputs = random_inputs(device, batch, length, length, heads, kv_heads, head_dim, rotary)
@@ -120,6 +127,7 @@ def test_reference_reads_rows_of_full_attention(
         *(inputs[name].double() if name in inputs else None for name in ("query", "key", "cos", "sin")),
         key_mask,
         head_dim**-0.5 if scale is None else scale,
+        rotary_style == "interleaved",
     )
     if placed:
         query_index = torch.stack([torch.randperm(length, device=device)[:queries] for _ in range(batch)])
@@ -135,14 +143,107 @@ def test_reference_reads_rows_of_full_attention(
     expected = expected.mean(1) if reductions["head_reduction"] == "mean" else expected.amax(1)
 
     inputs["query"] = inputs["query"][sample, rows]
-    scores = rk.ref.rank_tokens(**inputs, key_mask=key_mask, query_index=query_index, scale=scale, **reductions)
+    options = {"scale": scale, "rotary_style": rotary_style, **reductions}
+    scores = rk.ref.rank_tokens(**inputs, key_mask=key_mask, query_index=query_index, **options)
     torch.testing.assert_close(scores, expected.float(), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rotary_style", ROTARY_STYLES)
 @pytest.mark.parametrize(("batch", "length", "queries", "heads", "kv_heads", "head_dim", "rotary"), SHAPES)
-def test_triton_matches_reference(device, batch, length, queries, heads, kv_heads, head_dim, rotary):
+def test_triton_matches_reference(
+    device, batch, length, queries, heads, kv_heads, head_dim, rotary, rotary_style, launches
+):
     inputs = random_inputs(device, batch, length, queries, heads, kv_heads, head_dim, rotary)
-    assert_scores_equal(rk.triton.rank_tokens(**inputs), rk.ref.rank_tokens(**inputs))
+    scores = rk.triton.rank_tokens(**inputs, rotary_style=rotary_style)
+    assert [name for name, _ in launches] == ["attention_logits", "reduce_attention"]
+    assert_scores_equal(scores, rk.ref.rank_tokens(**inputs, rotary_style=rotary_style))
+
+
+def test_rotary_styles_differ(device, operations):
+    inputs = random_inputs(device, 1, 40, 1, 2, 2, 16, 16)
+    scores = [operations.rank_tokens(**inputs, rotary_style=style) for style in ROTARY_STYLES]
+    assert not torch.allclose(*scores, atol=1e-3)
+
+
+@pytest.mark.parametrize("reductions", [REDUCTIONS[0], REDUCTIONS[-1]])
+@pytest.mark.parametrize("rotary_style", ROTARY_STYLES)
+@pytest.mark.parametrize(("past", "masked"), [(1, False), (63, True), (170, False)])
+def test_past_keys_count_as_if_they_stood_before_the_new_ones(
+    device, operations, past, masked, rotary_style, reductions
+):
+    inputs = random_inputs(device, 3, 70, 2, 4, 2, 24, 12)
+    options = {"rotary_style": rotary_style, **reductions}
+    key_mask = padding(device, 70) if masked else None
+    past_mask = padding(device, past) if masked else None
+    query_index = torch.tensor([[69, 50], [0, -1], [5, 5]], device=device)
+    whole = random_inputs(device, 3, past + 70, 2, 4, 2, 24, 12)
+    for name in ("key", "cos", "sin"):
+        whole[name][:, past:] = inputs[name]
+    whole["query"] = inputs["query"]
+    past_key = rk.ref.rank.ROTATIONS[rotary_style](
+        whole["key"][:, :past], whole["cos"][:, :past, None], whole["sin"][:, :past, None]
+    )
+    expected = rk.ref.rank_tokens(
+        **whole,
+        key_mask=torch.cat([past_mask, key_mask], dim=1) if masked else None,
+        query_index=torch.where(query_index < 0, -1, query_index + past),
+        **options,
+    )[:, past:]
+    arguments = {"key_mask": key_mask, "query_index": query_index, "past_key": past_key, "past_mask": past_mask}
+    scores = operations.rank_tokens(**inputs, **arguments, **options)
+    assert_scores_equal(scores, expected)
+    without = operations.rank_tokens(**inputs, **arguments | {"past_key": None, "past_mask": None}, **options)
+    assert not torch.allclose(scores, without, atol=1e-3)
+
+
+def test_past_keys_are_read_where_they_are(device, launches, layout):
+    inputs = random_inputs(device, 2, 70, 2, 4, 2, 24, 12)
+    past_key = layout(torch.randn(2, 90, 2, 24, device=device))
+    past_mask = layout(torch.rand(2, 90, device=device) < 0.7)
+    scores = rk.triton.rank_tokens(**inputs, past_key=past_key, past_mask=past_mask)
+    assert [name for name, _ in launches] == ["attention_logits", "reduce_attention"]
+    expected = rk.ref.rank_tokens(**inputs, past_key=past_key.contiguous(), past_mask=past_mask.contiguous())
+    assert_scores_equal(scores, expected)
+
+
+def test_no_past_at_all(device, operations):
+    inputs = random_inputs(device, 2, 70, 2, 4, 2, 16, 16)
+    nothing = torch.empty(2, 0, 2, 16, device=device)
+    mask = torch.empty(2, 0, dtype=torch.bool, device=device)
+    scores = operations.rank_tokens(**inputs, past_key=nothing, past_mask=mask)
+    assert torch.equal(scores, operations.rank_tokens(**inputs))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_special_values_in_the_past(device, value):
+    inputs = random_inputs(device, 2, 70, 2, 4, 2, 16, 16)
+    past_key = torch.randn(2, 90, 2, 16, device=device)
+    past_key[0, 3:50, 1, 5] = value
+    scores = rk.triton.rank_tokens(**inputs, past_key=past_key)
+    assert_scores_equal(scores, rk.ref.rank_tokens(**inputs, past_key=past_key))
+    hidden = torch.ones(2, 90, dtype=torch.bool, device=device)
+    hidden[0, 3:50] = False
+    scores = rk.triton.rank_tokens(**inputs, past_key=past_key, past_mask=hidden)
+    assert torch.isfinite(scores).all()
+
+
+def test_memory_of_a_ranking(device, monkeypatch):
+    """Floats for every query, head and token; nothing grows with the square of the sequence, nor with the past."""
+    allocated = []
+    empty = torch.empty
+
+    def counted(*size, **options):
+        tensor = empty(*size, **options)
+        allocated.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", counted)
+    inputs = random_inputs(device, 2, 300, 1, 4, 2, 16, 16)
+    past_key = torch.randn(2, 900, 2, 16, device=device)
+    allocated.clear()
+    rk.triton.rank_tokens(**inputs, past_key=past_key)
+    logits, splits, scores = 2 * 4 * 300 * 4, 2 * 4 * 65 * 4, 2 * 300 * 4
+    assert sum(allocated) <= logits + 2 * splits + scores
 
 
 @pytest.mark.parametrize("table_dtype", [None, torch.float32], ids=["tables-alike", "tables-float32"])

@@ -1,8 +1,9 @@
-"""The four operations in plain PyTorch: the specification of every other backend."""
+"""The operations in plain PyTorch: the specification of every other backend."""
 
 from .gather import gather_tokens
 from .rank import rank_tokens
+from .route import route_tokens
 from .scatter import scatter_tokens_
 from .select import select_tokens
 
-__all__ = ["gather_tokens", "rank_tokens", "scatter_tokens_", "select_tokens"]
+__all__ = ["gather_tokens", "rank_tokens", "route_tokens", "scatter_tokens_", "select_tokens"]

@@ -8,6 +8,8 @@ from torch import Tensor
 
 def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """See `reroute_kernels.ops.gather_tokens`."""
+    if not tensors:
+        return ()
     length = tensors[0].shape[1]
     if length == 0:
         return tuple(tensor.new_zeros(*index.shape, *tensor.shape[2:]) for tensor in tensors)

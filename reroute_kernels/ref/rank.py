@@ -19,18 +19,29 @@ def last_queries(key: Tensor, key_mask: Tensor | None, queries: int) -> Tensor:
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the rotate-half form, on the first R of D channels.
+    """Rotary embedding of channel pairs (c, c + R / 2), on the first R of D channels.
 
     x: (..., D); cos, sin: (..., R), broadcastable to x.
     """
     rotary = cos.shape[-1]
-    half = rotary // 2
-    low, high = x[..., :half], x[..., half:rotary]
+    return _rotate(x, cos, sin, slice(rotary // 2), slice(rotary // 2, rotary))
+
+
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of channel pairs (2c, 2c + 1), on the first R of D channels; arguments as in `rotate_half`."""
+    rotary = cos.shape[-1]
+    return _rotate(x, cos, sin, slice(0, rotary, 2), slice(1, rotary, 2))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: slice, second: slice) -> Tensor:
     rotated = x.clone()
-    rotated[..., :rotary] *= cos
-    rotated[..., :half].addcmul_(high, sin[..., :half], value=-1)
-    rotated[..., half:rotary].addcmul_(low, sin[..., half:])
+    rotated[..., : cos.shape[-1]] *= cos
+    rotated[..., first].addcmul_(x[..., second], sin[..., first], value=-1)
+    rotated[..., second].addcmul_(x[..., first], sin[..., second])
     return rotated
+
+
+ROTATIONS = {"rotate_half": rotate_half, "interleaved": rotate_interleaved}
 
 
 def rank_tokens(
@@ -40,10 +51,13 @@ def rank_tokens(
     sin: Tensor | None = None,
     key_mask: Tensor | None = None,
     query_index: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_mask: Tensor | None = None,
     *,
     scale: float | None = None,
     query_reduction: str = "mean",
     head_reduction: str = "mean",
+    rotary_style: str = "rotate_half",
 ) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
     batch, queries, heads, head_dim = query.shape
@@ -55,28 +69,40 @@ def rank_tokens(
     if scale is None:
         scale = head_dim**-0.5
 
+    rotate = ROTATIONS[rotary_style]
     query = query.float()
     if cos is not None:
         cos, sin = (table.expand(batch, -1, -1)[:, :, None] for table in (cos, sin))  # [B, L, 1, R]
         rows = query_index.clamp(min=0)[:, :, None, None].expand(-1, -1, 1, cos.shape[-1])
-        query = rotate_half(query, cos.gather(1, rows).float(), sin.gather(1, rows).float())
+        query = rotate(query, cos.gather(1, rows).float(), sin.gather(1, rows).float())
     # Query heads h * G ... h * G + G - 1 share key head h.
     query = query.view(batch, queries, kv_heads, heads // kv_heads, head_dim)
 
-    def tile_logits(tile: slice) -> Tensor:
-        tile_key = key[:, tile].float()
-        if cos is not None:
-            tile_key = rotate_half(tile_key, cos[:, tile].float(), sin[:, tile].float())
+    def tile_logits(tile_key: Tensor) -> Tensor:
         return torch.einsum("bqhgd,blhd->bqhgl", query, tile_key)
 
-    tiles = [slice(start, start + TILE) for start in range(0, length, TILE)]
-    logits = torch.cat([tile_logits(tile) for tile in tiles], dim=-1).flatten(2, 3) * scale  # [B, Q, Hq, L]
-
+    tiles = []
+    for start in range(0, length, TILE):
+        tile = slice(start, start + TILE)
+        tile_key = key[:, tile].float()
+        if cos is not None:
+            tile_key = rotate(tile_key, cos[:, tile].float(), sin[:, tile].float())
+        tiles.append(tile_logits(tile_key))
     visible = torch.arange(length, device=key.device) <= query_index[:, :, None]  # [B, Q, L]
     if key_mask is not None:
         visible = visible & key_mask[:, None]
+    if past_key is not None:
+        past = past_key.shape[1]
+        tiles += [tile_logits(past_key[:, start : start + TILE].float()) for start in range(0, past, TILE)]
+        past_visible = query_index[:, :, None].expand(-1, -1, past) >= 0
+        if past_mask is not None:
+            past_visible = past_visible & past_mask[:, None]
+        visible = torch.cat([visible, past_visible], dim=-1)
+
+    logits = torch.cat(tiles, dim=-1).flatten(2, 3) * scale  # [B, Q, Hq, L + P]
     hidden = ~visible[:, :, None] | (logits == -torch.inf)
     attention = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(hidden, 0.0)
+    attention = attention[..., :length]
 
     attention = attention.mean(dim=1) if query_reduction == "mean" else attention.amax(dim=1)
     return attention.mean(dim=1) if head_reduction == "mean" else attention.amax(dim=1)

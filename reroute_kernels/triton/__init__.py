@@ -1,8 +1,9 @@
-"""The four operations as Triton kernels, for CUDA and ROCm devices, or for the CPU under Triton's interpreter."""
+"""The operations as Triton kernels, for CUDA and ROCm devices, or for the CPU under Triton's interpreter."""
 
 from .gather import gather_tokens
 from .rank import rank_tokens
+from .route import route_tokens
 from .scatter import scatter_tokens_
 from .select import select_tokens
 
-__all__ = ["gather_tokens", "rank_tokens", "scatter_tokens_", "select_tokens"]
+__all__ = ["gather_tokens", "rank_tokens", "route_tokens", "scatter_tokens_", "select_tokens"]

@@ -39,7 +39,6 @@ def copy_rows_to_compact(
 
 def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """See `reroute_kernels.ops.gather_tokens`."""
-    length = tensors[0].shape[1]
     outputs = tuple(
         torch.empty(*index.shape, *tensor.shape[2:], dtype=tensor.dtype, device=tensor.device) for tensor in tensors
     )
@@ -47,6 +46,7 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     pairs = [(as_rows(source), output) for source, output in zip(tensors, outputs, strict=True) if output.numel()]
     if not pairs:
         return outputs
+    length = tensors[0].shape[1]
     if length == 0:
         for output in outputs:
             output.zero_()

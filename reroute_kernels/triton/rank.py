@@ -1,7 +1,8 @@
 """Score tokens by the attention that a few queries pay to them, in two launches.
 
 The first launch reads the key once, rotates it on the way, and writes the logits with the softmax statistics of every
-split of the sequence; the second combines the splits and reduces over queries and heads.
+split of the sequence; the second combines the splits and reduces over queries and heads. Keys of earlier turns are
+further splits, of which only the statistics are kept.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ MIN_SPLIT = 128
 MAX_SPLITS = 64
 # Keys that a program holds at a time: 16 bytes a thread for either half of the channels, so that nothing spills.
 TILE_BYTES = 4096
+# Up to this many logits of a sample, one program reads them as fast as further programs would start.
+ONE_PROGRAM_LOGITS = 2**16
 
 
 @triton.jit
-def _rotated(x_ptr, cos_ptr, sin_ptr, mask, columns, HALF: tl.constexpr):
-    """Low and high half of rotated channels; pointers stand at channel 0 of the rows that `mask` admits."""
-    low = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(x_ptr + columns + HALF, mask=mask, other=0.0).to(tl.float32)
-    low_cos = tl.load(cos_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    high_cos = tl.load(cos_ptr + columns + HALF, mask=mask, other=0.0).to(tl.float32)
-    low_sin = tl.load(sin_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    high_sin = tl.load(sin_ptr + columns + HALF, mask=mask, other=0.0).to(tl.float32)
-    return low * low_cos - high * low_sin, high * high_cos + low * high_sin
+def _channel_pairs(
+    rows, mask, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+):
+    """First and second channel of every rotated pair, as (ROWS, BLOCK_HALF); `rows`, `mask` are (ROWS, 1)."""
+    if INTERLEAVED:
+        columns = tl.arange(0, 2 * BLOCK_HALF)[None, :]
+        both = tl.load(rows + columns, mask=mask & (columns < 2 * HALF), other=0.0)
+        first, second = tl.split(tl.reshape(both, (ROWS, BLOCK_HALF, 2)))
+    else:
+        columns = tl.arange(0, BLOCK_HALF)[None, :]
+        admitted = mask & (columns < HALF)
+        first = tl.load(rows + columns, mask=admitted, other=0.0)
+        second = tl.load(rows + columns + HALF, mask=admitted, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
@@ -46,10 +54,13 @@ def attention_logits(
     sin,  # [B, L, 2 * HALF]
     key_mask,  # [B, L]
     query_index,  # [B, Q]
+    past_key,  # [B, P, Hkv, D]
+    past_mask,  # [B, P]
     logits,  # [B, Q, Hq, L] contiguous
     split_max,  # [B, Q, Hq, splits] contiguous
     split_sum,  # [B, Q, Hq, splits] contiguous
     length,
+    past_length,
     scale,
     stride_query_b,
     stride_query_q,
@@ -63,11 +74,20 @@ def attention_logits(
     stride_sin_l,
     stride_mask_b,
     stride_mask_l,
+    stride_past_b,
+    stride_past_l,
+    stride_past_h,
+    stride_past_mask_b,
+    stride_past_mask_l,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per key head
     HALF: tl.constexpr,  # rotated channels / 2, 0 for no rotation
     REST: tl.constexpr,  # channels after the rotated ones
+    INTERLEAVED: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,  # else the queries are the last tokens
+    HAS_PAST: tl.constexpr,
+    HAS_PAST_MASK: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -82,26 +102,54 @@ def attention_logits(
     row_ids = tl.arange(0, BLOCK_ROWS)
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    half_columns = tl.arange(0, BLOCK_HALF)[None, :]
     rest_columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-    half_mask = half_columns < HALF
     rest_mask = rest_columns < 2 * HALF + REST
+    one_row = tl.arange(0, 1)[:, None]
 
-    for start in range(split * SPLIT, min(split * SPLIT + SPLIT, length), TILE):
+    # The splits of the past follow those of the new tokens.
+    keys = key + sample * stride_key_b + kv_head * stride_key_h
+    stride_l = stride_key_l
+    first = split * SPLIT
+    end = length
+    is_past = False
+    if HAS_PAST:
+        new_splits = tl.cdiv(length, SPLIT)
+        is_past = split >= new_splits
+        keys = tl.where(is_past, past_key + sample * stride_past_b + kv_head * stride_past_h, keys)
+        stride_l = tl.where(is_past, stride_past_l, stride_key_l)
+        first = tl.where(is_past, (split - new_splits) * SPLIT, first)
+        end = tl.where(is_past, past_length, length)
+
+    for start in range(first, min(first + SPLIT, end), TILE):
         tokens = start + tl.arange(0, TILE)
-        in_sequence = tokens < length
+        in_sequence = tokens < end
+        is_new = in_sequence
+        if HAS_PAST:
+            is_new = in_sequence & (is_past == 0)
+        offsets = tokens.to(tl.int64)
         visible = in_sequence
         if HAS_MASK:
-            mask_ptr = key_mask + sample * stride_mask_b + tokens.to(tl.int64) * stride_mask_l
-            visible = visible & (tl.load(mask_ptr, mask=in_sequence, other=0) != 0)
-        offsets = tokens.to(tl.int64)[:, None]
-        key_rows = key + sample * stride_key_b + offsets * stride_key_l + kv_head * stride_key_h
-        if HALF > 0:
-            cos_rows = cos + sample * stride_cos_b + offsets * stride_cos_l
-            sin_rows = sin + sample * stride_sin_b + offsets * stride_sin_l
-            key_low, key_high = _rotated(
-                key_rows, cos_rows, sin_rows, in_sequence[:, None] & half_mask, half_columns, HALF
+            flags = tl.load(key_mask + sample * stride_mask_b + offsets * stride_mask_l, mask=is_new, other=1)
+            visible = visible & (flags != 0)
+        if HAS_PAST_MASK:
+            flags = tl.load(
+                past_mask + sample * stride_past_mask_b + offsets * stride_past_mask_l,
+                mask=in_sequence & is_past,
+                other=1,
             )
+            visible = visible & (flags != 0)
+        key_rows = keys + offsets[:, None] * stride_l
+        if HALF > 0:
+            key_first, key_second = _channel_pairs(key_rows, in_sequence[:, None], TILE, HALF, BLOCK_HALF, INTERLEAVED)
+            cos_rows = cos + sample * stride_cos_b + offsets[:, None] * stride_cos_l
+            sin_rows = sin + sample * stride_sin_b + offsets[:, None] * stride_sin_l
+            cos_first, cos_second = _channel_pairs(cos_rows, is_new[:, None], TILE, HALF, BLOCK_HALF, INTERLEAVED)
+            sin_first, sin_second = _channel_pairs(sin_rows, is_new[:, None], TILE, HALF, BLOCK_HALF, INTERLEAVED)
+            rotated_first = key_first * cos_first - key_second * sin_first
+            rotated_second = key_second * cos_second + key_first * sin_second
+            if HAS_PAST:
+                rotated_first = tl.where(is_past, key_first, rotated_first)
+                rotated_second = tl.where(is_past, key_second, rotated_second)
         if REST > 0:
             key_rest = tl.load(key_rows + rest_columns, mask=in_sequence[:, None] & rest_mask, other=0.0)
             key_rest = key_rest.to(tl.float32)
@@ -109,26 +157,30 @@ def attention_logits(
         for row in range(GROUP * QUERIES):
             query_number = tl.cast(row % QUERIES, tl.int64)
             head = kv_head * GROUP + row // QUERIES
-            position = tl.load(query_index + sample * QUERIES + query_number)
+            if HAS_INDEX:
+                position = tl.load(query_index + sample * QUERIES + query_number)
+            else:
+                position = length - QUERIES + query_number
             query_row = query + sample * stride_query_b + query_number * stride_query_q + head * stride_query_h
             score = tl.zeros([TILE], tl.float32)
             if HALF > 0:
                 angle = tl.maximum(position, 0).to(tl.int64)
-                query_low, query_high = _rotated(
-                    query_row,
-                    cos + sample * stride_cos_b + angle * stride_cos_l,
-                    sin + sample * stride_sin_b + angle * stride_sin_l,
-                    half_mask,
-                    half_columns,
-                    HALF,
-                )
-                score += tl.sum(key_low * query_low + key_high * query_high, axis=1)
+                cos_row = cos + sample * stride_cos_b + angle * stride_cos_l + one_row
+                sin_row = sin + sample * stride_sin_b + angle * stride_sin_l + one_row
+                x, y = _channel_pairs(query_row + one_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
+                cos_x, cos_y = _channel_pairs(cos_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
+                sin_x, sin_y = _channel_pairs(sin_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
+                products = rotated_first * (x * cos_x - y * sin_x) + rotated_second * (y * cos_y + x * sin_y)
+                score += tl.sum(products, axis=1)
             if REST > 0:
                 query_rest = tl.load(query_row + rest_columns, mask=rest_mask, other=0.0).to(tl.float32)
                 score += tl.sum(key_rest * query_rest, axis=1)
-            score = tl.where(visible & (tokens <= position), score * scale, float("-inf"))
+            seen = tokens <= position
+            if HAS_PAST:
+                seen = (seen & (is_past == 0)) | (is_past & (position >= 0))
+            score = tl.where(visible & seen, score * scale, float("-inf"))
             output_row = (sample * QUERIES + query_number) * heads + head
-            tl.store(logits + output_row * length + tokens, score, mask=in_sequence)
+            tl.store(logits + output_row * length + tokens, score, mask=is_new)
 
             this_row = row_ids == row
             before = tl.max(tl.where(this_row, row_max, float("-inf")), axis=0)
@@ -145,11 +197,12 @@ def attention_logits(
 
 
 @triton.jit
-def reduce_attention(
+def reduced_attention(
     logits,  # [B, Q, Hq, L]
     split_max,  # [B, Q, Hq, splits]
     split_sum,  # [B, Q, Hq, splits]
-    scores,  # [B, L]
+    sample,
+    tokens,
     length,
     splits,
     QUERIES: tl.constexpr,
@@ -160,10 +213,8 @@ def reduce_attention(
     BLOCK_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    sample = tl.program_id(1).to(tl.int64)
+    """Scores of TILE tokens of one sample."""
     split_ids = tl.arange(0, BLOCK_SPLITS)[None, :]
-
     over_heads = tl.zeros([TILE], tl.float32)
     for first_head in range(0, HEADS, BLOCK_HEADS):
         heads = first_head + tl.arange(0, BLOCK_HEADS)
@@ -192,12 +243,162 @@ def reduce_attention(
             over_heads += tl.sum(over_queries, axis=0)
     if not MAX_OVER_HEADS:
         over_heads = over_heads / HEADS
-    tl.store(scores + sample * length + tokens, over_heads, mask=tokens < length)
+    return over_heads
+
+
+@triton.jit
+def reduce_attention(
+    logits,  # [B, Q, Hq, L]
+    split_max,  # [B, Q, Hq, splits]
+    split_sum,  # [B, Q, Hq, splits]
+    scores,  # [B, L]
+    length,
+    splits,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    MAX_OVER_QUERIES: tl.constexpr,
+    MAX_OVER_HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    sample = tl.program_id(1).to(tl.int64)
+    reduced = reduced_attention(
+        logits,
+        split_max,
+        split_sum,
+        sample,
+        tokens,
+        length,
+        splits,
+        QUERIES,
+        HEADS,
+        MAX_OVER_QUERIES,
+        MAX_OVER_HEADS,
+        BLOCK_HEADS,
+        BLOCK_SPLITS,
+        TILE,
+    )
+    tl.store(scores + sample * length + tokens, reduced, mask=tokens < length)
 
 
 def split_length(length: int) -> int:
     """Tokens per split of a sequence."""
     return max(MIN_SPLIT, triton.next_power_of_2(triton.cdiv(length, MAX_SPLITS)))
+
+
+class Attention:
+    """Logits of a few queries and the statistics of their softmax, by one launch; the rest is how to reduce them.
+
+    Takes the arguments of `reroute_kernels.ops.rank_tokens` up to `rotary_style`, of at least one sample and token.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        key_mask: Tensor | None,
+        query_index: Tensor | None,
+        past_key: Tensor | None,
+        past_mask: Tensor | None,
+        *,
+        scale: float | None,
+        query_reduction: str,
+        head_reduction: str,
+        rotary_style: str,
+    ):
+        batch, queries, heads, head_dim = query.shape
+        self.length, kv_heads = key.shape[1:3]
+        self.is_small = queries * heads * self.length <= ONE_PROGRAM_LOGITS
+        if query_index is None and key_mask is not None:
+            query_index = last_queries(key, key_mask, queries)
+        if past_key is not None and past_key.shape[1] == 0:
+            past_key = past_mask = None
+        past_length = 0 if past_key is None else past_key.shape[1]
+
+        # The kernels walk unit strides along channels.
+        query, key, past_key, cos, sin = (
+            x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, past_key, cos, sin)
+        )
+        half = 0 if cos is None else cos.shape[-1] // 2
+        rest = head_dim - 2 * half
+        split = split_length(self.length + past_length)
+        self.splits = triton.cdiv(self.length, split) + triton.cdiv(past_length, split)
+
+        def scratch(*last_dim: int) -> Tensor:
+            return torch.empty(batch, queries, heads, *last_dim, dtype=torch.float32, device=key.device)
+
+        self.logits, self.split_max, self.split_sum = scratch(self.length), scratch(self.splits), scratch(self.splits)
+        with on_device_of(key):
+            attention_logits[(self.splits, kv_heads, batch)](
+                query,
+                key,
+                cos,
+                sin,
+                key_mask,
+                query_index if query_index is None else query_index.contiguous(),
+                past_key,
+                past_mask,
+                self.logits,
+                self.split_max,
+                self.split_sum,
+                self.length,
+                past_length,
+                head_dim**-0.5 if scale is None else scale,
+                *query.stride()[:3],
+                *key.stride()[:3],
+                *_row_strides(cos),
+                *_row_strides(sin),
+                *((0, 0) if key_mask is None else key_mask.stride()),
+                *((0, 0, 0) if past_key is None else past_key.stride()[:3]),
+                *((0, 0) if past_mask is None else past_mask.stride()),
+                QUERIES=queries,
+                GROUP=heads // kv_heads,
+                HALF=half,
+                REST=rest,
+                INTERLEAVED=rotary_style == "interleaved",
+                HAS_MASK=key_mask is not None,
+                HAS_INDEX=query_index is not None,
+                HAS_PAST=past_key is not None,
+                HAS_PAST_MASK=past_mask is not None,
+                SPLIT=split,
+                TILE=min(split, max(8, TILE_BYTES // (triton.next_power_of_2(head_dim) * key.element_size()))),
+                BLOCK_ROWS=triton.next_power_of_2(heads // kv_heads * queries),
+                BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
+                BLOCK_REST=triton.next_power_of_2(max(rest, 1)),
+                num_warps=4,
+            )
+        # How scores are summed depends on the shape alone, so that a fused decision equals the single operations.
+        self.reduction = {
+            "QUERIES": queries,
+            "HEADS": heads,
+            "MAX_OVER_QUERIES": query_reduction == "max",
+            "MAX_OVER_HEADS": head_reduction == "max",
+            "BLOCK_HEADS": min(8 if self.is_small else 32, triton.next_power_of_2(heads)),
+            "BLOCK_SPLITS": triton.next_power_of_2(self.splits),
+            "TILE": min(1024, max(64, triton.next_power_of_2(self.length))) if self.is_small else 64,
+            "num_warps": 8 if self.is_small else 4,
+        }
+
+    def scores(self) -> Tensor:
+        """(B, L) float32, by a second launch."""
+        logits = self.logits
+        scores = torch.empty(logits.shape[0], self.length, dtype=torch.float32, device=logits.device)
+        with on_device_of(logits):
+            reduce_attention[(triton.cdiv(self.length, self.reduction["TILE"]), logits.shape[0])](
+                logits, self.split_max, self.split_sum, scores, self.length, self.splits, **self.reduction
+            )
+        return scores
+
+
+def _row_strides(table: Tensor | None) -> tuple[int, int]:
+    """Strides of samples and tokens; one table serves all samples where there is only one."""
+    if table is None:
+        return 0, 0
+    return table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)
 
 
 def rank_tokens(
@@ -207,86 +408,28 @@ def rank_tokens(
     sin: Tensor | None = None,
     key_mask: Tensor | None = None,
     query_index: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_mask: Tensor | None = None,
     *,
     scale: float | None = None,
     query_reduction: str = "mean",
     head_reduction: str = "mean",
+    rotary_style: str = "rotate_half",
 ) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
-    batch, queries, heads, head_dim = query.shape
-    length, kv_heads = key.shape[1:3]
-    scores = torch.empty(batch, length, dtype=torch.float32, device=key.device)
-    if scores.numel() == 0:
-        return scores
-    if query_index is None:
-        query_index = last_queries(key, key_mask, queries)
-    if scale is None:
-        scale = head_dim**-0.5
-
-    # The kernels walk unit strides along channels.
-    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-    half = 0
-    cos_strides = sin_strides = (0, 0)
-    if cos is not None:
-        half = cos.shape[-1] // 2
-        cos, sin = (
-            x if x.stride(-1) == 1 else x.contiguous() for x in (cos.expand(batch, -1, -1), sin.expand(batch, -1, -1))
-        )
-        cos_strides, sin_strides = cos.stride()[:2], sin.stride()[:2]
-    rest = head_dim - 2 * half
-    rows = heads // kv_heads * queries
-
-    split = split_length(length)
-    splits = triton.cdiv(length, split)
-    logits = torch.empty(batch, queries, heads, length, dtype=torch.float32, device=key.device)
-    split_max = torch.empty(batch, queries, heads, splits, dtype=torch.float32, device=key.device)
-    split_sum = torch.empty_like(split_max)
-    block_heads = min(32, triton.next_power_of_2(heads))
-    tile = 64
-    with on_device_of(key):
-        attention_logits[(splits, kv_heads, batch)](
-            query,
-            key,
-            cos,
-            sin,
-            key_mask,
-            query_index.contiguous(),
-            logits,
-            split_max,
-            split_sum,
-            length,
-            scale,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *cos_strides,
-            *sin_strides,
-            *(key_mask.stride() if key_mask is not None else (0, 0)),
-            QUERIES=queries,
-            GROUP=heads // kv_heads,
-            HALF=half,
-            REST=rest,
-            HAS_MASK=key_mask is not None,
-            SPLIT=split,
-            TILE=min(split, max(8, TILE_BYTES // (triton.next_power_of_2(head_dim) * key.element_size()))),
-            BLOCK_ROWS=triton.next_power_of_2(rows),
-            BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
-            BLOCK_REST=triton.next_power_of_2(max(rest, 1)),
-            num_warps=4,
-        )
-        reduce_attention[(triton.cdiv(length, tile), batch)](
-            logits,
-            split_max,
-            split_sum,
-            scores,
-            length,
-            splits,
-            QUERIES=queries,
-            HEADS=heads,
-            MAX_OVER_QUERIES=query_reduction == "max",
-            MAX_OVER_HEADS=head_reduction == "max",
-            BLOCK_HEADS=block_heads,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
-            TILE=tile,
-            num_warps=4,
-        )
-    return scores
+    if key.shape[0] == 0 or key.shape[1] == 0:
+        return torch.empty(key.shape[:2], dtype=torch.float32, device=key.device)
+    return Attention(
+        query,
+        key,
+        cos,
+        sin,
+        key_mask,
+        query_index,
+        past_key,
+        past_mask,
+        scale=scale,
+        query_reduction=query_reduction,
+        head_reduction=head_reduction,
+        rotary_style=rotary_style,
+    ).scores()

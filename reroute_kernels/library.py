@@ -1,0 +1,133 @@
+"""The operations as `torch.library` knows them: schemas, shapes of results, and dispatch to a backend.
+
+Each is one registered call, `torch.ops.reroute_kernels.*`, which runs on the backend that `backends.py` chooses.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from .backends import operations_for
+
+_library = torch.library.Library("reroute_kernels", "DEF")
+
+
+def _register(schema: str, function, fake) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reroute_kernels::{name}", fake, lib=_library)
+
+
+def _rank(query, key, cos, sin, key_mask, query_index, past_key, past_mask, *options):
+    with _full_precision(key.device):
+        return operations_for(key.device).rank_tokens(
+            query, key, cos, sin, key_mask, query_index, past_key, past_mask, **_ranking(options)
+        )
+
+
+def _ranking(options):
+    return dict(zip(("scale", "query_reduction", "head_reduction", "rotary_style"), options, strict=True))
+
+
+def _full_precision(device):
+    # Autocast would compute the reference's products in half precision.
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _rank_fake(query, key, *arguments):
+    return key.new_empty(key.shape[:2], dtype=torch.float32)
+
+
+def _select(scores, pool, pinned, keep, length):
+    return operations_for(scores.device).select_tokens(scores, pool, pinned, keep, length)
+
+
+def _select_fake(scores, pool, pinned, keep, length):
+    return scores.new_empty((scores.shape[0], length), dtype=torch.int64)
+
+
+def _gather(index, tensors):
+    return list(operations_for(index.device).gather_tokens(index, *tensors))
+
+
+def _gather_fake(index, tensors):
+    return [tensor.new_empty((*index.shape, *tensor.shape[2:])) for tensor in tensors]
+
+
+def _route(
+    query,
+    key,
+    cos,
+    sin,
+    key_mask,
+    query_index,
+    past_key,
+    past_mask,
+    scale,
+    query_reduction,
+    head_reduction,
+    rotary_style,
+    pool,
+    pinned,
+    keep,
+    length,
+    tensors,
+):
+    options = (scale, query_reduction, head_reduction, rotary_style)
+    with _full_precision(key.device):
+        index, compact = operations_for(key.device).route_tokens(
+            query,
+            key,
+            cos,
+            sin,
+            key_mask,
+            query_index,
+            past_key,
+            past_mask,
+            **_ranking(options),
+            pool=pool,
+            pinned=pinned,
+            keep=keep,
+            length=length,
+            tensors=tensors,
+        )
+    return index, list(compact)
+
+
+def _route_fake(query, key, *arguments):
+    *_, length, tensors = arguments
+    index = key.new_empty((key.shape[0], length), dtype=torch.int64)
+    return index, _gather_fake(index, tensors)
+
+
+def _scatter(full, index, compact):
+    operations_for(full.device).scatter_tokens_(full, index, compact)
+
+
+def _scatter_fake(full, index, compact):
+    return None
+
+
+_RANKING = (
+    "Tensor query, Tensor key, Tensor? cos, Tensor? sin, Tensor? key_mask, Tensor? query_index, Tensor? past_key, "
+    "Tensor? past_mask, float scale, str query_reduction, str head_reduction, str rotary_style"
+)
+_register(f"rank_tokens({_RANKING}) -> Tensor", _rank, _rank_fake)
+_register(
+    "select_tokens(Tensor scores, Tensor pool, Tensor pinned, Tensor keep, SymInt length) -> Tensor",
+    _select,
+    _select_fake,
+)
+_register("gather_tokens(Tensor index, Tensor[] tensors) -> Tensor[]", _gather, _gather_fake)
+_register(
+    f"route_tokens({_RANKING}, Tensor pool, Tensor pinned, Tensor keep, SymInt length, Tensor[] tensors) "
+    "-> (Tensor, Tensor[])",
+    _route,
+    _route_fake,
+)
+_register("scatter_tokens_(Tensor(a!) full, Tensor index, Tensor compact) -> ()", _scatter, _scatter_fake)

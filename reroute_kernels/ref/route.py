@@ -1,0 +1,48 @@
+"""A whole decision: rank, select, compact."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .gather import gather_tokens
+from .rank import rank_tokens
+from .select import select_tokens
+
+
+def route_tokens(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    query_index: Tensor | None = None,
+    past_key: Tensor | None = None,
+    past_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    query_reduction: str = "mean",
+    head_reduction: str = "mean",
+    rotary_style: str = "rotate_half",
+    pool: Tensor,
+    pinned: Tensor,
+    keep: Tensor,
+    length: int,
+    tensors: tuple[Tensor, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See `reroute_kernels.ops.route_tokens`."""
+    scores = rank_tokens(
+        query,
+        key,
+        cos,
+        sin,
+        key_mask,
+        query_index,
+        past_key,
+        past_mask,
+        scale=scale,
+        query_reduction=query_reduction,
+        head_reduction=head_reduction,
+        rotary_style=rotary_style,
+    )
+    index = select_tokens(scores, pool, pinned, keep, length)
+    return index, gather_tokens(index, *tensors)
