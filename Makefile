@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST_BIN := .venv-oldest/bin
+SEED ?= 0
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: help test test-oldest demo bench lint format clean
+.PHONY: help test test-oldest fuzz compile-matrix demo bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -13,6 +15,19 @@ test: .venv/ready lint  ## check the style and run the tests
 
 test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest supported transformers
 	$(OLDEST_BIN)/python -m pytest -q tests/models
+
+fuzz: .venv/ready  ## run 5,000 random cases, kernel against reference; SEED=N begins at another seed
+	$(BIN)/python -m pytest tests/test_fuzz.py --fuzz-cases 5000 --fuzz-seed $(SEED)
+
+compile-matrix: .venv/ready  ## compile every kernel with every supported Triton, for GPUs that need not be here
+	@set -e; for version in $(TRITONS); do \
+	  test -e .triton/$$version/triton || $(BIN)/python -m pip install -q --disable-pip-version-check \
+	    --no-deps --target .triton/$$version triton==$$version; \
+	  echo "triton $$version"; \
+	  PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -q tests/test_compile.py \
+	    --compile-record bench/results/compile; \
+	done
+	$(BIN)/python -m bench.report
 
 demo: .venv/ready  ## route a photo through a tiny model; ARGS="--model ... --image ..." for others
 	$(BIN)/python -m reroute_kernels demo $(ARGS)
@@ -30,7 +45,7 @@ format: .venv/ready  ## format the code
 	$(BIN)/ruff format -q .
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-oldest build *.egg-info .benchmarks
+	rm -rf .venv .venv-oldest .triton build *.egg-info .benchmarks
 
 .venv/ready: requirements/dev.txt pyproject.toml
 .venv-oldest/ready: requirements/oldest.txt pyproject.toml

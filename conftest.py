@@ -6,7 +6,15 @@ BENCHMARKS = Path(__file__).parent / "bench"
 
 
 def pytest_addoption(parser):
+    parser.addoption("--compile-record", metavar="FOLDER", help="keep what tests/test_compile.py found out, as JSON")
+    parser.addoption("--fuzz-cases", type=int, default=500, help="random cases of tests/test_fuzz.py (500)")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first random case (0)")
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
+
+
+def pytest_report_header(config):
+    first, cases = config.getoption("fuzz_seed"), config.getoption("fuzz_cases")
+    return f"fuzz: seeds {first} to {first + cases - 1}"
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -25,19 +25,40 @@ TARGETS = {
 }
 
 
-def rank(heads, kv_heads, head_dim, rotary, dtype, *, length=640, queries=1, masked=False, reduction="mean"):
-    query = torch.empty(1, queries, heads, head_dim, dtype=dtype)
-    key = torch.empty(1, length, kv_heads, head_dim, dtype=dtype)
+def ranking(heads, kv_heads, head_dim, rotary, dtype, *, length=640, queries=1, masked=False, past=0, **options):
     table = torch.empty(1, length, rotary, dtype=dtype) if rotary else None
-    key_mask = torch.ones(1, length, dtype=torch.bool) if masked else None
-    kernels.rank_tokens(
-        query, key, table, table, key_mask=key_mask, query_reduction=reduction, head_reduction=reduction
-    )
+    return {
+        "query": torch.empty(1, queries, heads, head_dim, dtype=dtype),
+        "key": torch.empty(1, length, kv_heads, head_dim, dtype=dtype),
+        "cos": table,
+        "sin": table,
+        "key_mask": torch.ones(1, length, dtype=torch.bool) if masked else None,
+        "query_index": torch.zeros(1, queries, dtype=torch.int64) if masked else None,
+        "past_key": torch.empty(1, past, kv_heads, head_dim, dtype=dtype) if past else None,
+        "past_mask": torch.empty(1, past, dtype=torch.bool) if past and masked else None,
+        **options,
+    }
+
+
+def rank(*shape, **options):
+    kernels.rank_tokens(**ranking(*shape, **options))
+
+
+def selection(batch, length):
+    flags = torch.empty(batch, length, dtype=torch.bool)
+    return {"pool": flags, "pinned": flags, "keep": torch.empty(batch, dtype=torch.int64), "length": 208}
 
 
 def select(length):
-    flags = torch.empty(2, length, dtype=torch.bool)
-    kernels.select_tokens(torch.empty(2, length), flags, flags, torch.empty(2, dtype=torch.int64), 200)
+    kernels.select_tokens(torch.empty(2, length), **selection(2, length))
+
+
+def route(*shape, length, width, dtype=torch.bfloat16, **options):
+    kernels.route_tokens(
+        **ranking(*shape, dtype, length=length, **options),
+        **selection(1, length),
+        tensors=(torch.empty(1, length, width, dtype=dtype), *(torch.empty(1, length, 128, dtype=dtype),) * 2),
+    )
 
 
 def gather(width, dtype):
@@ -50,20 +71,27 @@ def scatter(width, dtype):
     kernels.scatter_tokens_(torch.empty(2, 640, width, dtype=dtype), index, torch.empty(2, 200, width, dtype=dtype))
 
 
+MAXIMA = {"query_reduction": "max", "head_reduction": "max"}
 CASES = {
     "llava-1.5-7b float32": lambda: rank(32, 32, 128, 128, torch.float32),
-    "llava-1.5-7b float16": lambda: rank(32, 32, 128, 128, torch.float16),
     "llava-1.5-7b bfloat16": lambda: rank(32, 32, 128, 128, torch.bfloat16),
-    "qwen2.5-vl-7b bfloat16": lambda: rank(28, 4, 128, 128, torch.bfloat16),
+    "qwen2.5-vl-7b bfloat16": lambda: rank(28, 4, 128, 128, torch.bfloat16, length=1504),
+    "llava-1.5-7b decision": lambda: route(32, 32, 128, 128, length=640, width=4096),
+    "qwen2.5-vl-7b decision": lambda: route(28, 4, 128, 128, length=1504, width=3584),
+    "long video decision": lambda: route(
+        28, 4, 128, 128, length=16384, width=3584, queries=3, masked=True, past=4096, **MAXIMA
+    ),
+    "past keys bfloat16": lambda: rank(28, 4, 128, 128, torch.bfloat16, past=640),
+    "interleaved bfloat16": lambda: rank(32, 2, 128, 64, torch.bfloat16, rotary_style="interleaved"),
+    "interleaved float32": lambda: rank(8, 8, 128, 128, torch.float32, rotary_style="interleaved"),
     "head_dim 80 bfloat16": lambda: rank(16, 16, 80, 80, torch.bfloat16),
     "head_dim 256 bfloat16": lambda: rank(8, 4, 256, 256, torch.bfloat16),
     "head_dim 256 rotary 64 float32": lambda: rank(16, 2, 256, 64, torch.float32),
     "no rotary bfloat16": lambda: rank(32, 8, 128, 0, torch.bfloat16),
-    "three padded queries of a long video": lambda: rank(
-        28, 4, 128, 128, torch.bfloat16, length=16384, queries=3, masked=True, reduction="max"
-    ),
-    "length 200": lambda: select(200),
+    "128 heads on one bfloat16": lambda: rank(128, 1, 128, 128, torch.bfloat16, length=131072),
+    "length 208": lambda: select(208),
     "length 4096": lambda: select(4096),
+    "length 131072": lambda: select(131072),
     "gather 4096 bfloat16": lambda: gather(4096, torch.bfloat16),
     "gather 4096 float32": lambda: gather(4096, torch.float32),
     "gather 4095 bfloat16": lambda: gather(4095, torch.bfloat16),
@@ -117,8 +145,8 @@ def memory_accesses(compiled):
 def has_wide_addresses(compiled):
     """Whether the offset from every pointer argument is computed in 64 bits, products of strides and sizes included."""
     ttir = compiled.asm["ttir"]
-    signature = re.search(r"tt\.func public @\w+\((.*)\) attributes", ttir).group(1)
-    pointers = set(re.findall(r"(%\w+): !tt\.ptr<", signature))
+    signature, body = re.search(r"tt\.func public @\w+\((.*?)\) attributes(.*)", ttir, re.DOTALL).groups()
+    pointers = set(re.findall(r"(%\w+): !tt\.ptr<", signature)) & set(re.findall(r"%\w+", body))
     integers = set(re.findall(r"(%\w+): i32\b", signature))
     spread = dict(re.findall(r"(%\w+) = tt\.(?:splat|broadcast|expand_dims|bitcast) (%\w+)", ttir))
 
@@ -137,6 +165,14 @@ def has_wide_addresses(compiled):
     )
 
 
+def float_reductions(compiled):
+    """Shape and layout of every block of floats that is reduced: they decide in which order it is summed."""
+    ttgir = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    blocks = re.findall(r"\}\) : \(tensor<([\dx]+)xf32, (#\w+)>\) ->", ttgir)
+    return [[shape, layouts[layout]] for shape, layout in blocks]
+
+
 def compile_case(target_and_case):
     target, case = target_and_case
     triton.runtime.driver.set_active(AbsentDevice(TARGETS[target]))
@@ -147,7 +183,8 @@ def compile_case(target_and_case):
             compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             row = {"kernel": kernel.__name__, "case": case, "target": target}
             row |= resources(compiled) | memory_accesses(compiled)
-            rows.append(row | {"shared": compiled.metadata.shared, "wide_addresses": has_wide_addresses(compiled)})
+            row |= {"shared": compiled.metadata.shared, "wide_addresses": has_wide_addresses(compiled)}
+            rows.append(row | {"float_reductions": float_reductions(compiled)})
 
         return launch
 

@@ -1,30 +1,64 @@
-"""What the compiler makes of every kernel, for GPUs that need not be here."""
+"""What the compiler makes of every kernel, for GPUs that need not be here.
+
+`--compile-record FOLDER` keeps what came out, in a file named after Triton's version.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import reroute_kernels as rk
 
-KERNELS = ["attention_logits", "copy_rows_to_compact", "copy_rows_to_full", "reduce_attention", "select_and_compact"]
+KERNELS = [
+    "attention_logits",
+    "compact_tiles",
+    "copy_rows_to_compact",
+    "copy_rows_to_full",
+    "count_digits",
+    "reduce_and_select",
+    "reduce_attention",
+    "select_and_compact",
+]
+PARTS_OF_KERNELS = ["reduced_attention", "select_in_one_program"]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+RECORDED = (
+    "kernel",
+    "case",
+    "target",
+    "registers",
+    "spills",
+    "stack",
+    "shared",
+    "wide_loads",
+    "other_loads",
+    "wide_stores",
+    "other_stores",
+)
 
 
 @pytest.fixture(scope="session")
-def all_compiled(tmp_path_factory):
+def all_compiled(tmp_path_factory, request):
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
-        "PYTHONPATH": str(Path(rk.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(sys.path),  # of several installed Tritons the one that these tests see
     }
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    rows = json.loads(done.stdout)
+    if folder := request.config.getoption("compile_record"):
+        record = {"triton": metadata.version("triton"), "torch": metadata.version("torch")}
+        record["kernels"] = [{name: row[name] for name in RECORDED} for row in rows]
+        file = Path(folder) / f"triton-{record['triton']}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1) + "\n")
+    return rows
 
 
 @pytest.fixture(params=TARGETS)
@@ -50,7 +84,7 @@ def test_every_kernel_is_compiled(all_compiled):
     prefix = f"{rk.triton.__name__}."
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(prefix)]
     names = {name for module in modules for name, value in vars(module).items() if isinstance(value, KernelInterface)}
-    assert {name for name in names if not name.startswith("_")} == set(KERNELS)
+    assert {name for name in names if not name.startswith("_")} == {*KERNELS, *PARTS_OF_KERNELS}
     assert {(row["kernel"], row["target"]) for row in all_compiled} == {(k, t) for k in KERNELS for t in TARGETS}
 
 
@@ -80,11 +114,37 @@ def test_rows_are_copied_16_bytes_at_a_time(compiled):
 @pytest.mark.parametrize("kernel", ["attention_logits"], indirect=True)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"], indirect=True)
 def test_keys_are_read_16_bytes_at_a_time(compiled):
-    rows = [row for row in compiled if row["case"].startswith(("llava", "qwen"))]
-    assert len(rows) == 4
+    rows = [row for row in compiled if row["case"].startswith(("llava", "qwen", "head_dim 256 b", "past", "long"))]
+    assert len(rows) == 8
     for row in rows:
         assert row["wide_loads"] >= 6, row  # both halves of the key, its cosines and its sines
         assert row["other_loads"] <= 7, row  # one row of each for a query, and its position
+
+
+@pytest.mark.parametrize("kernel", ["attention_logits"], indirect=True)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"], indirect=True)
+def test_interleaved_keys_are_read_16_bytes_at_a_time(compiled):
+    rows = [row for row in compiled if row["case"].startswith("interleaved")]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["wide_loads"] >= 3, row
+        assert row["other_loads"] <= 3, row
+
+
+@pytest.mark.parametrize("kernel", ["reduce_and_select"], indirect=True)
+def test_a_fused_decision_sums_in_the_order_of_the_single_operation(compiled, all_compiled):
+    """Else its scores could differ in their last bits, and so could what is selected."""
+    for row in compiled:
+        model = row["case"].removesuffix(" decision")
+        (alone,) = (
+            other
+            for other in all_compiled
+            if (other["kernel"], other["case"], other["target"])
+            == ("reduce_attention", f"{model} bfloat16", row["target"])
+        )
+        assert row["float_reductions"] == alone["float_reductions"]
+        assert len(row["float_reductions"]) == 3, row  # the largest logit, the sum over splits, the mean over heads
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("kernel", ["copy_rows_to_compact", "copy_rows_to_full"], indirect=True)

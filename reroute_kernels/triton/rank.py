@@ -18,8 +18,10 @@ from .launch import on_device_of
 # Tokens per split: fixed by the shape alone, so that results do not depend on the size of the device.
 MIN_SPLIT = 128
 MAX_SPLITS = 64
-# Keys that a program holds at a time: 16 bytes a thread for either half of the channels, so that nothing spills.
+# Bytes of keys that a program holds at a time: 16 a thread for either half of the channels.
 TILE_BYTES = 4096
+# Tokens instead, where a head has more channels than this: what the compilers fit into registers without spilling.
+WIDE_HEAD, WIDE_HEAD_TILE = 128, 32
 # Up to this many logits of a sample, one program reads them as fast as further programs would start.
 ONE_PROGRAM_LOGITS = 2**16
 
@@ -47,13 +49,113 @@ def _nan_maximum(a, b):
 
 
 @triton.jit
+def _split_of_logits(
+    query,  # at the sample
+    keys,  # [L, D] of one sample and key head
+    cos,  # at the sample
+    sin,  # at the sample
+    key_mask,  # at the sample
+    query_index,  # at the sample
+    logits,  # at the sample
+    kv_head,
+    heads,
+    first,
+    end,
+    length,
+    scale,
+    stride_query_q,
+    stride_query_h,
+    stride_key_l,
+    stride_cos_l,
+    stride_sin_l,
+    stride_mask_l,
+    IS_PAST: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Write the logits of the keys `first` to `end`; returns the softmax statistics of every row over them.
+
+    Keys of the past come rotated, are seen by every query that has a place, and have no logits written.
+    """
+    row_ids = tl.arange(0, BLOCK_ROWS)
+    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+    rest_columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    rest_mask = rest_columns < 2 * HALF + REST
+    one_row = tl.arange(0, 1)[:, None]
+
+    for start in range(first, end, TILE):
+        tokens = start + tl.arange(0, TILE)
+        in_sequence = tokens < end
+        offsets = tokens.to(tl.int64)
+        visible = in_sequence
+        if HAS_MASK:
+            visible = visible & (tl.load(key_mask + offsets * stride_mask_l, mask=in_sequence, other=0) != 0)
+        key_rows = keys + offsets[:, None] * stride_key_l
+        if HALF > 0:
+            mask = in_sequence[:, None]
+            key_first, key_second = _channel_pairs(key_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
+            if not IS_PAST:
+                cos_rows, sin_rows = cos + offsets[:, None] * stride_cos_l, sin + offsets[:, None] * stride_sin_l
+                cos_first, cos_second = _channel_pairs(cos_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
+                sin_first, sin_second = _channel_pairs(sin_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
+                rotated = key_first * cos_first - key_second * sin_first
+                key_second = key_second * cos_second + key_first * sin_second
+                key_first = rotated
+        if REST > 0:
+            key_rest = tl.load(key_rows + rest_columns, mask=in_sequence[:, None] & rest_mask, other=0.0)
+            key_rest = key_rest.to(tl.float32)
+
+        for row in range(GROUP * QUERIES):
+            query_number = tl.cast(row % QUERIES, tl.int64)
+            head = kv_head * GROUP + row // QUERIES
+            position = tl.load(query_index + query_number) if HAS_INDEX else length - QUERIES + query_number
+            query_row = query + query_number * stride_query_q + head * stride_query_h
+            score = tl.zeros([TILE], tl.float32)
+            if HALF > 0:
+                angle = tl.maximum(position, 0).to(tl.int64)
+                cos_row, sin_row = cos + angle * stride_cos_l + one_row, sin + angle * stride_sin_l + one_row
+                x, y = _channel_pairs(query_row + one_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
+                cos_x, cos_y = _channel_pairs(cos_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
+                sin_x, sin_y = _channel_pairs(sin_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
+                products = key_first * (x * cos_x - y * sin_x) + key_second * (y * cos_y + x * sin_y)
+                score += tl.sum(products, axis=1)
+            if REST > 0:
+                query_rest = tl.load(query_row + rest_columns, mask=rest_mask, other=0.0).to(tl.float32)
+                score += tl.sum(key_rest * query_rest, axis=1)
+            if IS_PAST:
+                score = tl.where(visible & (position >= 0), score * scale, float("-inf"))
+            else:
+                score = tl.where(visible & (tokens <= position), score * scale, float("-inf"))
+                tl.store(logits + (query_number * heads + head) * length + tokens, score, mask=in_sequence)
+
+            this_row = row_ids == row
+            before = tl.max(tl.where(this_row, row_max, float("-inf")), axis=0)
+            after = tl.maximum(before, tl.max(score, axis=0))
+            finite = tl.where(after == float("-inf"), 0.0, after)
+            tile_sum = tl.sum(tl.exp(score - finite), axis=0)
+            row_sum = tl.where(this_row, row_sum * tl.exp(row_max - finite) + tile_sum, row_sum)
+            row_max = tl.where(this_row, after, row_max)
+    return row_max, row_sum
+
+
+@triton.jit
 def attention_logits(
     query,  # [B, Q, Hq, D]
     key,  # [B, L, Hkv, D]
     cos,  # [B, L, 2 * HALF]
     sin,  # [B, L, 2 * HALF]
     key_mask,  # [B, L]
-    query_index,  # [B, Q]
+    query_index,  # [B, Q] contiguous
     past_key,  # [B, P, Hkv, D]
     past_mask,  # [B, P]
     logits,  # [B, Q, Hq, L] contiguous
@@ -98,98 +200,93 @@ def attention_logits(
     kv_head = tl.program_id(1).to(tl.int64)
     sample = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1) * GROUP
-
-    row_ids = tl.arange(0, BLOCK_ROWS)
-    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    rest_columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-    rest_mask = rest_columns < 2 * HALF + REST
-    one_row = tl.arange(0, 1)[:, None]
+    query += sample * stride_query_b
+    if HALF > 0:
+        cos += sample * stride_cos_b
+        sin += sample * stride_sin_b
+    if HAS_INDEX:
+        query_index += sample * QUERIES
 
     # The splits of the past follow those of the new tokens.
-    keys = key + sample * stride_key_b + kv_head * stride_key_h
-    stride_l = stride_key_l
-    first = split * SPLIT
-    end = length
-    is_past = False
     if HAS_PAST:
-        new_splits = tl.cdiv(length, SPLIT)
-        is_past = split >= new_splits
-        keys = tl.where(is_past, past_key + sample * stride_past_b + kv_head * stride_past_h, keys)
-        stride_l = tl.where(is_past, stride_past_l, stride_key_l)
-        first = tl.where(is_past, (split - new_splits) * SPLIT, first)
-        end = tl.where(is_past, past_length, length)
-
-    for start in range(first, min(first + SPLIT, end), TILE):
-        tokens = start + tl.arange(0, TILE)
-        in_sequence = tokens < end
-        is_new = in_sequence
-        if HAS_PAST:
-            is_new = in_sequence & (is_past == 0)
-        offsets = tokens.to(tl.int64)
-        visible = in_sequence
-        if HAS_MASK:
-            flags = tl.load(key_mask + sample * stride_mask_b + offsets * stride_mask_l, mask=is_new, other=1)
-            visible = visible & (flags != 0)
+        past_split = split - tl.cdiv(length, SPLIT)
+        is_past = past_split >= 0
+    else:
+        is_past: tl.constexpr = False
+    if is_past:
         if HAS_PAST_MASK:
-            flags = tl.load(
-                past_mask + sample * stride_past_mask_b + offsets * stride_past_mask_l,
-                mask=in_sequence & is_past,
-                other=1,
-            )
-            visible = visible & (flags != 0)
-        key_rows = keys + offsets[:, None] * stride_l
-        if HALF > 0:
-            key_first, key_second = _channel_pairs(key_rows, in_sequence[:, None], TILE, HALF, BLOCK_HALF, INTERLEAVED)
-            cos_rows = cos + sample * stride_cos_b + offsets[:, None] * stride_cos_l
-            sin_rows = sin + sample * stride_sin_b + offsets[:, None] * stride_sin_l
-            cos_first, cos_second = _channel_pairs(cos_rows, is_new[:, None], TILE, HALF, BLOCK_HALF, INTERLEAVED)
-            sin_first, sin_second = _channel_pairs(sin_rows, is_new[:, None], TILE, HALF, BLOCK_HALF, INTERLEAVED)
-            rotated_first = key_first * cos_first - key_second * sin_first
-            rotated_second = key_second * cos_second + key_first * sin_second
-            if HAS_PAST:
-                rotated_first = tl.where(is_past, key_first, rotated_first)
-                rotated_second = tl.where(is_past, key_second, rotated_second)
-        if REST > 0:
-            key_rest = tl.load(key_rows + rest_columns, mask=in_sequence[:, None] & rest_mask, other=0.0)
-            key_rest = key_rest.to(tl.float32)
+            past_mask += sample * stride_past_mask_b
+        row_max, row_sum = _split_of_logits(
+            query,
+            past_key + sample * stride_past_b + kv_head * stride_past_h,
+            cos,
+            sin,
+            past_mask,
+            query_index,
+            logits,
+            kv_head,
+            heads,
+            past_split * SPLIT,
+            min(past_split * SPLIT + SPLIT, past_length),
+            length,
+            scale,
+            stride_query_q,
+            stride_query_h,
+            stride_past_l,
+            stride_cos_l,
+            stride_sin_l,
+            stride_past_mask_l,
+            True,
+            QUERIES,
+            GROUP,
+            HALF,
+            REST,
+            INTERLEAVED,
+            HAS_PAST_MASK,
+            HAS_INDEX,
+            TILE,
+            BLOCK_ROWS,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
+    else:
+        if HAS_MASK:
+            key_mask += sample * stride_mask_b
+        row_max, row_sum = _split_of_logits(
+            query,
+            key + sample * stride_key_b + kv_head * stride_key_h,
+            cos,
+            sin,
+            key_mask,
+            query_index,
+            logits + sample * QUERIES * heads * length,
+            kv_head,
+            heads,
+            split * SPLIT,
+            min(split * SPLIT + SPLIT, length),
+            length,
+            scale,
+            stride_query_q,
+            stride_query_h,
+            stride_key_l,
+            stride_cos_l,
+            stride_sin_l,
+            stride_mask_l,
+            False,
+            QUERIES,
+            GROUP,
+            HALF,
+            REST,
+            INTERLEAVED,
+            HAS_MASK,
+            HAS_INDEX,
+            TILE,
+            BLOCK_ROWS,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
 
-        for row in range(GROUP * QUERIES):
-            query_number = tl.cast(row % QUERIES, tl.int64)
-            head = kv_head * GROUP + row // QUERIES
-            if HAS_INDEX:
-                position = tl.load(query_index + sample * QUERIES + query_number)
-            else:
-                position = length - QUERIES + query_number
-            query_row = query + sample * stride_query_b + query_number * stride_query_q + head * stride_query_h
-            score = tl.zeros([TILE], tl.float32)
-            if HALF > 0:
-                angle = tl.maximum(position, 0).to(tl.int64)
-                cos_row = cos + sample * stride_cos_b + angle * stride_cos_l + one_row
-                sin_row = sin + sample * stride_sin_b + angle * stride_sin_l + one_row
-                x, y = _channel_pairs(query_row + one_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
-                cos_x, cos_y = _channel_pairs(cos_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
-                sin_x, sin_y = _channel_pairs(sin_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
-                products = rotated_first * (x * cos_x - y * sin_x) + rotated_second * (y * cos_y + x * sin_y)
-                score += tl.sum(products, axis=1)
-            if REST > 0:
-                query_rest = tl.load(query_row + rest_columns, mask=rest_mask, other=0.0).to(tl.float32)
-                score += tl.sum(key_rest * query_rest, axis=1)
-            seen = tokens <= position
-            if HAS_PAST:
-                seen = (seen & (is_past == 0)) | (is_past & (position >= 0))
-            score = tl.where(visible & seen, score * scale, float("-inf"))
-            output_row = (sample * QUERIES + query_number) * heads + head
-            tl.store(logits + output_row * length + tokens, score, mask=is_new)
-
-            this_row = row_ids == row
-            before = tl.max(tl.where(this_row, row_max, float("-inf")), axis=0)
-            after = tl.maximum(before, tl.max(score, axis=0))
-            finite = tl.where(after == float("-inf"), 0.0, after)
-            tile_sum = tl.sum(tl.exp(score - finite), axis=0)
-            row_sum = tl.where(this_row, row_sum * tl.exp(row_max - finite) + tile_sum, row_sum)
-            row_max = tl.where(this_row, after, row_max)
-
+    row_ids = tl.arange(0, BLOCK_ROWS)
     rows = (sample * QUERIES + row_ids % QUERIES) * heads + kv_head * GROUP + row_ids // QUERIES
     statistics = rows * tl.num_programs(0) + split
     tl.store(split_max + statistics, row_max, mask=row_ids < GROUP * QUERIES)
@@ -325,6 +422,8 @@ class Attention:
         )
         half = 0 if cos is None else cos.shape[-1] // 2
         rest = head_dim - 2 * half
+        channels = triton.next_power_of_2(head_dim)
+        tile = WIDE_HEAD_TILE if channels > WIDE_HEAD else max(8, TILE_BYTES // (channels * key.element_size()))
         split = split_length(self.length + past_length)
         self.splits = triton.cdiv(self.length, split) + triton.cdiv(past_length, split)
 
@@ -365,11 +464,11 @@ class Attention:
                 HAS_PAST=past_key is not None,
                 HAS_PAST_MASK=past_mask is not None,
                 SPLIT=split,
-                TILE=min(split, max(8, TILE_BYTES // (triton.next_power_of_2(head_dim) * key.element_size()))),
+                TILE=min(split, tile),
                 BLOCK_ROWS=triton.next_power_of_2(heads // kv_heads * queries),
                 BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
                 BLOCK_REST=triton.next_power_of_2(max(rest, 1)),
-                num_warps=4,
+                num_warps=8 if channels > WIDE_HEAD else 4,
             )
         # How scores are summed depends on the shape alone, so that a fused decision equals the single operations.
         self.reduction = {
@@ -378,8 +477,8 @@ class Attention:
             "MAX_OVER_QUERIES": query_reduction == "max",
             "MAX_OVER_HEADS": head_reduction == "max",
             "BLOCK_HEADS": min(8 if self.is_small else 32, triton.next_power_of_2(heads)),
-            "BLOCK_SPLITS": triton.next_power_of_2(self.splits),
-            "TILE": min(1024, max(64, triton.next_power_of_2(self.length))) if self.is_small else 64,
+            "BLOCK_SPLITS": max(16, triton.next_power_of_2(self.splits)),  # fewer would be loaded by every thread
+            "TILE": min(512, max(64, triton.next_power_of_2(self.length))) if self.is_small else 64,
             "num_warps": 8 if self.is_small else 4,
         }
 

@@ -346,7 +346,7 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
         counts = torch.empty(4, batch, tiles, 256, dtype=torch.int32, device=scores.device)
         certain = torch.empty(batch, tiles, dtype=torch.int32, device=scores.device)
         state = torch.empty(batch, 3, 2, dtype=torch.int32, device=scores.device)
-        blocks = {"TILE": tile, "BLOCK_TILES": 16, "num_warps": 8}
+        blocks = {"TILE": tile, "BLOCK_TILES": 4, "num_warps": 8}
         for digit in range(4):
             count_digits[(tiles, batch)](
                 scores, pool, pinned, keep, counts, certain, state, total, *strides, DIGIT=digit, **blocks
