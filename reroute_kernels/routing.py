@@ -98,7 +98,8 @@ class RoutedForward:
             for counts in self.selected_counts
         ]
         self.lengths = [max(rows) for rows in self.row_lengths]
-        self.keep = torch.tensor(self.selected_counts, device=prompt.visual.device)
+        last_rows = [[length - 1 for length in rows] for rows in self.row_lengths]
+        self.keep, self.last = torch.tensor([self.selected_counts, last_rows], device=prompt.visual.device)
         self.kept: list[Tensor] = []
         self._full: Tensor | None = None
         self._owns_full = False
@@ -143,8 +144,7 @@ class RoutedForward:
         pool, pinned = carried[:2] if removes else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
-        valid = kept >= 0 if self.is_ragged(stage) else None
-        last = valid.sum(dim=1) - 1 if valid is not None else None
+        valid, last = (kept >= 0, self.last[stage]) if self.is_ragged(stage) else (None, None)
         self._sequence = Sequence(compact, tables, pool, pinned, valid, last, kept)
         return compact
 

@@ -119,9 +119,31 @@ def registered_arguments(name, arguments, optional):
 
 @pytest.mark.parametrize("optional", [False, True], ids=["least-arguments", "all-arguments"])
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(arguments, name, optional):
+def test_opcheck(arguments, backend, name, optional):
     operation = getattr(torch.ops.reroute_kernels, name).default
     torch.library.opcheck(operation, registered_arguments(name, arguments, optional))
+
+
+def permuted(tensor):
+    dims = tuple(reversed(range(tensor.ndim)))
+    return tensor.permute(dims).contiguous().permute(dims)
+
+
+def sliced(tensor):
+    return torch.cat([tensor, tensor, tensor], dim=-1)[..., 1::3][..., : tensor.shape[-1]]
+
+
+@pytest.mark.parametrize("view", [permuted, sliced])
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck_of_views(arguments, backend, name, view):
+    def viewed(value):
+        if isinstance(value, list):
+            return [viewed(each) for each in value]
+        return view(value) if isinstance(value, torch.Tensor) and value.ndim > 1 else value
+
+    values = [viewed(value) for value in registered_arguments(name, arguments, optional=True)]
+    assert not all(value.is_contiguous() for value in values if isinstance(value, torch.Tensor))
+    torch.library.opcheck(getattr(torch.ops.reroute_kernels, name).default, tuple(values))
 
 
 @pytest.mark.parametrize("name", ["select_tokens", "gather_tokens", "scatter_tokens_"])

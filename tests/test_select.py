@@ -111,6 +111,20 @@ def test_pools_and_pinned_tokens(device, operations, pooled, pinned):
     assert torch.equal(index, sorted_selection(scores, pool, pinned, keep, 100))
 
 
+@pytest.mark.parametrize("length", [4096, 4097, 10_001, 131_072])
+def test_long_sequences(device, operations, launches, length):
+    scores = torch.stack([normal_scores(length), few_values(length), special_values(length)]).to(device)
+    pool, pinned = random_flags(device, 3, length)
+    pinned[1] = False
+    pool[2, : length // 2] = False
+    keep = torch.tensor([length // 3, length - 100, 7], device=device)
+    width = length // 3 + int(pinned.sum(1).max())
+    index = operations.select_tokens(scores, pool, pinned, keep, width)
+    assert torch.equal(index, sorted_selection(scores, pool, pinned, keep, width))
+    if operations is rk.triton:
+        assert len(launches) == (1 if length <= 4096 else 5)
+
+
 def test_scores_outside_the_pool_do_not_count(device, operations):
     scores = normal_scores(2, 100).to(device)
     pool, pinned = random_flags(device, 2, 100, pooled=0.5)

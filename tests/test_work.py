@@ -1,0 +1,163 @@
+"""What a decision costs beside the model's own modules, counted: kernel launches, other operators, host transfers."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import reroute_kernels as rk
+from reroute_kernels.routing import Prompt, RoutedForward
+from tests.conftest import HAS_GPU
+from tests.test_route import decision
+
+# Operators that only look at memory in another way, or take it; the rest start work on the device.
+FREE = {
+    "alias",
+    "as_strided",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "flatten",
+    "lift_fresh",
+    "new_empty",
+    "reshape",
+    "select",
+    "slice",
+    "squeeze",
+    "transpose",
+    "unbind",
+    "unflatten",
+    "unsqueeze",
+    "view",
+}
+ONE_PROGRAM = ["attention_logits", "reduce_and_select", "copy_rows_to_compact"]
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Counts the work of a call by the profiler: Triton launches in order, and operators that are not free."""
+    from triton.runtime.jit import KernelInterface
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    launch_on = KernelInterface.__getitem__
+    launched = []
+
+    def recording(kernel, grid):
+        def launch(*args, **kwargs):
+            launched.append(kernel.__name__)
+            if HAS_GPU:  # the interpreter itself would use operators
+                launch_on(kernel, grid)(*args, **kwargs)
+
+        return launch
+
+    def count(call):
+        with rk.backend("triton"):
+            if HAS_GPU:
+                call()  # compiles
+            monkeypatch.setattr(KernelInterface, "__getitem__", recording)
+            launched.clear()
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if HAS_GPU else [])]
+            with profile(activities=activities) as record:
+                call()
+            monkeypatch.setattr(KernelInterface, "__getitem__", launch_on)
+        names = Counter(event.name for event in record.events())
+        operators = {name.removeprefix("aten::"): n for name, n in names.items() if name.startswith("aten::")}
+        if HAS_GPU:
+            device_launches = sum(n for name, n in names.items() if "LaunchKernel" in name)
+            assert device_launches == len(launched) + sum(n for name, n in operators.items() if name not in FREE)
+            assert not any("DtoH" in name or "Synchronize" in name for name in names)
+        return list(launched), {name: n for name, n in operators.items() if name not in FREE}
+
+    return count
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padding"])
+def test_a_decision_is_three_launches_and_nothing_else(device, work, padded):
+    arguments = decision(device, 3, 200, 2, padded=padded, past=50 if padded else 0)
+    assert work(lambda: rk.ops.route_tokens(**arguments)) == (ONE_PROGRAM, {})
+
+
+def test_a_decision_on_a_long_sequence(device, work):
+    arguments = decision(device, 1, 5000)
+    launches, others = work(lambda: rk.ops.route_tokens(**arguments))
+    digits = ["count_digits"] * 4
+    expected = ["attention_logits", "reduce_attention", *digits, "compact_tiles", "copy_rows_to_compact"]
+    assert (launches, others) == (expected, {})
+
+
+def test_scatter_is_one_launch(device, work):
+    full, compact = torch.randn(2, 30, 8, device=device), torch.randn(2, 3, 8, device=device)
+    index = torch.tensor([[0, 3, 4], [2, -1, 5]], device=device)
+    assert work(lambda: rk.ops.scatter_tokens_(full, index, compact)) == (["copy_rows_to_full"], {})
+
+
+def test_the_count_sees_transfers_and_other_work(device, work):
+    numbers = torch.ones(3, device=device)
+    if not HAS_GPU:
+        _, others = work(lambda: numbers.sum().item() + len(numbers.nonzero()))
+        assert others["sum"] == others["item"] == others["nonzero"] == 1
+    _, others = work(lambda: numbers + numbers)
+    assert others == {"add": 1}
+
+
+class Forward:
+    """A routed prefill without a model: tensors as between its layers."""
+
+    def __init__(self, device, action, lefts):
+        length = 60
+        valid = torch.arange(length, device=device) >= torch.tensor(lefts, device=device)[:, None]
+        places = torch.arange(length, device=device).expand(len(lefts), -1)
+        visual = (places >= 20) & (places < 50) & valid
+        policy = rk.Policy([rk.Stage(1, 0.5), rk.Stage(2, 0.3), rk.Stage(3, 0.2)], action=action)
+        self.routed = RoutedForward(policy, Prompt(visual, valid))
+        self.hidden = torch.randn(len(lefts), length, 16, device=device)
+        self.tables = tuple(torch.randn(len(lefts), length, 8, device=device) for _ in range(2))
+        self.query = torch.randn(len(lefts), 1, 4, 8, device=device)
+        self.key = torch.randn(len(lefts), length, 2, 8, device=device)
+
+    def ranking(self, hidden, tables, valid, last):
+        query_index = None if last is None else last[:, None]
+        return {
+            "query": self.query,
+            "key": self.key[:, : hidden.shape[1]],
+            "cos": tables[0],
+            "sin": tables[1],
+            "key_mask": valid,
+            "query_index": query_index,
+        }
+
+    def decide(self):
+        self.hidden = self.routed.decide(self.hidden, self.tables, self.ranking)
+
+    def finish(self):
+        self.hidden = self.routed.finish(self.hidden)
+
+
+SCATTER_FIRST = ["copy_rows_to_full", *ONE_PROGRAM]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+def test_decisions_of_a_prefill(device, work, action):
+    forward = Forward(device, action, lefts=[0, 0])
+    # Under `remove`, places among the survivors are looked up in the full sequence.
+    lookup = {"lt": 1, "where": 1} if action == "remove" else {}
+    assert work(forward.decide) == (ONE_PROGRAM, {})
+    assert work(forward.decide) == (SCATTER_FIRST, {"clone": 1, "copy_": 1, **lookup})
+    assert work(forward.decide) == (SCATTER_FIRST, lookup)
+    assert work(forward.finish) == (["copy_rows_to_full"], {})
+
+
+@pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+def test_decisions_of_a_padded_prefill(device, work, action):
+    forward = Forward(device, action, lefts=[0, 7])
+    ragged = {"ge": 1}  # which rows of the compact sequence hold a token
+    lookup = {"lt": 1, "where": 1} if action == "remove" else {}
+    assert work(forward.decide) == (ONE_PROGRAM, ragged)
+    assert work(forward.decide) == (SCATTER_FIRST, {"clone": 1, "copy_": 1, **ragged, **lookup})
+    assert work(forward.decide) == (SCATTER_FIRST, {**ragged, **lookup})
+    assert work(forward.finish) == (["copy_rows_to_full"], {})
