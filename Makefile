@@ -5,7 +5,7 @@ OLDEST_BIN := .venv-oldest/bin
 SEED ?= 0
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: help test test-oldest fuzz compile-matrix demo bench lint format clean
+.PHONY: help test test-oldest fuzz compile-matrix gpu-report demo bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,11 +29,17 @@ compile-matrix: .venv/ready  ## compile every kernel with every supported Triton
 	done
 	$(BIN)/python -m bench.report
 
+gpu-report:  ## test and measure the GPU that torch of $(PYTHON) sees; without one a dry run on the CPU
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+	  $(PYTHON) -m bench.gpu_report; \
+	else $(MAKE) --no-print-directory .venv/ready && $(BIN)/python -m bench.gpu_report; fi
+
 demo: .venv/ready  ## route a photo through a tiny model; ARGS="--model ... --image ..." for others
 	$(BIN)/python -m reroute_kernels demo $(ARGS)
 
-bench: .venv/ready  ## run the benchmarks on a CPU; rewrites bench/results/cpu and the tables in README.md
-	$(BIN)/python -m pytest --benchmark -q --benchmark-json=bench/results/cpu/benchmarks.json
+bench: .venv/ready  ## run the benchmarks; rewrites bench/results/<device> and the tables in README.md and docs/
+	mkdir -p $$($(BIN)/python -m bench.device)
+	$(BIN)/python -m pytest --benchmark -q --benchmark-json=$$($(BIN)/python -m bench.device)/benchmarks.json
 	$(BIN)/python -m bench.report
 
 lint: .venv/ready

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+from bench.source_tree import make_importable
+
+make_importable()
 BENCHMARKS = Path(__file__).parent / "bench"
 
 
 def pytest_addoption(parser):
     parser.addoption("--compile-record", metavar="FOLDER", help="keep what tests/test_compile.py found out, as JSON")
+    parser.addoption("--shard", default="0/1", metavar="I/N", help="run every N-th test, from the I-th on")
     parser.addoption("--fuzz-cases", type=int, default=500, help="random cases of tests/test_fuzz.py (500)")
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first random case (0)")
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
@@ -27,6 +31,9 @@ def pytest_ignore_collect(collection_path, config):
 
 def pytest_collection_modifyitems(config, items):
     # A path given on the command line is collected all the same.
-    wanted = [item for item in items if item.path.is_relative_to(BENCHMARKS) == config.getoption("benchmark")]
+    shard, shards = map(int, config.getoption("shard").split("/"))
+    wanted = [
+        item for item in items[shard::shards] if item.path.is_relative_to(BENCHMARKS) == config.getoption("benchmark")
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted

@@ -1,46 +1,44 @@
-"""A routed prefill against the unrouted model and against the oracle, in turn and in one process."""
+"""A prefill through the adapter against the unrouted model and against the oracle, in turn and in one process."""
 
 import copy
-import statistics
-import time
+from functools import partial
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import reroute_kernels as rk
-from bench.prefill import POLICY, make_inputs, make_model, oracle
+from bench.device import Clock, Timing
+from bench.prefill import Decoder, Prefill, make_inputs, make_model
 
+DECODER = Decoder("16 layers, d = 512", "llava", 16, 512, 8, 8, 1376)
+POLICY = rk.Policy([rk.Stage(layer, 0.0835) for layer in (3, 7, 11, 14)])
 ROUNDS = {576: 25, 4096: 9}
 
 
 @pytest.mark.parametrize("visual_tokens", ROUNDS)
 def bench_prefill(benchmark, visual_tokens, device, dtype):
-    model = make_model(visual_tokens, device, dtype)
-    inputs = make_inputs(visual_tokens, device)
+    model = make_model(DECODER, visual_tokens, device, dtype)
+    inputs = make_inputs(model, visual_tokens)
+    prefill = Prefill(model, inputs, partial(DynamicCache, config=model.model.language_model.config))
     routed_model = copy.deepcopy(model)
-    with rk.apply(routed_model, POLICY) as routing:
-        logits = routed_model(**inputs, use_cache=True).logits
-        kept = [stage.selected[0].to(device) for stage in routing.trace.stages]
-        text = (inputs["input_ids"][0] != model.config.image_token_id).nonzero().flatten()
-        kept = [torch.cat([text, visual]).sort().values for visual in kept]
-        torch.testing.assert_close(oracle(model, inputs["input_ids"], kept), logits, atol=1e-4, rtol=0)
-
+    with rk.apply(routed_model, POLICY):
+        layers = prefill.routed(POLICY)
+        layers()
+        oracle = prefill.oracle(POLICY, layers.kept)
+        torch.testing.assert_close(oracle(), routed_model(**inputs).logits, atol=1e-4, rtol=0)
         calls = {
-            "unrouted": lambda: model(**inputs, use_cache=True),
-            "routed": lambda: routed_model(**inputs, use_cache=True),
-            "oracle": lambda: oracle(model, inputs["input_ids"], kept),
+            "unrouted": lambda: model(**inputs),
+            "routed": lambda: routed_model(**inputs),
+            "oracle": oracle,
         }
+        clock = Clock(device)
         times = {name: [] for name in calls}
         turns = list(calls)
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
         def in_turn():
             for name in turns:
-                wait()
-                start = time.perf_counter()
-                calls[name]()
-                wait()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock.once(calls[name]))
             turns.append(turns.pop(0))
 
         benchmark.group = "prefill"
@@ -48,18 +46,12 @@ def bench_prefill(benchmark, visual_tokens, device, dtype):
 
     for values in times.values():
         del values[0]  # the warm-up
+    medians = {name: Timing.of(values) for name, values in times.items()}
     benchmark.extra_info["visual_tokens"] = visual_tokens
     benchmark.extra_info["schedule"] = [[stage.layer, stage.keep] for stage in POLICY.schedule]
-    benchmark.extra_info["milliseconds"] = {name: summary(values) for name, values in times.items()}
-    benchmark.extra_info["unrouted_over_routed"] = ratio(times["unrouted"], times["routed"])
-    benchmark.extra_info["routed_over_oracle"] = ratio(times["routed"], times["oracle"])
-
-
-def summary(seconds):
-    deciles = statistics.quantiles(seconds, n=10)
-    return {"median": statistics.median(seconds) * 1e3, "p20": deciles[1] * 1e3, "p80": deciles[7] * 1e3}
-
-
-def ratio(numerator, denominator):
-    """Ratio of the medians."""
-    return statistics.median(numerator) / statistics.median(denominator)
+    benchmark.extra_info["milliseconds"] = {
+        name: {part: getattr(timing, part) / 1e3 for part in ("median", "p20", "p80")}
+        for name, timing in medians.items()
+    }
+    benchmark.extra_info["unrouted_over_routed"] = medians["unrouted"].median / medians["routed"].median
+    benchmark.extra_info["routed_over_oracle"] = medians["routed"].median / medians["oracle"].median

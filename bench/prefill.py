@@ -1,78 +1,233 @@
-"""A LLaVA of 16 layers whose decoder alone is measured, and the oracle that knows every index in advance."""
+"""Decoders with random weights whose prefill is measured: unrouted, routed, and as the oracle that knows every index.
+
+The vision tower gives way to constant features, so that time is the decoder's.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
-from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from torch import Tensor, nn
 
 import reroute_kernels as rk
+from reroute_kernels.models import ADAPTERS
+from reroute_kernels.routing import Prompt, RoutedForward
 
-LAYERS, HIDDEN, HEADS, INTERMEDIATE = 16, 512, 8, 1376
-DECISION_LAYERS, KEEP = (3, 7, 11, 14), 0.0835
 TEXT_BEFORE, TEXT_AFTER = 16, 48
 IMAGE_TOKEN = 999
 
-POLICY = rk.Policy([rk.Stage(layer, KEEP) for layer in DECISION_LAYERS])
+
+@dataclass(frozen=True)
+class Decoder:
+    """Layers, hidden size, query and key heads, width of the MLP; `preset` names the model whose policies fit it."""
+
+    name: str
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    preset: str | None = None
+
+    def policies(self, tier: int) -> dict[str, rk.Policy]:
+        """The same keep ratio as one decision that removes, and as four that defer."""
+        if self.preset:
+            return {
+                "remove": rk.preset(self.preset, "fastv", avg_tokens=tier),
+                "reroute": rk.preset(self.preset, "reroute-fastv", avg_tokens=tier),
+            }
+        stages = [rk.Stage(layer, tier / 576) for layer in range(1, self.layers, 2)]
+        return {"remove": rk.Policy(stages[:1], "remove"), "reroute": rk.Policy(stages)}
 
 
-def make_model(visual_tokens: int, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
-    """Random weights, d = 512; the vision tower gives way to constant features, so that time is the decoder's."""
+LLAVA_7B = Decoder("LLaVA-1.5-7B", "llava", 32, 4096, 32, 32, 11008, "llava-1.5-7b")
+QWEN_7B = Decoder("Qwen2.5-VL-7B", "qwen2_5_vl", 28, 3584, 28, 4, 18944, "qwen2.5-vl-7b")
+
+
+def make_model(decoder: Decoder, visual_tokens: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The transformers model with random weights."""
+    import transformers
+
+    text = {
+        "hidden_size": decoder.hidden,
+        "intermediate_size": decoder.intermediate,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "vocab_size": IMAGE_TOKEN + 1,
+        "max_position_embeddings": 2 * visual_tokens + 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if decoder.family == "llava":
+        config = transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                image_size=8,
+                patch_size=4,
+            ),
+            text_config=transformers.LlamaConfig(**text),
+            image_token_index=IMAGE_TOKEN,
+            image_seq_length=visual_tokens,
+        )
+        kind = transformers.LlavaForConditionalGeneration
+    else:
+        pairs = decoder.hidden // decoder.heads // 2
+        sections = [pairs - 2 * (3 * pairs // 8), 3 * pairs // 8, 3 * pairs // 8]
+        config = transformers.Qwen2_5_VLConfig(
+            vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 8},
+            text_config={**text, "rope_parameters": {"rope_type": "default", "mrope_section": sections}},
+            image_token_id=IMAGE_TOKEN,
+        )
+        kind = transformers.Qwen2_5_VLForConditionalGeneration
     torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
-        ),
-        text_config=LlamaConfig(
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            vocab_size=IMAGE_TOKEN + 1,
-            max_position_embeddings=2 * visual_tokens + 256,
-        ),
-        image_token_index=IMAGE_TOKEN,
-        image_seq_length=visual_tokens,
+    with device:
+        model = kind._from_config(config, dtype=dtype).eval()
+        features = torch.randn(visual_tokens, decoder.hidden, dtype=dtype) * 0.1
+    model.model.get_image_features = lambda pixel_values, *_, **__: SimpleNamespace(
+        pooler_output=[features] * len(pixel_values)
     )
-    model = LlavaForConditionalGeneration(config).to(device, dtype).eval()
-    features = SimpleNamespace(pooler_output=[torch.randn(visual_tokens, HIDDEN, device=device, dtype=dtype) * 0.1])
-    model.model.get_image_features = lambda **_: features
     return model
 
 
-def make_inputs(visual_tokens: int, device: torch.device) -> dict[str, Tensor]:
-    text = torch.randint(3, IMAGE_TOKEN, (TEXT_BEFORE + TEXT_AFTER,))
-    ids = torch.cat([text[:TEXT_BEFORE], torch.full((visual_tokens,), IMAGE_TOKEN), text[TEXT_BEFORE:]])[None]
-    return {"input_ids": ids.to(device), "pixel_values": torch.zeros(1, device=device), "logits_to_keep": 1}
+def make_inputs(model: nn.Module, visual_tokens: int, batch: int = 1) -> dict[str, object]:
+    """Arguments of a call: text, an image and text, the same length for every sample."""
+    device = model.get_input_embeddings().weight.device
+    text = torch.randint(3, IMAGE_TOKEN, (batch, TEXT_BEFORE + TEXT_AFTER), device=device)
+    image = torch.full((batch, visual_tokens), IMAGE_TOKEN, device=device)
+    ids = torch.cat([text[:, :TEXT_BEFORE], image, text[:, TEXT_BEFORE:]], dim=1)
+    positions = torch.arange(ids.shape[1], device=device).expand(batch, -1)
+    if model.config.model_type == "qwen2_5_vl":
+        positions = positions.expand(3, -1, -1)
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.zeros(batch, device=device, dtype=model.dtype),
+        "position_ids": positions,
+        "logits_to_keep": 1,
+        "use_cache": True,
+    }
 
 
-def oracle(model: LlavaForConditionalGeneration, input_ids: Tensor, kept: list[Tensor]) -> Tensor:
-    """Last logits of the same compact layers with the indices known, and one key projection of all tokens a decision.
+class NoCopyCache:
+    """Takes the keys and values of a layer as a cache does, and keeps the tensors as they are."""
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, key: Tensor, value: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        self.layers.append((key, value))
+        return key, value
+
+
+class Prefill:
+    """One batch through the layers of a decoder, from the embedded prompt to the last token's logits.
+
+    Everything that depends on data in a way that the host must know (counts, and the oracle's indices) is found before
+    a call starts, so that each call can be captured in a CUDA graph.
 
     Args:
         model: as `make_model` gives it.
-        input_ids: (1, L).
-        kept: (M,) positions of the tokens that run, for each decision layer.
+        inputs: as `make_inputs` gives them.
+        make_cache: makes what the layers cache into.
     """
-    decoder = model.model.language_model
-    hidden = model.get_input_embeddings()(input_ids)
-    features = model.model.get_image_features().pooler_output[0]
-    hidden[0, TEXT_BEFORE : TEXT_BEFORE + len(features)] = features
-    tables = decoder.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
-    cache = DynamicCache(config=decoder.config)
-    full, running, compact_tables = hidden, None, tables
-    for number, layer in enumerate(decoder.layers):
-        if number in DECISION_LAYERS:
-            full = hidden.clone() if running is None else full.index_copy_(1, running, hidden)
-            layer.self_attn.k_proj(layer.input_layernorm(full))
-            running = kept[DECISION_LAYERS.index(number)]
-            hidden = full.index_select(1, running)
-            compact_tables = tuple(table.index_select(1, running) for table in tables)
-        hidden = layer(
-            hidden, attention_mask=None, position_embeddings=compact_tables, past_key_values=cache, use_cache=True
+
+    def __init__(self, model: nn.Module, inputs: dict, make_cache: Callable[[], object] = NoCopyCache):
+        self.model, self.make_cache = model, make_cache
+        self.adapter = ADAPTERS[model.config.model_type](model)
+        self.layers = self.adapter.layers
+        self.ids, self.positions = inputs["input_ids"], inputs["position_ids"]
+        self.features = torch.stack(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
+        self.prompt = Prompt(self.ids == IMAGE_TOKEN, None)
+
+    def _begin(self) -> tuple[Tensor, tuple[Tensor, ...], object]:
+        """Embedded prompt, rotary tables, and an empty cache."""
+        hidden = self.model.get_input_embeddings()(self.ids)
+        hidden[:, TEXT_BEFORE : TEXT_BEFORE + self.features.shape[1]] = self.features
+        tables = self.adapter.rotary(self.layers[0], self.adapter.decoder.rotary_emb(hidden, self.positions))
+        return hidden, tuple(table.expand(len(hidden), -1, -1) for table in tables), self.make_cache()
+
+    @torch.no_grad()
+    def unrouted(self) -> Tensor:
+        hidden, tables, cache = self._begin()
+        for layer in self.layers:
+            hidden = self._run(layer, hidden, tables, cache)
+        return self._logits(hidden)
+
+    def routed(self, policy: rk.Policy) -> Callable[[], Tensor]:
+        """The call, with the operations of the library; it leaves its kept indices in its attribute `kept`."""
+        prepared = RoutedForward(policy, self.prompt)
+        decision_layers = {stage.layer for stage in policy.schedule}
+
+        @torch.no_grad()
+        def call() -> Tensor:
+            forward = copy.copy(prepared)  # its counts are on the device already
+            forward.kept = []
+            hidden, all_tables, cache = self._begin()
+            tables = all_tables
+            for number, layer in enumerate(self.layers):
+                if number in decision_layers:
+                    hidden = forward.decide(hidden, all_tables, partial(self._ranking, layer))
+                    tables = forward.tables
+                hidden = self._run(layer, hidden, tables, cache)
+            call.kept = forward.kept
+            return self._logits(forward.finish(hidden))
+
+        return call
+
+    def oracle(self, policy: rk.Policy, kept: list[Tensor]) -> Callable[[], Tensor]:
+        """The same compact layers with the indices (B, M) known, and one key projection of all tokens a decision."""
+        batch, length = self.ids.shape
+        first = torch.arange(batch, device=self.ids.device)[:, None] * length
+        rows = [(index + first).flatten() for index in kept]
+        decision_layers = [stage.layer for stage in policy.schedule]
+
+        def compact(tensor: Tensor, row: Tensor) -> Tensor:
+            return tensor.reshape(batch * length, -1).index_select(0, row).view(batch, -1, tensor.shape[2])
+
+        def write(full: Tensor, row: Tensor, hidden: Tensor) -> None:
+            full.view(batch * length, -1).index_copy_(0, row, hidden.reshape(len(row), -1))
+
+        @torch.no_grad()
+        def call() -> Tensor:
+            hidden, all_tables, cache = self._begin()
+            full, tables = None, all_tables
+            for number, layer in enumerate(self.layers):
+                if number in decision_layers:
+                    stage = decision_layers.index(number)
+                    if full is None:
+                        full = hidden.clone()
+                    else:
+                        write(full, rows[stage - 1], hidden)
+                    layer.self_attn.k_proj(layer.input_layernorm(full))
+                    hidden = compact(full, rows[stage])
+                    tables = tuple(compact(table, rows[stage]) for table in all_tables)
+                hidden = self._run(layer, hidden, tables, cache)
+            write(full, rows[-1], hidden)
+            return self._logits(full)
+
+        return call
+
+    def _ranking(self, layer, hidden, tables, valid, last):
+        return self.adapter.ranking(layer, hidden, *tables, valid, last)
+
+    def _run(self, layer: nn.Module, hidden: Tensor, tables: tuple[Tensor, ...], cache) -> Tensor:
+        output = layer(
+            hidden,
+            attention_mask=None,
+            position_embeddings=self.adapter.position_embeddings(*tables),
+            past_key_values=cache,
+            use_cache=True,
         )
-    full.index_copy_(1, running, hidden)
-    return model.lm_head(decoder.norm(full)[:, -1:])
+        return output[0] if isinstance(output, tuple) else output
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(self.adapter.decoder.norm(hidden[:, -1:]))

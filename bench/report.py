@@ -1,52 +1,305 @@
-"""Write the benchmark tables of README.md from bench/results: `python -m bench.report`."""
+"""Write every table that comes from measurements: `python -m bench.report`.
+
+README.md has the CPU figures of bench/results/cpu, docs/kernels.md what compilers made of the kernels
+(bench/results/compile), docs/performance.md the figures of every GPU that has results.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "cpu" / "benchmarks.json"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+RESULTS = ROOT / "bench" / "results"
+NAMES = ("tests", "sanitizer", "floors", "operations", "copies", "eager")
+DECODERS = ("llava", "qwen2_5_vl")
 
 
-def tables(results: dict) -> str:
-    """The tables as Markdown."""
+def main() -> None:
+    replace_between(ROOT / "README.md", "benchmarks", cpu_tables(_read(RESULTS / "cpu" / "benchmarks.json")))
+    compiled = [_read(path) for path in sorted((RESULTS / "compile").glob("triton-*.json"))]
+    replace_between(ROOT / "docs" / "kernels.md", "compiled", compile_tables(compiled))
+    performance_page(gpu_folders(), ROOT / "docs")
+
+
+def gpu_folders() -> list[Path]:
+    """Folders of devices on which `make gpu-report` ran."""
+    return sorted(path.parent for path in RESULTS.glob("*/floors.json"))
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def replace_between(path: Path, name: str, content: str) -> None:
+    """Put generated text between a file's markers."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = path.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"{path} must hold {begin} and {end}")
+    path.write_text(f"{before}{begin}\n{content}\n{end}{after}")
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """Lines of a Markdown table."""
+    header = list(header)
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
+
+
+def cpu_tables(results: dict) -> str:
     machine, entries = results["machine_info"], results["benchmarks"]
     prefills = [entry["extra_info"] for entry in entries if entry["group"] == "prefill"]
     lines = [
         f"Measured by `make bench` on {machine['gpu'] or 'a CPU'} ({machine['cpu']}, {machine['torch_threads']} "
         f"threads, torch {machine['torch']}, transformers {machine['transformers']}); the record is "
-        f"`{RESULTS.relative_to(ROOT)}`. Medians, in milliseconds.",
+        "`bench/results/cpu/benchmarks.json`. Medians, in milliseconds.",
         "",
-        "| prefill, 16 layers, d = 512, keep 8.35% at layers 3, 7, 11, 14 | unrouted | routed | oracle "
-        "| unrouted / routed | routed / oracle |",
-        "|---|---|---|---|---|---|",
+        *table(
+            [
+                "prefill, 16 layers, d = 512, keep 8.35% at layers 3, 7, 11, 14",
+                "unrouted",
+                "routed",
+                "oracle",
+                "unrouted / routed",
+                "routed / oracle",
+            ],
+            (
+                [
+                    f"{prefill['visual_tokens']:,} visual tokens",
+                    *(f"{prefill['milliseconds'][name]['median']:.0f}" for name in ("unrouted", "routed", "oracle")),
+                    f"{prefill['unrouted_over_routed']:.2f}",
+                    f"{prefill['routed_over_oracle']:.3f}",
+                ]
+                for prefill in prefills
+            ),
+        ),
+        "",
     ]
-    for prefill in prefills:
-        times = (f"{prefill['milliseconds'][name]['median']:.0f}" for name in ("unrouted", "routed", "oracle"))
-        lines.append(
-            f"| {prefill['visual_tokens']:,} visual tokens | {' | '.join(times)} "
-            f"| {prefill['unrouted_over_routed']:.2f} | {prefill['routed_over_oracle']:.3f} |"
-        )
     operations = [entry for entry in entries if "operation" in entry["extra_info"]]
     backends = list(dict.fromkeys(entry["extra_info"]["backend"] for entry in operations))
-    lines += ["", f"| operation | shape | {' | '.join(backends)} |", "|---|---|" + "---|" * len(backends)]
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for entry in operations:
         info = entry["extra_info"]
         rows.setdefault((info["operation"], info["shape"]), {})[info["backend"]] = entry["stats"]["median"] * 1e3
-    for (operation, shape), medians in rows.items():
-        lines.append(f"| `{operation}` | {shape} | {' | '.join(f'{medians[name]:.3f}' for name in backends)} |")
+    lines += table(
+        ["operation", "shape", *backends],
+        (
+            [f"`{operation}`", shape, *(f"{medians[name]:.3f}" if name in medians else "" for name in backends)]
+            for (operation, shape), medians in rows.items()
+        ),
+    )
     return "\n".join(lines)
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    content = tables(json.loads(RESULTS.read_text()))
-    readme.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}")
+def compile_tables(records: list[dict]) -> str:
+    """Registers by Triton, worst case and totals of every kernel and target."""
+    versions = [record["triton"] for record in records]
+    by_kernel: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for record in records:
+        for row in record["kernels"]:
+            by_kernel.setdefault((row["kernel"], row["target"]), {}).setdefault(record["triton"], []).append(row)
+    rows = []
+    for (kernel, target), compiled in sorted(by_kernel.items()):
+        every = [row for version in versions for row in compiled.get(version, [])]
+        registers = (str(max(row["registers"] for row in compiled[version])) for version in versions)
+        spilled = sum(row["spills"] + row["stack"] for row in every)
+        shared = max(row["shared"] for row in every)
+        rows.append([f"`{kernel}`", target, *registers, spilled, f"{shared / 1024:.0f} KiB"])
+    cases = len({(row["kernel"], row["case"]) for record in records for row in record["kernels"]})
+    return "\n".join(
+        [
+            f"{cases} pairs of kernel and shape on each target, compiled by `make compile-matrix` with Triton "
+            f"{', '.join(versions)}; the records are in `bench/results/compile/`. Registers of a thread and shared "
+            "memory are those of the worst shape; spills add registers and stack bytes of all of them.",
+            "",
+            *table(["kernel", "target", *(f"registers, {version}" for version in versions), "spills", "shared"], rows),
+        ]
+    )
+
+
+# docs/performance.md
+
+
+def performance_page(folders: list[Path], target: Path) -> None:
+    """Write performance.md, and a plot of each device's prefills beside it where matplotlib is installed."""
+    lines = [
+        "# Performance",
+        "",
+        "Written by `python -m bench.report` from the records in `bench/results/`; no figure here is typed by hand.",
+        "Figures of a CPU are in the README. What is measured, and against which floor: [kernels.md](kernels.md).",
+        "",
+    ]
+    if not folders:
+        lines += [
+            "**No GPU has been measured yet.** The kernels are checked in Triton's interpreter and by compilation for",
+            "sm_80, sm_90, sm_100 and gfx942; none of their speed is known, and no target of the project",
+            "has been shown on a device. `make gpu-report` measures a GPU and fills this page.",
+            "",
+        ]
+    for folder in folders:
+        lines += device_section(folder, target)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def device_section(folder: Path, target: Path) -> list[str]:
+    """What one device's records say."""
+    names = (*NAMES, *(f"{kind}-{name}" for name in DECODERS for kind in ("prefill", "decode")))
+    records = {name: _read(folder / f"{name}.json") for name in names if (folder / f"{name}.json").exists()}
+    about = next(iter(records.values()))
+    title = about["device"] + (" (dry run: the times mean nothing)" if about["dry_run"] else "")
+    lines = [f"## {title}", ""]
+    details = (
+        f"{name} {about[name]}" for name in ("driver", "cuda", "torch", "triton", "transformers") if about.get(name)
+    )
+    lines += [", ".join(details) + ".", ""]
+    lines += [f"- `{name}` failed: {record['error']}" for name, record in records.items() if record.get("error")]
+    results = {name: record["result"] for name, record in records.items() if record["result"] is not None}
+    if tests := results.get("tests"):
+        lines.append("- tests: " + ", ".join(f"{count} {name}" for name, count in tests.items()))
+    lines += [f"- {name}: {found}" for name, found in results.get("sanitizer", {}).items()]
+    if floors := results.get("floors"):
+        lines += [
+            f"- floors: {floors['empty_launch_in_graph_us']:.2f} us an empty launch in a graph, "
+            f"{floors['empty_launch_us']:.2f} us outside; {floors['copy_gb_per_s']:,.0f} GB/s a copy",
+        ]
+    lines += ["", *targets(results), ""]
+    if operations := results.get("operations"):
+        lines += [
+            "### Operations",
+            "",
+            "Medians in us; the floor is bytes over copy bandwidth or launches, in a graph.",
+            "",
+        ]
+        lines += table(
+            ["operation", "shape", "L", "B", "launches", "eager", "graph", "GB/s", "over floor"],
+            (
+                [
+                    f"`{row['operation']}`",
+                    row["shape"],
+                    row["length"],
+                    row["batch"],
+                    row["launches"],
+                    f"{row['eager']['median']:.1f}",
+                    f"{row['graph']['median']:.1f}",
+                    f"{row['graph']['gb_per_s']:,.0f}",
+                    f"{row['graph']['over_floor']:.1f}",
+                ]
+                for row in operations
+            ),
+        )
+        lines.append("")
+    if against := results.get("eager"):
+        lines += ["### Against the usual eager code", "", "One sample, outside a graph; medians in us.", ""]
+        lines += table(
+            ["shape", "L", "eager", "fused", "eager / fused"],
+            (
+                [
+                    row["shape"],
+                    row["length"],
+                    f"{row['eager']['median']:,.0f}" if row["eager"] else "out of memory",
+                    f"{row['fused']['median']:,.0f}",
+                    f"{row['eager_over_fused']:.0f}" if row["eager"] else "",
+                ]
+                for row in against
+            ),
+        )
+        lines.append("")
+    for name in DECODERS:
+        if rows := results.get(f"prefill-{name}"):
+            lines += prefill_section(rows, folder.name, target)
+        if decode := results.get(f"decode-{name}"):
+            lines += [f"### Decoding, {decode['decoder']}, {decode['visual_tokens']:,} visual tokens", ""]
+            lines += table(
+                ["", "ms a token", "cache, MiB"],
+                (
+                    [each, f"{decode[each]['median']:.2f}", f"{decode[each]['cache_bytes'] / 2**20:,.0f}"]
+                    for each in ("unrouted", "remove", "reroute")
+                ),
+            )
+            lines.append("")
+    return lines
+
+
+def targets(results: dict) -> list[str]:
+    """What the library is held to, and what this device reached."""
+    rows = []
+    for row in results.get("operations", []):
+        if (row["operation"], row["shape"], row["batch"]) == ("decision", "LLaVA-1.5-7B", 1):
+            rows.append(["a decision in a graph, LLaVA-1.5-7B, us", "at most 15", row["graph"]["median"]])
+    for row in results.get("copies", []):
+        rows.append([f"`{row['operation']}`, share of copy bandwidth", "at least 0.85", row["share_of_copy"]])
+    for row in results.get("eager", []):
+        if row["eager"]:
+            rows.append([f"eager / fused, {row['shape']}, L = {row['length']}", "at least 20", row["eager_over_fused"]])
+    for name in DECODERS:
+        for row in results.get(f"prefill-{name}", []):
+            case = f"{row['decoder']}, B = {row['batch']}, tier {row['tier']}"
+            rows.append([f"reroute / oracle in a graph, {case}", "at most 1.03", row["reroute_over_oracle"]])
+            if row["batch"] == 8 and row["tier"] == 64:
+                share = row["share_of_flops_speed_up"]
+                rows.append([f"share of the speed-up that FLOPs predict, {case}", "at least 0.9", share])
+    if not rows:
+        return []
+    return ["### Targets", "", *table(["what", "target", "measured", ""], (_judged(*row) for row in rows))]
+
+
+def _judged(what: str, target: str, measured: float) -> list[str]:
+    limit = float(target.split()[-1])
+    met = measured <= limit if target.startswith("at most") else measured >= limit
+    return [what, target, f"{measured:.3g}", "met" if met else "**missed**"]
+
+
+def prefill_section(rows: list[dict], device: str, target: Path) -> list[str]:
+    decoder, visual = rows[0]["decoder"], rows[0]["visual_tokens"]
+    lines = [f"### Prefill, {decoder}, {visual} visual tokens", ""]
+    lines += ["Medians in ms: through the adapter, and of the layers alone in a CUDA graph.", ""]
+    columns = [("eager", name) for name in ("unrouted", "remove", "reroute")]
+    columns += [("graph", name) for name in ("unrouted", "remove", "reroute", "oracle")]
+    lines += table(
+        ["B", "tier", *(f"{mode}: {name}" for mode, name in columns), "reroute / oracle", "peak, MiB"],
+        (
+            [
+                row["batch"],
+                row["tier"],
+                *(f"{row[mode][name]['median']:.2f}" for mode, name in columns),
+                f"{row['reroute_over_oracle']:.3f}",
+                f"{row['peak_bytes']['reroute'] / 2**20:,.0f}" if row["peak_bytes"]["reroute"] else "",
+            ]
+            for row in rows
+        ),
+    )
+    if image := plot(rows, device, target):
+        lines += ["", f"![Prefill of {decoder}]({image})"]
+    return [*lines, ""]
+
+
+def plot(rows: list[dict], device: str, target: Path) -> str | None:
+    """Draw a decoder's prefills; returns the name of the file, or None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    names = ("unrouted", "remove", "reroute", "oracle")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    batches = sorted({row["batch"] for row in rows})
+    for batch, axes in zip(batches, figure.subplots(1, len(batches), squeeze=False)[0], strict=True):
+        chosen = [row for row in rows if row["batch"] == batch]
+        for offset, name in enumerate(names):
+            places = [place + 0.2 * offset for place in range(len(chosen))]
+            axes.bar(places, [row["graph"][name]["median"] for row in chosen], 0.2, label=name)
+        axes.set_xticks([place + 0.3 for place in range(len(chosen))], [f"tier {row['tier']}" for row in chosen])
+        axes.set_title(f"batch {batch}")
+    figure.axes[0].set_ylabel("prefill in a CUDA graph, ms")
+    figure.axes[-1].legend()
+    figure.suptitle(f"{rows[0]['decoder']}, {device}")
+    file = f"prefill-{rows[0]['decoder'].lower().replace(' ', '-')}-{device}.svg"
+    target.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target / file, metadata={"Date": None})
+    return file
 
 
 if __name__ == "__main__":

@@ -1,0 +1,187 @@
+"""The device that is measured: its name, its clock, and the floors that no kernel can beat.
+
+`python -m bench.device` prints the folder of its results.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def results_folder(device: torch.device) -> Path:
+    return RESULTS / re.sub(r"\W+", "-", device_name(device).lower())
+
+
+def description(device: torch.device) -> dict[str, object]:
+    """What a result was measured on."""
+    described = {
+        "device": device_name(device),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "triton", "transformers")},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described |= {
+            "driver": _driver(),
+            "cuda": torch.version.cuda or torch.version.hip,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+    return described
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+@dataclass
+class Timing:
+    """Microseconds of one call: the median of many, with the 20th and 80th percentile."""
+
+    median: float
+    p20: float
+    p80: float
+    calls: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        deciles = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
+        return cls(statistics.median(seconds) * 1e6, deciles[1] * 1e6, deciles[7] * 1e6, len(seconds))
+
+
+class Clock:
+    """Times calls on one device.
+
+    Args:
+        device: where the calls run.
+        seconds: about how long to measure each call.
+        least: how often to call it at least.
+        graph_calls: how often a short call is captured in one graph.
+    """
+
+    def __init__(self, device: torch.device, seconds: float = 0.2, least: int = 5, graph_calls: int = 20):
+        self.device = device
+        self.seconds = seconds
+        self.least = least
+        self.graph_calls = graph_calls
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def in_turn(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+        """Times several calls round by round, so that what disturbs the machine disturbs all of them."""
+        for call in calls.values():
+            call()  # compiles, and fills caches
+        self.wait()
+        start = time.perf_counter()
+        for call in calls.values():
+            self.once(call)
+        rounds = max(self.least, min(200, round(self.seconds * len(calls) / (time.perf_counter() - start))))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        order = list(calls)
+        for _ in range(rounds):
+            for name in order:
+                times[name].append(self.once(calls[name]))
+            order.append(order.pop(0))
+        return {name: asdict(Timing.of(values)) for name, values in times.items()}
+
+    def once(self, call: Callable[[], object]) -> float:
+        """Seconds of one call that finds the device idle: what the host spends on launches counts."""
+        self.wait()
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def graph(self, call: Callable[[], object], calls: int = 1) -> Callable[[], object]:
+        """The call, captured `calls` times in a CUDA graph, as a replay. On a CPU the call itself, as often."""
+        if self.device.type != "cuda":
+            return lambda: [call() for _ in range(calls)]
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+        return graph.replay
+
+    def graphs_in_turn(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
+        """As `in_turn`, of one call among several in a graph: what the host does in between does not count."""
+        replays = {name: self.graph(call, self.graph_calls) for name, call in calls.items()}
+        times = self.in_turn(replays)
+        return {
+            name: {key: value / self.graph_calls if key != "calls" else value for key, value in timing.items()}
+            for name, timing in times.items()
+        }
+
+
+def floors(clock: Clock, copied: int) -> dict[str, float]:
+    """What nothing can beat here: an empty launch, and the copy bandwidth.
+
+    Args:
+        clock: of the device.
+        copied: bytes to copy; several times the device's caches.
+
+    Returns:
+        Microseconds of an empty launch in and outside a graph, and GB/s, bytes read and written together.
+    """
+    import triton
+
+    @triton.jit
+    def empty():
+        pass
+
+    def launch():
+        empty[(1,)]()
+
+    source = torch.randint(-(2**62), 2**62, (copied // 8,), device=clock.device)
+    target = torch.empty_like(source)
+    copy = clock.in_turn({"copy": lambda: target.copy_(source)})["copy"]
+    if not torch.equal(source, target):
+        raise AssertionError("the copy did not copy")
+    return {
+        "empty_launch_us": clock.in_turn({"launch": launch})["launch"]["median"],
+        "empty_launch_in_graph_us": clock.graphs_in_turn({"launch": launch})["launch"]["median"],
+        "copy_gb_per_s": 2 * source.numel() * 8 / copy["median"] / 1e3,
+    }
+
+
+if __name__ == "__main__":
+    print(results_folder(torch.device("cuda" if torch.cuda.is_available() else "cpu")))

@@ -1,0 +1,189 @@
+"""Tests and benchmarks on this GPU, in one command and under ten minutes: `make gpu-report`.
+
+Writes what it finds to bench/results/<device>, and from that docs/performance.md. Without a GPU it is a dry run: every
+step on a CPU, in Triton's interpreter and on tiny shapes, to know that the command works; nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("test_rank", "test_select", "test_gather", "test_scatter", "test_route", "test_ops", "test_fuzz", "test_gpu")
+TESTS += ("test_work", "models/test_golden", "models/test_generate", "models/test_batches")
+
+
+class Section:
+    """One part of the report: runs, and keeps what it returns or how it failed."""
+
+    def __init__(self, folder: Path, description: dict[str, object]):
+        self.folder, self.description, self.failed = folder, description, []
+
+    def run(self, name: str, work: Callable[[], object]) -> object:
+        print(f"{name} ...", flush=True)
+        start = time.perf_counter()
+        try:
+            record = {"result": work()}
+        except Exception:
+            traceback.print_exc()
+            self.failed.append(name)
+            record = {"result": None, "error": traceback.format_exc(limit=-1).strip().splitlines()[-1]}
+        record = {**self.description, "seconds": round(time.perf_counter() - start, 1), **record}
+        (self.folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        print(f"{name}: {record['seconds']} s", flush=True)
+        return record["result"]
+
+
+def run_tests(shards: int, seconds: float, arguments: list[str]) -> dict[str, object]:
+    """The tests that a device can run, in several processes at once.
+
+    Raises:
+        RuntimeError: a test failed or did not end in time; the message names it.
+    """
+    with tempfile.TemporaryDirectory() as reports:
+        processes = []
+        for shard in range(shards):
+            report = Path(reports) / f"{shard}.xml"
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+            command += [f"--shard={shard}/{shards}", *arguments]
+            output = (Path(reports) / f"{shard}.txt").open("w+")
+            processes.append((report, output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)))
+        deadline = time.monotonic() + seconds
+        counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+        broken = []
+        for report, output, process in processes:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            output.seek(0)
+            text = output.read()
+            output.close()
+            if process.returncode not in (0, 1, 5) or not report.exists():  # 5: a shard without a test
+                broken.append(f"a process ended early ({process.returncode}): {text[-2000:]}")
+                continue
+            suite = ElementTree.parse(report).getroot().find("testsuite")
+            counts = {name: counts[name] + int(suite.get(name)) for name in counts}
+            for case in suite.iter("testcase"):
+                for problem in (*case.findall("failure"), *case.findall("error")):
+                    broken.append(f"{case.get('classname')}::{case.get('name')}: {problem.get('message', '')[:300]}")
+    if broken or not counts["tests"]:
+        raise RuntimeError(f"{counts}; " + "; ".join(broken[:20]))
+    return counts
+
+
+def run_sanitizer() -> dict[str, str]:
+    """Memory errors and races in one small run of every kernel, where compute-sanitizer is installed.
+
+    Raises:
+        RuntimeError: it found some.
+    """
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        return {"compute-sanitizer": "not installed"}
+    found = {}
+    for tool in ("memcheck", "racecheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.sanitized"]
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+        summary = [line.strip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
+        found[tool] = summary[-1] if summary else f"exit {done.returncode}, no summary"
+        if done.returncode:
+            raise RuntimeError(f"{tool}: {found[tool]}; {done.stdout[-1500:]} {done.stderr[-500:]}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, even where there is a GPU")
+    parser.add_argument("--output", type=Path, help="folder of the results, in place of bench/results/<device>")
+    options = parser.parse_args()
+    dry = options.dry_run or not torch.cuda.is_available()
+    if dry:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    from bench.source_tree import make_importable
+
+    make_importable()
+    from bench import decisions, decoders, report
+    from bench.device import Clock, description, floors, results_folder
+    from bench.prefill import LLAVA_7B, QWEN_7B, Decoder
+
+    device = torch.device("cpu" if dry else "cuda")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.output or (Path(scratch) if dry else results_folder(device))
+        if dry and folder.resolve().is_relative_to(ROOT / "bench" / "results"):
+            parser.error("--output must lie outside bench/results in a dry run")
+        folder.mkdir(parents=True, exist_ok=True)
+        if dry:
+            print("dry run on a CPU: tiny shapes, Triton's interpreter; the times mean nothing and are not kept")
+            dtype, clock, copied = torch.float32, Clock(device, seconds=0.01, least=1, graph_calls=1), 2**20
+            tests = [str(ROOT / "tests" / "test_gather.py"), "-k", "launch"]
+            shapes, batches, tiers, shards, large = decisions.TINY_SHAPES, (1,), (192,), 1, (2, 16, 32)
+            small = [Decoder("tiny", "llava", 4, 32, 4, 2, 64), Decoder("tiny", "qwen2_5_vl", 4, 64, 4, 2, 64)]
+            models, visual, long_visual, steps = small, 24, 40, 3
+        else:
+            dtype, clock, copied = torch.bfloat16, Clock(device, seconds=0.1, least=3), 2**30
+            tests = [str(ROOT / "tests" / f"{name}.py") for name in TESTS]
+            shapes, batches, tiers = decisions.SHAPES, decisions.BATCHES, (192, 128, 64)
+            shards, large = max(1, (os.cpu_count() or 2) - 2), (16, 8192, 4096)
+            models, visual, long_visual, steps = [LLAVA_7B, QWEN_7B], 576, decoders.DECODE_VISUAL_TOKENS, 33
+        sections = Section(folder, {**description(device), "dry_run": dry})
+        sections.run("tests", lambda: run_tests(shards, 200, tests))
+        sections.run("sanitizer", run_sanitizer if not dry else lambda: _sanitized_without_a_device())
+        floor = sections.run("floors", lambda: floors(clock, copied))
+        backend = _triton_backend(dry)
+        with backend, torch.no_grad():
+            if floor:
+                sections.run("operations", lambda: decisions.measure_operations(clock, floor, shapes, batches, dtype))
+                sections.run("copies", lambda: decisions.measure_copies(clock, floor, *large, dtype))
+            sections.run("eager", lambda: decisions.measure_against_eager(clock, shapes, dtype))
+        for model in models:
+            name = model.family
+            sections.run(
+                f"prefill-{name}",
+                lambda model=model: decoders.measure_prefill(clock, model, visual, tiers, batches, dtype),
+            )
+            sections.run(
+                f"decode-{name}",
+                lambda model=model: decoders.measure_decoding(clock, model, long_visual, steps, dtype),
+            )
+        if dry:
+            report.performance_page([folder], folder)
+        else:
+            report.main()
+        print(f"results: {folder}" if options.output or not dry else "dry run: nothing is kept")
+        if sections.failed:
+            print(f"failed: {', '.join(sections.failed)}")
+        return 1 if sections.failed else 0
+
+
+def _triton_backend(dry: bool):
+    import reroute_kernels as rk
+
+    return rk.backend("triton" if dry else None)
+
+
+def _sanitized_without_a_device() -> dict[str, str]:
+    import bench.sanitized
+
+    bench.sanitized.main()
+    return {"compute-sanitizer": "needs a GPU"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""One small run of every kernel, for compute-sanitizer: `compute-sanitizer python -m bench.sanitized`."""
+
+from __future__ import annotations
+
+import torch
+
+import reroute_kernels as rk
+from bench.decisions import Decision, Shape
+
+SHAPES = (Shape("one program", 4, 2, 32, 48, 200), Shape("a program per tile", 1, 1, 16, 24, 4200, 0.01))
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with rk.backend("triton"), torch.no_grad():
+        for shape in SHAPES:
+            decision = Decision(shape, 2, device, torch.float32)
+            for call in decision.calls().values():
+                call()
+            past = decision.ranking["key"][:, :70]
+            rk.ops.rank_tokens(**decision.ranking, past_key=past, rotary_style="interleaved")
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

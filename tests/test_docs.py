@@ -1,0 +1,101 @@
+"""The guides run as they stand, and their tables are those of the committed records."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import reroute_kernels as rk
+from bench import report
+from bench.eager import gather_tokens, rank_tokens, scatter_tokens_, select_tokens
+
+ROOT = Path(__file__).parents[1]
+BACKEND = (ROOT / "docs" / "backend.md").read_text()
+
+
+def eager_stage(hidden, full, kept, attention, norm, cos, sin, visual, keep, layers):
+    """The router that the guide's function replaces: one sample, whole attention matrices, masks and `nonzero`."""
+    if kept is not None:
+        hidden = scatter_tokens_(full, kept[0], hidden)
+    full = hidden
+    states = norm(full)
+    query, key = (
+        projection(states).unflatten(-1, (-1, attention.head_dim))
+        for projection in (attention.q_proj, attention.k_proj)
+    )
+    kept = select_tokens(rank_tokens(query, key, cos, sin), visual, ~visual, keep)
+    hidden, cos, sin = gather_tokens(kept[0], full, cos, sin)
+    for layer in layers:
+        hidden = layer(hidden, cos, sin)
+    return hidden, full, kept
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(16, 16)
+
+    def forward(self, hidden, cos, sin):
+        return hidden + self.mix(hidden.cumsum(dim=1)).tanh() * cos[..., :1] + sin[..., :1]
+
+
+@pytest.mark.parametrize("backend", ["ref", "triton"])
+@torch.no_grad()
+def test_guide_replaces_an_eager_router(backend, launches, device):
+    (code,) = re.findall(r"```python\n(.*?)```", BACKEND, flags=re.DOTALL)
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) <= 32
+    names = {}
+    exec(code, names)
+    attention = SimpleNamespace(q_proj=nn.Linear(16, 16), k_proj=nn.Linear(16, 8), head_dim=4)
+    norm, layers = nn.LayerNorm(16), [Layer() for _ in range(4)]
+    for module in (attention.q_proj, attention.k_proj, norm, *layers):
+        module.to(device)
+    prompt = torch.randn(1, 40, 16, device=device)
+    angles = torch.rand(1, 40, 2, device=device).repeat(1, 1, 2)
+    visual = ((torch.arange(40, device=device) >= 8) & (torch.arange(40, device=device) < 32))[None]
+    results = []
+    with rk.backend(backend):
+        for stage in (names["routed_stage"], eager_stage):
+            hidden, full, kept = prompt.clone(), None, None
+            chosen = []
+            for part in (layers[:2], layers[2:]):
+                hidden, full, kept = stage(
+                    hidden, full, kept, attention, norm, angles.cos(), angles.sin(), visual, 6, part
+                )
+                chosen.append(kept)
+            results.append((rk.ops.scatter_tokens_(full.clone(), kept, hidden), chosen))
+    (routed, indices), (eager, expected) = results
+    assert all(map(torch.equal, indices, expected))
+    assert not torch.equal(*indices), "both stages chose the same tokens"
+    torch.testing.assert_close(routed, eager)
+    assert [name for name, _ in launches].count("reduce_and_select") == (2 if backend == "triton" else 0)
+
+
+def test_tables_are_those_of_the_records(tmp_path):
+    for path in ("README.md", "docs/kernels.md"):
+        target = tmp_path / Path(path).name
+        target.write_text((ROOT / path).read_text())
+    records = [report._read(path) for path in sorted((report.RESULTS / "compile").glob("triton-*.json"))]
+    assert [record["triton"] for record in records] == ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
+    report.replace_between(tmp_path / "kernels.md", "compiled", report.compile_tables(records))
+    assert (tmp_path / "kernels.md").read_text() == (ROOT / "docs" / "kernels.md").read_text()
+    cpu = report.cpu_tables(report._read(report.RESULTS / "cpu" / "benchmarks.json"))
+    report.replace_between(tmp_path / "README.md", "benchmarks", cpu)
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    report.performance_page(report.gpu_folders(), tmp_path)
+    assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_no_kernel_spills_in_any_record():
+    for path in (report.RESULTS / "compile").glob("triton-*.json"):
+        assert not [row for row in report._read(path)["kernels"] if row["spills"] or row["stack"]]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link

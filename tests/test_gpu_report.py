@@ -1,0 +1,124 @@
+"""`make gpu-report` in its dry mode, from end to end, and the page that it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import report
+from tests.conftest import HAS_GPU
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[1]
+SECTIONS = [
+    "copies",
+    "decode-llava",
+    "decode-qwen2_5_vl",
+    "eager",
+    "floors",
+    "operations",
+    "prefill-llava",
+    "prefill-qwen2_5_vl",
+    "sanitizer",
+    "tests",
+]
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "bench.gpu_report", "--dry-run", "--output", str(folder)]
+    before = {path: path.read_bytes() for path in (ROOT / "bench" / "results").rglob("*") if path.is_file()}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path: path.read_bytes() for path in before} == before, "a dry run may not touch results"
+    return folder, done.stdout
+
+
+def test_every_section_has_a_result(dry_run):
+    folder, output = dry_run
+    assert sorted(path.stem for path in folder.glob("*.json")) == SECTIONS
+    for path in folder.glob("*.json"):
+        record = json.loads(path.read_text())
+        assert record["result"] is not None, path
+        assert record["dry_run"] is True
+        assert record["device"] == "CPU"
+    assert "dry run" in output
+
+
+def test_counts_of_the_sections(dry_run):
+    results = {path.stem: json.loads(path.read_text())["result"] for path in dry_run[0].glob("*.json")}
+    assert results["tests"]["tests"] > 0
+    launches = {(row["shape"], row["operation"]): row["launches"] for row in results["operations"]}
+    assert launches["tiny", "route_tokens"] == 3
+    assert launches["tiny", "decision"] == 4
+    assert launches["tiny, long", "route_tokens"] == 8
+    assert all(row["graph"]["median"] > 0 and row["graph"]["floor_us"] > 0 for row in results["operations"])
+    for row in results["prefill-llava"] + results["prefill-qwen2_5_vl"]:
+        assert set(row["graph"]) == {"unrouted", "remove", "reroute", "oracle"}
+        assert row["flops"]["reroute"] < row["flops"]["unrouted"]
+    assert all(row["same_tokens"] == 1 for row in results["eager"])
+
+
+def test_page_says_that_its_times_mean_nothing(dry_run):
+    page = (dry_run[0] / "performance.md").read_text()
+    assert "dry run: the times mean nothing" in page
+    assert "### Targets" in page
+
+
+def test_page_without_any_result(tmp_path):
+    report.performance_page([], tmp_path)
+    assert "No GPU has been measured yet" in (tmp_path / "performance.md").read_text()
+
+
+def test_page_judges_targets():
+    rows = report.targets(
+        {
+            "operations": [
+                {"operation": "decision", "shape": "LLaVA-1.5-7B", "batch": 1, "graph": {"median": 15.5}},
+                {"operation": "decision", "shape": "LLaVA-1.5-7B", "batch": 8, "graph": {"median": 1.0}},
+            ],
+            "copies": [{"operation": "gather_tokens", "share_of_copy": 0.86}],
+        }
+    )
+    assert "| a decision in a graph, LLaVA-1.5-7B, us | at most 15 | 15.5 | **missed** |" in rows
+    assert "| `gather_tokens`, share of copy bandwidth | at least 0.85 | 0.86 | met |" in rows
+    assert len([row for row in rows if "us |" in row]) == 1
+
+
+def test_results_never_go_beside_those_of_a_gpu():
+    command = [sys.executable, "-m", "bench.gpu_report", "--dry-run", "--output", "bench/results/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--output" in done.stderr
+    assert not (ROOT / "bench" / "results" / "nowhere").exists()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is one")
+def test_a_failed_section_is_named_and_kept(tmp_path, capsys):
+    from bench.gpu_report import Section
+
+    section = Section(tmp_path, {"device": "CPU", "dry_run": True})
+    assert section.run("copies", lambda: 1 / 0) is None
+    assert section.failed == ["copies"]
+    record = json.loads((tmp_path / "copies.json").read_text())
+    assert record["error"] == "ZeroDivisionError: division by zero"
+    report.performance_page([tmp_path], tmp_path)
+    assert "`copies` failed: ZeroDivisionError" in (tmp_path / "performance.md").read_text()
+
+
+def test_a_run_without_tests_fails_its_section():
+    from bench.gpu_report import run_tests
+
+    with pytest.raises(RuntimeError, match=r"(?s)ended early \(4\).*nothing\.py"):
+        run_tests(1, 60, ["tests/nothing.py"])
+
+
+def test_a_failing_test_fails_its_section(tmp_path):
+    from bench.gpu_report import run_tests
+
+    (tmp_path / "test_broken.py").write_text("def test_broken():\n    assert 1 == 2\n\ndef test_fine():\n    pass\n")
+    with pytest.raises(RuntimeError, match=r"'tests': 2, 'failures': 1.*test_broken: assert 1 == 2"):
+        run_tests(2, 60, ["-p", "conftest", str(tmp_path / "test_broken.py")])
