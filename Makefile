@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST_BIN := .venv-oldest/bin
 SEED ?= 0
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
 .PHONY: help test test-oldest fuzz compile-matrix gpu-report demo bench lint format clean
@@ -11,13 +12,13 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 test: .venv/ready lint  ## check the style and run the tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest supported transformers
-	$(OLDEST_BIN)/python -m pytest -q tests/models
+	OMP_NUM_THREADS=1 $(OLDEST_BIN)/python -m pytest -q $(PARALLEL) tests/models
 
 fuzz: .venv/ready  ## run 5,000 random cases, kernel against reference; SEED=N begins at another seed
-	$(BIN)/python -m pytest tests/test_fuzz.py --fuzz-cases 5000 --fuzz-seed $(SEED)
+	$(BIN)/python -m pytest $(PARALLEL:loadfile=load) tests/test_fuzz.py --fuzz-cases 5000 --fuzz-seed $(SEED)
 
 compile-matrix: .venv/ready  ## compile every kernel with every supported Triton, for GPUs that need not be here
 	@set -e; for version in $(TRITONS); do \

@@ -1,6 +1,5 @@
 """Each operation on the shapes of two 7B models: plain eager code, the reference, and Triton where there is a GPU."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -9,26 +8,14 @@ import torch
 import reroute_kernels as rk
 from bench import eager
 from bench.conftest import HAS_GPU
+from bench.decisions import TEXT, Decision, Shape
 
-TEXT = 64
 BACKENDS = ("eager", "ref", "triton") if HAS_GPU else ("eager", "ref")
-
-
-@dataclass
-class Shape:
-    """One sample: query heads, key heads, channels of a head, hidden size, visual tokens."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    visual: int
-
-
+OPERATIONS = ("rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_", "route_tokens")
 SHAPES = {
-    "llava-1.5-7b": Shape(32, 32, 128, 4096, 576),
-    "qwen2.5-vl-7b": Shape(28, 4, 128, 3584, 576),
-    "qwen2.5-vl-7b, 2048 visual tokens": Shape(28, 4, 128, 3584, 2048),
+    "llava-1.5-7b": Shape("LLaVA-1.5-7B", 32, 32, 128, 4096, 576 + TEXT),
+    "qwen2.5-vl-7b": Shape("Qwen2.5-VL-7B", 28, 4, 128, 3584, 576 + TEXT),
+    "qwen2.5-vl-7b, 2048 visual tokens": Shape("Qwen2.5-VL-7B", 28, 4, 128, 3584, 2048 + TEXT),
 }
 
 
@@ -39,69 +26,53 @@ def shape_name(request):
 
 @pytest.fixture(scope="module")
 def decision(shape_name, device, dtype):
-    """Random tensors of one decision at keep 26%, and what the operations give for them."""
     torch.manual_seed(0)
     with torch.no_grad():
-        return Decision(SHAPES[shape_name], device, dtype)
+        return Decision(SHAPES[shape_name], 1, device, dtype)
 
 
-class Decision:
-    def __init__(self, shape, device, dtype):
-        length = shape.visual + TEXT
-        self.length = length
+def eager_calls(decision):
+    """The same results by plain eager code, as calls without arguments."""
+    key, cos, sin = (decision.ranking[name] for name in ("key", "cos", "sin"))
+    pool, pinned = decision.selection["pool"], decision.selection["pinned"]
+    kept = decision.index[0]
 
-        def random(*size):
-            return torch.randn(1, length, *size, device=device, dtype=dtype)
+    def route():
+        scores = eager.rank_tokens(decision.queries, key, cos, sin)
+        index = eager.select_tokens(scores, pool, pinned, decision.count)
+        return index, eager.gather_tokens(index[0], *decision.rows)
 
-        self.queries = random(shape.heads, shape.head_dim)
-        self.key = random(shape.kv_heads, shape.head_dim)
-        angles = torch.rand(1, length, shape.head_dim // 2, device=device).repeat(1, 1, 2) * 6
-        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        self.hidden = random(shape.hidden)
-        self.pinned = torch.ones(1, length, dtype=torch.bool, device=device)
-        self.pinned[:, 16 : 16 + shape.visual] = False
-        self.pool = ~self.pinned
-        self.keep = int(shape.visual * 0.2644)
-        self.keep_tensor = torch.tensor([self.keep], device=device)
-        self.scores = rk.ref.rank_tokens(self.queries[:, -1:], self.key, self.cos, self.sin)
-        self.index = rk.ref.select_tokens(self.scores, self.pool, self.pinned, self.keep_tensor, TEXT + self.keep)
-        (self.compact,) = rk.ref.gather_tokens(self.index, self.hidden)
+    return {
+        "rank_tokens": partial(eager.rank_tokens, decision.queries, key, cos, sin),
+        "select_tokens": partial(eager.select_tokens, decision.scores, pool, pinned, decision.count),
+        "gather_tokens": partial(eager.gather_tokens, kept, *decision.rows),
+        "scatter_tokens_": partial(eager.scatter_tokens_, decision.hidden, kept, decision.compact),
+        "route_tokens": route,
+    }
 
-    def calls(self, operation, backend):
-        """The operation as one call without arguments; it gives the same on every backend."""
-        rows = (self.hidden, self.cos, self.sin)
-        if backend == "eager":
-            kept = self.index[0]
-            arguments = {
-                "rank_tokens": (self.queries, self.key, self.cos, self.sin),
-                "select_tokens": (self.scores, self.pool, self.pinned, self.keep),
-                "gather_tokens": (kept, *rows),
-                "scatter_tokens_": (self.hidden, kept, self.compact),
-            }
-        else:
-            arguments = {
-                "rank_tokens": (self.queries[:, -1:], self.key, self.cos, self.sin),
-                "select_tokens": (self.scores, self.pool, self.pinned, self.keep_tensor, TEXT + self.keep),
-                "gather_tokens": (self.index, *rows),
-                "scatter_tokens_": (self.hidden, self.index, self.compact),
-            }
-        function = getattr(eager if backend == "eager" else rk.ops, operation)
-        return partial(function, *arguments[operation])
+
+def flat(result):
+    """The tensors of a result, however they are nested."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for part in result for tensor in flat(part)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("operation", ["rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def bench_operation(benchmark, decision, shape_name, operation, backend, device):
     benchmark.group = f"{operation}, {shape_name}"
     benchmark.extra_info.update(operation=operation, shape=shape_name, backend=backend)
-    call = decision.calls(operation, backend)
+    call = (eager_calls(decision) if backend == "eager" else decision.calls())[operation]
     with rk.backend("ref"):
-        expected = decision.calls(operation, "ref")()
+        expected = flat(decision.calls()[operation]())
     with rk.backend(None if backend == "eager" else backend):
-        result = call()
+        result = flat(call())
         if operation == "rank_tokens":
             # The eager code rotates in the precision of the model, the operations in float32.
             torch.testing.assert_close(result, expected, atol=1e-5 if device.type == "cpu" else 1e-2, rtol=0)
+        elif operation == "route_tokens" and device.type != "cpu":
+            assert [tensor.shape for tensor in result] == [tensor.shape for tensor in expected]
         else:
             assert all(map(torch.equal, result, expected))
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -105,7 +105,28 @@ def _route_fake(query, key, *arguments):
     return index, _gather_fake(index, tensors)
 
 
+def _overlaps_itself(tensor) -> bool:
+    """Whether two elements may share memory: some step is no longer than all that smaller steps reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
 def _scatter(full, index, compact):
+    if _overlaps_itself(full):
+        raise ValueError(
+            f"full must not hold an element twice, as expanded or unfolded views do, got strides {full.stride()} "
+            f"for shape {tuple(full.shape)}"
+        )
+    # What PyTorch does for its own operators that write in place, so that autograd notices.
+    if not full.is_inference():
+        torch.autograd.graph.increment_version(full)
+    elif not torch.is_inference_mode_enabled():
+        raise RuntimeError("full must not be an inference tensor outside torch.inference_mode(), got one")
     operations_for(full.device).scatter_tokens_(full, index, compact)
 
 

@@ -5,7 +5,8 @@ Each checks its arguments and makes one registered call, see `library.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Real
 from operator import index as as_integer
 
 import torch
@@ -37,6 +38,8 @@ def _refused(name: str, tensor: Tensor, accepted: str) -> ValueError:
 def _expect_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
 
 
 def _expect_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -46,8 +49,20 @@ def _expect_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torc
 
 
 def _check_ranking(
-    query, key, cos, sin, key_mask, query_index, past_key, past_mask, query_reduction, head_reduction, rotary_style
-) -> None:
+    query,
+    key,
+    cos,
+    sin,
+    key_mask,
+    query_index,
+    past_key,
+    past_mask,
+    scale,
+    query_reduction,
+    head_reduction,
+    rotary_style,
+) -> float:
+    """The scale."""
     _expect_tensor("query", query)
     _expect_tensor("key", key)
     if query.ndim != 4 or query.dtype not in FLOATING:
@@ -99,6 +114,11 @@ def _check_ranking(
     ):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, (Real, torch.SymFloat)):
+        raise TypeError(f"scale must be a real number or None, got {scale!r}")
+    return float(scale)
 
 
 def _check_table(name: str, table: Tensor, batch: int, length: int, head_dim: int, device: torch.device) -> None:
@@ -113,7 +133,9 @@ def _check_table(name: str, table: Tensor, batch: int, length: int, head_dim: in
         or table.device != device
     ):
         raise _refused(
-            name, table, f"({batch} or 1, {length}, R) with R even and at most {head_dim}, floating point, on {device}"
+            name,
+            table,
+            f"({batch} or 1, {length}, R) float32, float16 or bfloat16, R even and at most {head_dim}, on {device}",
         )
 
 
@@ -142,12 +164,12 @@ def rank_tokens(
         query: (B, Q, Hq, D), as projected; float32, float16 or bfloat16.
         key: (B, L, Hkv, D), as projected, same dtype as `query`; Hq is a multiple of Hkv, and query heads
             h * Hq / Hkv and following share key head h.
-        cos, sin: (B or 1, L, R), rotary embedding of the L positions on the first R of D channels, R even; entry c
-            belongs to channel c. It rotates `key` and, by the rows that `query_index` names, `query`. None: both come
-            rotated, or need no rotation.
+        cos, sin: (B or 1, L, R) float32, float16 or bfloat16, rotary embedding of the L positions on the first R of D
+            channels, R even; entry c belongs to channel c. It rotates `key` and, by the rows that `query_index` names,
+            `query`. None: both come rotated, or need no rotation.
         key_mask: (B, L) bool, True at keys that count. None: all do.
         query_index: (B, Q) int64, the place of each query among the L tokens; a query sees keys up to its own place,
-            and none at -1. Places of L or more are not checked for. None: the queries are the last Q tokens that
+            and none at -1. Places of L or more count as L - 1. None: the queries are the last Q tokens that
             `key_mask` admits.
         past_key: (B, P, Hkv, D), rotated keys of earlier turns, such as a view of a KV cache. They count in the
             softmax beside `key`, before all of its tokens, and get no scores. None: there are none.
@@ -165,10 +187,20 @@ def rank_tokens(
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or name is not accepted.
     """
-    _check_ranking(
-        query, key, cos, sin, key_mask, query_index, past_key, past_mask, query_reduction, head_reduction, rotary_style
+    scale = _check_ranking(
+        query,
+        key,
+        cos,
+        sin,
+        key_mask,
+        query_index,
+        past_key,
+        past_mask,
+        scale,
+        query_reduction,
+        head_reduction,
+        rotary_style,
     )
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.no_grad():
         return torch.ops.reroute_kernels.rank_tokens(
             query,
@@ -192,7 +224,8 @@ def _check_selection(pool, pinned, keep, length, shape: tuple[int, ...], device:
     _expect_flags("pinned", pinned, shape, device)
     batch = shape[0]
     if not isinstance(keep, Tensor):
-        values = list(keep) if isinstance(keep, Iterable) else [keep] * batch
+        is_several = isinstance(keep, Iterable) and not isinstance(keep, (Mapping, Set))
+        values = list(keep) if is_several else [keep] * batch
         try:
             counts = [as_integer(k) for k in values if not isinstance(k, bool)]
         except TypeError:
@@ -201,13 +234,13 @@ def _check_selection(pool, pinned, keep, length, shape: tuple[int, ...], device:
             raise TypeError(f"keep must be an integer, integers or a tensor, got {keep!r}")
         if len(counts) != batch or any(k < 0 for k in counts):
             raise ValueError(f"keep must be an integer of 0 or more, or {batch} of them, got {keep!r}")
-        keep = torch.tensor(counts, dtype=torch.int64, device=device)
+        keep = torch.tensor([min(k, 2**63 - 1) for k in counts], dtype=torch.int64, device=device)
     if keep.shape != (batch,) or keep.dtype not in (torch.int32, torch.int64) or keep.device != device:
         raise _refused("keep", keep, f"({batch},) int32 or int64 on {device}")
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length must be an integer, got {length!r}")
-    if length < 0:
-        raise ValueError(f"length must be 0 or more, got {length}")
+    if not 0 <= length < 2**63:
+        raise ValueError(f"length must be 0 or more, and below 2**63, got {length}")
     return keep
 
 
@@ -223,7 +256,7 @@ def select_tokens(
         pool: (B, L) bool, the candidates.
         pinned: (B, L) bool, tokens that run whatever their score; they are no candidates.
         keep: K, for all samples or one per sample; as a tensor (B,) of integers on the device of `scores` it costs no
-            transfer. Where a pool is smaller than K, all of it is selected.
+            transfer, and a negative one counts as 0. Where a pool is smaller than K, all of it is selected.
         length: M, the columns of the result. Choose it as large as the longest row, pinned tokens + K: places beyond
             M are cut off.
 
@@ -344,15 +377,25 @@ def route_tokens(
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device, name or number is not accepted.
     """
-    _check_ranking(
-        query, key, cos, sin, key_mask, query_index, past_key, past_mask, query_reduction, head_reduction, rotary_style
+    scale = _check_ranking(
+        query,
+        key,
+        cos,
+        sin,
+        key_mask,
+        query_index,
+        past_key,
+        past_mask,
+        scale,
+        query_reduction,
+        head_reduction,
+        rotary_style,
     )
     batch, total = key.shape[:2]
     keep = _check_selection(pool, pinned, keep, length, (batch, total), key.device)
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
     _check_rows(tensors, batch, total, key.device)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
         index, compact = torch.ops.reroute_kernels.route_tokens(
@@ -425,10 +468,8 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     shape = (*index.shape, *full.shape[2:])
     if compact.shape != shape or compact.dtype != full.dtype or compact.device != full.device:
         raise _refused("compact", compact, f"{tuple(shape)} {full.dtype} on {full.device}")
-    if any(stride == 0 and size > 1 for stride, size in zip(full.stride(), full.shape, strict=True)):
-        raise ValueError(
-            f"full must not be an expanded view, got strides {full.stride()} for shape {tuple(full.shape)}"
-        )
+    if not torch.compiler.is_compiling() and full.is_neg():
+        raise ValueError("full must not be a lazily negated view, got one: write to a copy of it")
     if torch.is_grad_enabled() and (full.requires_grad or compact.requires_grad):
         return _Scatter.apply(full, index, compact)
     torch.ops.reroute_kernels.scatter_tokens_(full, index, compact)

@@ -112,7 +112,9 @@ class Case:
         return self.laid_out(scores.to(self.device))
 
     def selection(self, batch, length):
-        keep = torch.randint(0, length + 3, (batch,), dtype=self.random.choice([torch.int32, torch.int64]))
+        keep = torch.randint(-1, length + 3, (batch,), dtype=self.random.choice([torch.int32, torch.int64]))
+        if keep.numel() and keep.dtype == torch.int64 and self.chance(0.2):
+            keep[self.random.randrange(batch)] = self.random.choice([2**32, 2**32 + 1, 2**40, -(2**40)])
         return {
             "pool": self.flags(batch, length),
             "pinned": self.flags(batch, length),
@@ -144,8 +146,8 @@ def check_rank(case):
 
 def check_select(case):
     batch, length = case.random.randint(0, 4), case.size(300)
-    if case.chance(0.1):
-        length += 4096
+    if case.chance(0.3):
+        length = case.random.choice([4096, 4097, 6200, 8193])
     arguments = {"scores": case.scores(batch, length), **case.selection(batch, length)}
     assert torch.equal(rk.triton.select_tokens(**arguments), rk.ref.select_tokens(**arguments))
 

@@ -213,14 +213,19 @@ REFUSED = [
     (RANK, {"cos": ones(20, 8)}, ValueError, ["cos", "(20, 8)", "(2 or 1, 20, R)"]),
     (RANK, {"cos": ones(3, 20, 8)}, ValueError, ["cos", "(3, 20, 8)", "(2 or 1, 20, R)"]),
     (RANK, {"cos": ones(2, 19, 8)}, ValueError, ["cos", "(2, 19, 8)", "(2 or 1, 20, R)"]),
-    (RANK, {"cos": ones(2, 20, 7)}, ValueError, ["cos", "(2, 20, 7)", "even"]),
+    (RANK, {"cos": ones(2, 20, 7)}, ValueError, ["cos", "(2, 20, 7)", "R even"]),
     (RANK, {"cos": ones(2, 20, 18)}, ValueError, ["cos", "(2, 20, 18)", "at most 16"]),
     (RANK, {"cos": ones(2, 20, 0)}, ValueError, ["cos", "(2, 20, 0)", "even"]),
-    (RANK, {"cos": ones(2, 20, 8).long()}, ValueError, ["cos", "int64", "floating point"]),
+    (RANK, {"cos": ones(2, 20, 8).long()}, ValueError, ["cos", "int64", "float32, float16 or bfloat16"]),
+    (RANK, {"cos": ones(2, 20, 8).double()}, ValueError, ["cos", "float64", "float32, float16 or bfloat16"]),
     (RANK, {"cos": ones(2, 20, 8, device="meta")}, ValueError, ["cos", "meta", "on "]),
     (RANK, {"sin": ones(1, 20, 8)}, ValueError, ["sin", "(1, 20, 8)", "(2, 20, 8), as cos is"]),
     (RANK, {"sin": ones(2, 20, 6)}, ValueError, ["sin", "(2, 20, 6)", "(2, 20, 8), as cos is"]),
-    (RANK, {"sin": ones(2, 20, 8).bool()}, ValueError, ["sin", "bool", "floating point"]),
+    (RANK, {"sin": ones(2, 20, 8).bool()}, ValueError, ["sin", "bool", "float32, float16 or bfloat16"]),
+    (RANK, {"key": ones(2, 20, 2, 16).to_sparse()}, ValueError, ["key", "sparse", "dense"]),
+    (RANK, {"scale": "a"}, TypeError, ["scale", "'a'", "real number"]),
+    (RANK, {"scale": 1j}, TypeError, ["scale", "1j", "real number"]),
+    (RANK, {"scale": ones(2)}, TypeError, ["scale", "tensor", "real number"]),
     (RANK, {"key_mask": [True]}, TypeError, ["key_mask", "tensor", "list"]),
     (RANK, {"key_mask": ones(2, 20)}, ValueError, ["key_mask", "float32", "(2, 20) bool"]),
     (RANK, {"key_mask": ones(1, 20).bool()}, ValueError, ["key_mask", "(1, 20)", "(2, 20) bool"]),
@@ -260,11 +265,13 @@ REFUSED = [
     (SELECT, {"keep": [3, 0.5]}, TypeError, ["keep", "[3, 0.5]", "integer"]),
     (SELECT, {"keep": True}, TypeError, ["keep", "True", "integer"]),
     (SELECT, {"keep": 0.5}, TypeError, ["keep", "0.5", "integer"]),
+    (SELECT, {"keep": {3: 1, 4: 1}}, TypeError, ["keep", "{3: 1, 4: 1}", "integer"]),
     (SELECT, {"keep": None}, TypeError, ["keep", "None", "integer"]),
     (SELECT, {"keep": ones(2)}, ValueError, ["keep", "float32", "(2,) int32 or int64"]),
     (SELECT, {"keep": ones(3).long()}, ValueError, ["keep", "(3,)", "(2,) int32 or int64"]),
     (SELECT, {"keep": ones(2, device="meta").long()}, ValueError, ["keep", "meta", "(2,) int32 or int64"]),
     (SELECT, {"length": -1}, ValueError, ["length", "-1", "0 or more"]),
+    (SELECT, {"length": 2**63}, ValueError, ["length", "9223372036854775808", "below 2**63"]),
     (SELECT, {"length": 3.0}, TypeError, ["length", "3.0", "integer"]),
     (SELECT, {"length": True}, TypeError, ["length", "True", "integer"]),
     (GATHER, {"tensors": []}, ValueError, ["tensors", "at least one", "none"]),
@@ -297,6 +304,13 @@ REFUSED = [
     (SCATTER, {"full": ones(1, 20, 16).expand(2, 20, 16)}, ValueError, ["full", "(0, 16, 1)", "expanded"]),
     (SCATTER, {"full": ones(2, 1, 16).expand(2, 20, 16)}, ValueError, ["full", "(16, 0, 1)", "expanded"]),
     (SCATTER, {"full": ones(2, 20, 1).expand(2, 20, 16)}, ValueError, ["full", "(20, 1, 0)", "expanded"]),
+    (SCATTER, {"full": ones(2, 40).unfold(1, 16, 1)[:, :20]}, ValueError, ["full", "(40, 1, 1)", "unfolded"]),
+    (
+        SCATTER,
+        {"full": torch.view_as_complex(ones(2, 20, 16, 2)).conj().imag},
+        ValueError,
+        ["full", "negated", "copy"],
+    ),
     (SCATTER, {"index": 3}, TypeError, ["index", "tensor", "int"]),
     (SCATTER, {"index": ones(3, 3).long()}, ValueError, ["index", "(3, 3)", "(2, M) int64"]),
     (SCATTER, {"index": ones(2, 3)}, ValueError, ["index", "float32", "(2, M) int64"]),
@@ -321,6 +335,32 @@ def test_refuses_and_says_why(arguments, name, changes, error, said):
     message = str(refusal.value)
     assert message.startswith(said[0])
     assert all(part in message for part in said), message
+
+
+def test_counts_beyond_any_pool(device, backend):
+    scores = torch.randn(2, 20, device=device)
+    flags = torch.ones(2, 20, dtype=torch.bool, device=device)
+    index = rk.ops.select_tokens(scores, flags, ~flags, [2**70, 2**40], 20)
+    assert torch.equal(index, torch.arange(20, device=device).expand(2, 20))
+
+
+def test_scatter_tells_autograd_that_it_wrote(device, backend):
+    weight = torch.randn(1, 4, 3, device=device, requires_grad=True)
+    full = torch.randn(1, 4, 3, device=device)
+    product = (full * weight).sum()
+    rk.ops.scatter_tokens_(full, torch.tensor([[0, 1]], device=device), torch.zeros(1, 2, 3, device=device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_scatter_into_an_inference_tensor(device, backend):
+    index, compact = torch.tensor([[0]], device=device), torch.ones(1, 1, 2, device=device)
+    with torch.inference_mode():
+        full = torch.zeros(1, 4, 2, device=device)
+        rk.ops.scatter_tokens_(full, index, compact)
+    assert full[0, 0, 0] == 1
+    with pytest.raises(RuntimeError, match="inference"):
+        rk.ops.scatter_tokens_(full, index, compact)
 
 
 def test_refusals_leave_full_untouched(device):

@@ -412,6 +412,24 @@ def test_special_values_in_a_key(device, factor, reductions):
     assert scores[0].isnan().any().item() == (not torch.isfinite(torch.tensor(factor)).item())
 
 
+@pytest.mark.parametrize("reductions", REDUCTIONS)
+@pytest.mark.parametrize("place", [(0, 0), (1, 0), (0, 2), (1, 3)], ids=str)
+def test_a_nan_is_not_lost_whichever_query_or_head_has_it(device, operations, place, reductions):
+    query, key = torch.randn(1, 2, 4, 16, device=device), torch.randn(1, 70, 4, 16, device=device)
+    query[0, place[0], place[1]] = torch.nan
+    scores = operations.rank_tokens(query, key, **reductions)
+    last = 69 - 1 + place[0]  # of the tokens that this query sees
+    assert scores[0, : last + 1].isnan().all()
+    assert not scores[0, last + 1 :].isnan().any()
+
+
+def test_a_place_behind_the_last_token_is_that_of_the_last(device, operations):
+    inputs = random_inputs(device, 1, 20, 2, 2, 2, 16, 16)
+    scores = operations.rank_tokens(**inputs, query_index=torch.tensor([[5, 400]], device=device))
+    expected = operations.rank_tokens(**inputs, query_index=torch.tensor([[5, 19]], device=device))
+    assert torch.equal(scores, expected)
+
+
 @pytest.mark.parametrize(
     ("first", "last"), [(0, 1), (0, 200), (0, 128), (130, 200)], ids=["one", "all", "first-split", "last-keys"]
 )

@@ -169,3 +169,13 @@ def test_inputs_stay_as_they_were(operations, random_tensor, random_index):
     operations.scatter_tokens_(random_tensor(2, 20, 16), index, compact)
     assert torch.equal(compact, before[0])
     assert torch.equal(index, before[1])
+
+
+@pytest.mark.parametrize("first", [0, 1, 2], ids=["before", "at", "behind"])
+def test_rows_of_the_same_tensor(device, operations, first):
+    """Every row is read before any is written."""
+    full = torch.arange(30.0, device=device).view(1, 10, 3)
+    index = torch.tensor([[1, 2, 3, 4, 5, 7]], device=device)
+    expected = full.clone()
+    expected[0, index[0]] = full[0, first : first + 6]
+    assert torch.equal(operations.scatter_tokens_(full, index, full[:, first : first + 6]), expected)

@@ -125,6 +125,16 @@ def test_long_sequences(device, operations, launches, length):
         assert len(launches) == (1 if length <= 4096 else 5)
 
 
+@pytest.mark.parametrize("length", [60, 4097])
+def test_a_negative_count_asks_for_none(device, operations, length):
+    pinned = torch.arange(length, device=device).expand(3, -1) < torch.tensor([5, 0, 9], device=device)[:, None]
+    keep = torch.tensor([-3, -(2**40), 1], device=device)
+    index = operations.select_tokens(normal_scores(3, length).to(device), ~pinned, pinned, keep, 12)
+    assert index[:2].tolist() == [[0, 1, 2, 3, 4] + [-1] * 7, [-1] * 12]
+    assert index[2, :9].tolist() == list(range(9))
+    assert index[2, 9] >= 9
+
+
 def test_scores_outside_the_pool_do_not_count(device, operations):
     scores = normal_scores(2, 100).to(device)
     pool, pinned = random_flags(device, 2, 100, pooled=0.5)

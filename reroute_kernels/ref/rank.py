@@ -73,7 +73,7 @@ def rank_tokens(
     query = query.float()
     if cos is not None:
         cos, sin = (table.expand(batch, -1, -1)[:, :, None] for table in (cos, sin))  # [B, L, 1, R]
-        rows = query_index.clamp(min=0)[:, :, None, None].expand(-1, -1, 1, cos.shape[-1])
+        rows = query_index.clamp(0, length - 1)[:, :, None, None].expand(-1, -1, 1, cos.shape[-1])
         query = rotate(query, cos.gather(1, rows).float(), sin.gather(1, rows).float())
     # Query heads h * G ... h * G + G - 1 share key head h.
     query = query.view(batch, queries, kv_heads, heads // kv_heads, head_dim)

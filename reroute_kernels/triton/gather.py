@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, on_device_of
+from .launch import as_rows, next_power_of_2, on_device_of
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             length,
             index.shape[1],
             WIDTHS=widths,
-            BLOCK=min(2048, triton.next_power_of_2(max(widths))),
+            BLOCK=min(2048, next_power_of_2(max(widths))),
             num_warps=4,
         )
     return outputs

@@ -1,4 +1,4 @@
-"""What every launch needs: the right device, and rows laid out so that a kernel can address them."""
+"""What every launch needs: the right device, sizes of grids and blocks, and rows that a kernel can address."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def as_rows(tensor: Tensor) -> Tensor:
     """View (B, L, ...) as (B, L, W) with unit stride along W; copies only where the inner layout forces it."""
     rows = tensor.flatten(2) if tensor.ndim > 2 else tensor[:, :, None]
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
+
+
+# Triton's own functions of these names are meant for kernels: on the host each call of them takes microseconds.
+def cdiv(dividend: int, divisor: int) -> int:
+    """Quotient, rounded up."""
+    return -(-dividend // divisor)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of 2 that is at least `size`, which is 1 or more."""
+    return 1 << (size - 1).bit_length()

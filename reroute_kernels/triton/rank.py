@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ref.rank import last_queries
-from .launch import on_device_of
+from .launch import cdiv, next_power_of_2, on_device_of
 
 # Tokens per split: fixed by the shape alone, so that results do not depend on the size of the device.
 MIN_SPLIT = 128
@@ -122,7 +122,7 @@ def _split_of_logits(
             query_row = query + query_number * stride_query_q + head * stride_query_h
             score = tl.zeros([TILE], tl.float32)
             if HALF > 0:
-                angle = tl.maximum(position, 0).to(tl.int64)
+                angle = tl.minimum(tl.maximum(position, 0), length - 1).to(tl.int64)
                 cos_row, sin_row = cos + angle * stride_cos_l + one_row, sin + angle * stride_sin_l + one_row
                 x, y = _channel_pairs(query_row + one_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
                 cos_x, cos_y = _channel_pairs(cos_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
@@ -382,7 +382,7 @@ def reduce_attention(
 
 def split_length(length: int) -> int:
     """Tokens per split of a sequence."""
-    return max(MIN_SPLIT, triton.next_power_of_2(triton.cdiv(length, MAX_SPLITS)))
+    return max(MIN_SPLIT, next_power_of_2(cdiv(length, MAX_SPLITS)))
 
 
 class Attention:
@@ -422,10 +422,10 @@ class Attention:
         )
         half = 0 if cos is None else cos.shape[-1] // 2
         rest = head_dim - 2 * half
-        channels = triton.next_power_of_2(head_dim)
+        channels = next_power_of_2(head_dim)
         tile = WIDE_HEAD_TILE if channels > WIDE_HEAD else max(8, TILE_BYTES // (channels * key.element_size()))
         split = split_length(self.length + past_length)
-        self.splits = triton.cdiv(self.length, split) + triton.cdiv(past_length, split)
+        self.splits = cdiv(self.length, split) + cdiv(past_length, split)
 
         def scratch(*last_dim: int) -> Tensor:
             return torch.empty(batch, queries, heads, *last_dim, dtype=torch.float32, device=key.device)
@@ -465,9 +465,9 @@ class Attention:
                 HAS_PAST_MASK=past_mask is not None,
                 SPLIT=split,
                 TILE=min(split, tile),
-                BLOCK_ROWS=triton.next_power_of_2(heads // kv_heads * queries),
-                BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
-                BLOCK_REST=triton.next_power_of_2(max(rest, 1)),
+                BLOCK_ROWS=next_power_of_2(heads // kv_heads * queries),
+                BLOCK_HALF=next_power_of_2(max(half, 1)),
+                BLOCK_REST=next_power_of_2(max(rest, 1)),
                 num_warps=8 if channels > WIDE_HEAD else 4,
             )
         # How scores are summed depends on the shape alone, so that a fused decision equals the single operations.
@@ -476,9 +476,9 @@ class Attention:
             "HEADS": heads,
             "MAX_OVER_QUERIES": query_reduction == "max",
             "MAX_OVER_HEADS": head_reduction == "max",
-            "BLOCK_HEADS": min(8 if self.is_small else 32, triton.next_power_of_2(heads)),
-            "BLOCK_SPLITS": max(16, triton.next_power_of_2(self.splits)),  # fewer would be loaded by every thread
-            "TILE": min(512, max(64, triton.next_power_of_2(self.length))) if self.is_small else 64,
+            "BLOCK_HEADS": min(8 if self.is_small else 32, next_power_of_2(heads)),
+            "BLOCK_SPLITS": max(16, next_power_of_2(self.splits)),  # fewer would be loaded by every thread
+            "TILE": min(512, max(64, next_power_of_2(self.length))) if self.is_small else 64,
             "num_warps": 8 if self.is_small else 4,
         }
 
@@ -487,7 +487,7 @@ class Attention:
         logits = self.logits
         scores = torch.empty(logits.shape[0], self.length, dtype=torch.float32, device=logits.device)
         with on_device_of(logits):
-            reduce_attention[(triton.cdiv(self.length, self.reduction["TILE"]), logits.shape[0])](
+            reduce_attention[(cdiv(self.length, self.reduction["TILE"]), logits.shape[0])](
                 logits, self.split_max, self.split_sum, scores, self.length, self.splits, **self.reduction
             )
         return scores

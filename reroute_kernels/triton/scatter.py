@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, on_device_of
+from .launch import as_rows, next_power_of_2, on_device_of
 
 
 @triton.jit
@@ -43,6 +43,8 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     target = as_rows(full)
     if target.data_ptr() != full.data_ptr():  # the inner layout forced a copy: write there, then back
         return full.copy_(scatter_tokens_(target, index, compact).view(full.shape))
+    if _may_overlap(full, compact):
+        compact = compact.clone()  # a row could be read after it was written
     source = as_rows(compact)
     width = source.shape[2]
     with on_device_of(full):
@@ -55,7 +57,18 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
             full.shape[1],
             index.shape[1],
             WIDTH=width,
-            BLOCK=min(2048, triton.next_power_of_2(width)),
+            BLOCK=min(2048, next_power_of_2(width)),
             num_warps=4,
         )
     return full
+
+
+def _may_overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of at least one element lie in the same stretch of memory."""
+    (start, end), (other_start, other_end) = _extent(one), _extent(other)
+    return start < other_end and other_start < end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

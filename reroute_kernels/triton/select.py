@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of
+from .launch import cdiv, next_power_of_2, on_device_of
 
 # Up to this many tokens one program selects as fast as five launches would start.
 ONE_PROGRAM_TOKENS = 4096
@@ -52,8 +52,9 @@ def _digit_counts(ordered, is_candidate, threshold, DIGIT: tl.constexpr):
 
 @triton.jit
 def _wanted(keep, histogram):
-    """Candidates to select: as many as asked for, or all."""
-    return tl.minimum(tl.load(keep).to(tl.int64), tl.sum(histogram, axis=0).to(tl.int64)).to(tl.int32)
+    """Candidates to select: as many as asked for, or all; a negative count asks for none."""
+    asked = tl.maximum(tl.load(keep).to(tl.int64), 0)
+    return tl.minimum(asked, tl.sum(histogram, axis=0).to(tl.int64)).to(tl.int32)
 
 
 @triton.jit
@@ -324,7 +325,7 @@ def compact_tiles(
 
 def select_tile(length: int) -> int:
     """Tokens that the one program of a sample holds at a time."""
-    return max(256, min(2048, triton.next_power_of_2(length)))
+    return max(256, min(2048, next_power_of_2(length)))
 
 
 def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
@@ -341,8 +342,8 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
                 scores, pool, pinned, keep, index, total, length, *strides, TILE=select_tile(total), num_warps=8
             )
             return index
-        tile = max(MIN_TILE, min(MAX_TILE, triton.next_power_of_2(total) // 32))
-        tiles = triton.cdiv(total, tile)
+        tile = max(MIN_TILE, min(MAX_TILE, next_power_of_2(total) // 32))
+        tiles = cdiv(total, tile)
         counts = torch.empty(4, batch, tiles, 256, dtype=torch.int32, device=scores.device)
         certain = torch.empty(batch, tiles, dtype=torch.int32, device=scores.device)
         state = torch.empty(batch, 3, 2, dtype=torch.int32, device=scores.device)

@@ -118,7 +118,8 @@ def test_second_turn_on_a_kept_cache(model, inputs, action):
             for place in range(new.shape[1]):
                 last = model(input_ids=new[:, place : place + 1], past_key_values=one_by_one).logits[0, -1]
             again = model(input_ids=new, past_key_values=at_once).logits[0, -1]
-        torch.testing.assert_close(again, last, atol=1e-5, rtol=0)
+        # Several rows at once are summed in another order than one, in every layer.
+        torch.testing.assert_close(again, last, atol=1e-4, rtol=0)
         answer = model.generate(input_ids=conversation, attention_mask=mask, past_key_values=cache, **GREEDY)
     assert answer.shape[1] == conversation.shape[1] + 10
 
