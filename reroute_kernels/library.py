@@ -21,15 +21,14 @@ def _register(schema: str, function, fake) -> None:
     torch.library.register_fake(f"reroute_kernels::{name}", fake, lib=_library)
 
 
-def _rank(query, key, cos, sin, key_mask, query_index, past_key, past_mask, *options):
-    with _full_precision(key.device):
-        return operations_for(key.device).rank_tokens(
-            query, key, cos, sin, key_mask, query_index, past_key, past_mask, **_ranking(options)
-        )
+def _rank(*ranking):
+    device = ranking[1].device
+    with _full_precision(device):
+        return operations_for(device).rank_tokens(*ranking[:8], **_options(ranking))
 
 
-def _ranking(options):
-    return dict(zip(("scale", "query_reduction", "head_reduction", "rotary_style"), options, strict=True))
+def _options(ranking):
+    return dict(zip(("scale", "query_reduction", "head_reduction", "rotary_style"), ranking[8:], strict=True))
 
 
 def _full_precision(device):
@@ -59,42 +58,12 @@ def _gather_fake(index, tensors):
     return [tensor.new_empty((*index.shape, *tensor.shape[2:])) for tensor in tensors]
 
 
-def _route(
-    query,
-    key,
-    cos,
-    sin,
-    key_mask,
-    query_index,
-    past_key,
-    past_mask,
-    scale,
-    query_reduction,
-    head_reduction,
-    rotary_style,
-    pool,
-    pinned,
-    keep,
-    length,
-    tensors,
-):
-    options = (scale, query_reduction, head_reduction, rotary_style)
-    with _full_precision(key.device):
-        index, compact = operations_for(key.device).route_tokens(
-            query,
-            key,
-            cos,
-            sin,
-            key_mask,
-            query_index,
-            past_key,
-            past_mask,
-            **_ranking(options),
-            pool=pool,
-            pinned=pinned,
-            keep=keep,
-            length=length,
-            tensors=tensors,
+def _route(*arguments):
+    *ranking, pool, pinned, keep, length, tensors = arguments
+    device = ranking[1].device
+    with _full_precision(device):
+        index, compact = operations_for(device).route_tokens(
+            *ranking[:8], **_options(ranking), pool=pool, pinned=pinned, keep=keep, length=length, tensors=tensors
         )
     return index, list(compact)
 

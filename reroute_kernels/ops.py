@@ -48,7 +48,7 @@ def _expect_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torc
         raise _refused(name, flags, f"{tuple(shape)} bool on {device}")
 
 
-def _check_ranking(
+def _ranking(
     query,
     key,
     cos,
@@ -61,8 +61,8 @@ def _check_ranking(
     query_reduction,
     head_reduction,
     rotary_style,
-) -> float:
-    """The scale."""
+) -> tuple:
+    """The arguments as the registered operations take them."""
     _expect_tensor("query", query)
     _expect_tensor("key", key)
     if query.ndim != 4 or query.dtype not in FLOATING:
@@ -115,10 +115,12 @@ def _check_ranking(
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
     if scale is None:
-        return head_dim**-0.5
-    if not isinstance(scale, (Real, torch.SymFloat)):
+        scale = head_dim**-0.5
+    elif not isinstance(scale, (Real, torch.SymFloat)):
         raise TypeError(f"scale must be a real number or None, got {scale!r}")
-    return float(scale)
+    reductions = (query_reduction, head_reduction)
+    tensors = (query, key, cos, sin, key_mask, query_index, past_key, past_mask)
+    return (*tensors, float(scale), *reductions, rotary_style)
 
 
 def _check_table(name: str, table: Tensor, batch: int, length: int, head_dim: int, device: torch.device) -> None:
@@ -187,7 +189,7 @@ def rank_tokens(
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or name is not accepted.
     """
-    scale = _check_ranking(
+    ranking = _ranking(
         query,
         key,
         cos,
@@ -202,20 +204,7 @@ def rank_tokens(
         rotary_style,
     )
     with torch.no_grad():
-        return torch.ops.reroute_kernels.rank_tokens(
-            query,
-            key,
-            cos,
-            sin,
-            key_mask,
-            query_index,
-            past_key,
-            past_mask,
-            scale,
-            query_reduction,
-            head_reduction,
-            rotary_style,
-        )
+        return torch.ops.reroute_kernels.rank_tokens(*ranking)
 
 
 def _check_selection(pool, pinned, keep, length, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -377,7 +366,7 @@ def route_tokens(
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device, name or number is not accepted.
     """
-    scale = _check_ranking(
+    ranking = _ranking(
         query,
         key,
         cos,
@@ -399,23 +388,7 @@ def route_tokens(
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
         index, compact = torch.ops.reroute_kernels.route_tokens(
-            query,
-            key,
-            cos,
-            sin,
-            key_mask,
-            query_index,
-            past_key,
-            past_mask,
-            scale,
-            query_reduction,
-            head_reduction,
-            rotary_style,
-            pool,
-            pinned,
-            keep,
-            length,
-            () if needs_gradient else tensors,
+            *ranking, pool, pinned, keep, length, () if needs_gradient else tensors
         )
     return index, _Gather.apply(index, *tensors) if needs_gradient else tuple(compact)
 

@@ -173,4 +173,6 @@ def far_apart(tmp_path, device):
             storage = torch.zeros(elements, dtype=dtype, device=device)
         return storage.as_strided((1, 4, width), (4 * stride, stride, 1))
 
-    return make
+    yield make
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # tests run beside each other
