@@ -16,9 +16,10 @@ def pytest_addoption(parser):
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
 
 
-def pytest_report_header(config):
-    first, cases = config.getoption("fuzz_seed"), config.getoption("fuzz_cases")
-    return f"fuzz: seeds {first} to {first + cases - 1}"
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("benchmark"):
+        first, cases = config.getoption("fuzz_seed"), config.getoption("fuzz_cases")
+        terminalreporter.write_line(f"seeds of random cases: {first} to {first + cases - 1}")
 
 
 def pytest_ignore_collect(collection_path, config):

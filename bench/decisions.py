@@ -183,34 +183,42 @@ def measure_operations(clock: Clock, floors: dict, shapes, batches, dtype: torch
                         "over_floor": microseconds / floor,
                     }
                 rows.append(row)
-            del decision, calls
+            del decision, calls, call
     return rows
 
 
-def measure_copies(clock: Clock, floors: dict, batch: int, length: int, hidden: int, dtype: torch.dtype) -> list[dict]:
-    """Gather and scatter of half the rows of a large tensor, as shares of the copy bandwidth."""
+def measure_copies(clock: Clock, batch: int, length: int, hidden: int, dtype: torch.dtype) -> list[dict]:
+    """Gather and scatter of half the rows of a large tensor, as shares of the bandwidth of a copy beside them."""
     full = torch.randn(batch, length, hidden, device=clock.device, dtype=dtype)
     kept = torch.rand(batch, length, device=clock.device).argsort(dim=1)[:, : length // 2].sort(dim=1).values
     (compact,) = rk.ops.gather_tokens(kept, full)
     if not torch.equal(compact, full.gather(1, kept[:, :, None].expand(-1, -1, hidden))):
         raise AssertionError("gathered rows differ")
-    times = clock.in_turn(
+    target = rk.ops.scatter_tokens_(torch.zeros_like(full), kept, compact)
+    if not torch.equal(target, torch.zeros_like(full).scatter_(1, kept[:, :, None].expand(-1, -1, hidden), compact)):
+        raise AssertionError("scattered rows differ")
+    times = clock.graphs_in_turn(
         {
+            "copy": lambda: target.copy_(full),
             "gather_tokens": lambda: rk.ops.gather_tokens(kept, full),
-            "scatter_tokens_": lambda: rk.ops.scatter_tokens_(full, kept, compact),
+            "scatter_tokens_": lambda: rk.ops.scatter_tokens_(target, kept, compact),
         }
     )
     moved = 2 * compact.numel() * compact.element_size()
+    copied = 2 * full.numel() * full.element_size() / times.pop("copy")["median"] / 1e3
     rows = []
     for name, timing in times.items():
         gb_per_s = moved / timing["median"] / 1e3
         row = {"operation": name, "batch": batch, "length": length, "hidden": hidden, "bytes": moved, **timing}
-        rows.append(row | {"gb_per_s": gb_per_s, "share_of_copy": gb_per_s / floors["copy_gb_per_s"]})
+        rows.append(row | {"gb_per_s": gb_per_s, "share_of_copy": gb_per_s / copied})
     return rows
 
 
 def measure_against_eager(clock: Clock, shapes, dtype: torch.dtype) -> list[dict]:
-    """The fused decision against the whole attention matrix, top-k and `nonzero`, one sample, in one run."""
+    """The fused decision against the whole attention matrix, top-k and `nonzero`, one sample, in one run.
+
+    The eager code cannot be captured in a graph, because of `nonzero`; the fused decision is timed in one too.
+    """
     rows = []
     for shape in shapes:
         decision = Decision(shape, 1, clock.device, dtype)
@@ -228,10 +236,12 @@ def measure_against_eager(clock: Clock, shapes, dtype: torch.dtype) -> list[dict
             kept, _ = eagerly()
             # The eager code rotates in the precision of the model: nearly equal scores may change places.
             row["same_tokens"] = len(set(kept[0].tolist()) & set(decision.index[0].tolist())) / kept.shape[1]
-            times = clock.in_turn({"eager": eagerly, "fused": decision.calls()["decision"]})
-            row |= times | {"eager_over_fused": times["eager"]["median"] / times["fused"]["median"]}
+            row |= clock.in_turn({"eager": eagerly, "fused": decision.calls()["decision"]})
         except torch.OutOfMemoryError:
-            row |= {"eager": None, "fused": clock.in_turn({"fused": decision.calls()["decision"]})["fused"]}
+            row |= {"eager": None, **clock.in_turn({"fused": decision.calls()["decision"]})}
+        row |= clock.graphs_in_turn({"fused_in_graph": decision.calls()["decision"]})
+        for name in ("fused", "fused_in_graph"):
+            row[f"eager_over_{name}"] = row["eager"] and row["eager"]["median"] / row[name]["median"]
         rows.append(row)
         del decision, eagerly
         if clock.device.type == "cuda":

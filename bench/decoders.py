@@ -20,6 +20,24 @@ DECODE_VISUAL_TOKENS = 4096
 DECODE_TIER = 128
 
 
+def attention_flops(query_shape, key_shape, *_, **__) -> int:
+    """Both products of attention; key heads may be fewer, which PyTorch's own formula long did not accept."""
+    batch, heads, queries, head_dim = query_shape
+    return 2 * 2 * batch * heads * queries * key_shape[2] * head_dim
+
+
+ATTENTION_FLOPS = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): attention_flops
+    for name in (
+        "flash_attention",
+        "flash_attention_for_cpu",
+        "efficient_attention",
+        "cudnn_attention",
+        "fused_attention_overrideable",
+    )
+}
+
+
 def measure_prefill(clock: Clock, decoder: Decoder, visual_tokens: int, tiers, batches, dtype) -> list[dict]:
     """Rows of every batch and tier: milliseconds through the adapter, and of the layers alone in a CUDA graph."""
     model = make_model(decoder, visual_tokens, clock.device, dtype)
@@ -40,6 +58,7 @@ def measure_prefill(clock: Clock, decoder: Decoder, visual_tokens: int, tiers, b
                     routings.enter_context(rk.apply(models[name], policy))
                 adapters = {name: partial(each, **inputs) for name, each in models.items()}
                 row["eager"] = _milliseconds(clock.in_turn(adapters))
+            row["layers"] = _milliseconds(clock.in_turn(layers))
             row["graph"] = _milliseconds(_in_graphs(clock, layers))
             row["flops"] = {name: _flops(call) for name, call in layers.items()}
             row["peak_bytes"] = {name: _peak(clock.device, call) for name, call in layers.items()}
@@ -50,6 +69,7 @@ def measure_prefill(clock: Clock, decoder: Decoder, visual_tokens: int, tiers, b
 def _check(model, inputs: dict, policies: dict[str, rk.Policy], layers: dict[str, Callable]) -> None:
     """What is timed must be the same computation: layers alone against the adapter, and against the oracle."""
     with torch.no_grad():
+        torch.testing.assert_close(layers["unrouted"](), model(**inputs).logits)
         for name, policy in policies.items():
             with rk.apply(model, policy) as routing:
                 logits = model(**inputs).logits
@@ -77,7 +97,7 @@ def _milliseconds(times: dict[str, dict[str, float]]) -> dict[str, dict[str, flo
 
 
 def _flops(call: Callable) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
         call()
     return counter.get_total_flops()
 

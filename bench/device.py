@@ -72,7 +72,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        deciles = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else [seconds[0]] * 9
+        deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 9
         return cls(statistics.median(seconds) * 1e6, deciles[1] * 1e6, deciles[7] * 1e6, len(seconds))
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,15 +25,26 @@ import torch
 ROOT = Path(__file__).parents[1]
 TESTS = ("test_rank", "test_select", "test_gather", "test_scatter", "test_route", "test_ops", "test_fuzz", "test_gpu")
 TESTS += ("test_work", "models/test_golden", "models/test_generate", "models/test_batches")
+SECONDS = 560  # after which no further section begins
 
 
-class Section:
-    """One part of the report: runs, and keeps what it returns or how it failed."""
+class Sections:
+    """The parts of the report: runs each, and keeps what it returns or how it failed."""
 
-    def __init__(self, folder: Path, description: dict[str, object]):
-        self.folder, self.description, self.failed = folder, description, []
+    def __init__(self, folder: Path, description: dict[str, object], only: list[str] | None = None):
+        self.folder, self.description, self.only, self.failed = folder, description, only, []
+        self.deadline = time.perf_counter() + SECONDS
+        self.write_page: Callable[[], object] = lambda: None
 
     def run(self, name: str, work: Callable[[], object]) -> object:
+        """The section's result, of an earlier run where it is not asked for now."""
+        file = self.folder / f"{name}.json"
+        if self.only and name not in self.only:
+            return json.loads(file.read_text())["result"] if file.exists() else None
+        if time.perf_counter() > self.deadline:
+            print(f"{name}: skipped, {SECONDS} s are over; run it alone with --only {name}", flush=True)
+            self.failed.append(name)
+            return None
         print(f"{name} ...", flush=True)
         start = time.perf_counter()
         try:
@@ -42,7 +54,8 @@ class Section:
             self.failed.append(name)
             record = {"result": None, "error": traceback.format_exc(limit=-1).strip().splitlines()[-1]}
         record = {**self.description, "seconds": round(time.perf_counter() - start, 1), **record}
-        (self.folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        self.write_page()
         print(f"{name}: {record['seconds']} s", flush=True)
         return record["result"]
 
@@ -57,10 +70,10 @@ def run_tests(shards: int, seconds: float, arguments: list[str]) -> dict[str, ob
         processes = []
         for shard in range(shards):
             report = Path(reports) / f"{shard}.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-            command += [f"--shard={shard}/{shards}", *arguments]
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+            command += [f"--junitxml={report}", f"--shard={shard}/{shards}", *arguments]
             output = (Path(reports) / f"{shard}.txt").open("w+")
-            processes.append((report, output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)))
+            processes.append((report, output, _start(command, stdout=output, stderr=output)))
         deadline = time.monotonic() + seconds
         counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
         broken = []
@@ -68,7 +81,7 @@ def run_tests(shards: int, seconds: float, arguments: list[str]) -> dict[str, ob
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             output.seek(0)
             text = output.read()
@@ -97,19 +110,43 @@ def run_sanitizer() -> dict[str, str]:
         return {"compute-sanitizer": "not installed"}
     found = {}
     for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "bench.sanitized"]
+        command = [
+            sanitizer,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            "--report-api-errors",
+            "no",
+            sys.executable,
+            "-m",
+            "bench.sanitized",
+        ]
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-        summary = [line.strip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
-        found[tool] = summary[-1] if summary else f"exit {done.returncode}, no summary"
-        if done.returncode:
-            raise RuntimeError(f"{tool}: {found[tool]}; {done.stdout[-1500:]} {done.stderr[-500:]}")
+        process = _start(command, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            text, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it watches, which would go on
+            process.wait()
+            raise RuntimeError(f"{tool}: did not end in 120 s") from None
+        summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+        found[tool] = summary[-1] if summary else f"exit {process.returncode}, no summary"
+        if process.returncode:
+            raise RuntimeError(f"{tool}: {found[tool]}; {text[-2000:]}")
     return found
+
+
+def _start(command: list[str], environment: dict[str, str] | None = None, **streams) -> subprocess.Popen:
+    """A process in a session of its own, with one thread for the CPU."""
+    environment = (environment or dict(os.environ)) | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, even where there is a GPU")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="run these sections, and keep the others' results")
     parser.add_argument("--output", type=Path, help="folder of the results, in place of bench/results/<device>")
     options = parser.parse_args()
     dry = options.dry_run or not torch.cuda.is_available()
@@ -137,12 +174,15 @@ def main() -> int:
             small = [Decoder("tiny", "llava", 4, 32, 4, 2, 64), Decoder("tiny", "qwen2_5_vl", 4, 64, 4, 2, 64)]
             models, visual, long_visual, steps = small, 24, 40, 3
         else:
-            dtype, clock, copied = torch.bfloat16, Clock(device, seconds=0.1, least=3), 2**30
-            tests = [str(ROOT / "tests" / f"{name}.py") for name in TESTS]
+            dtype, clock, copied = torch.bfloat16, Clock(device, seconds=0.1), 2**30
+            tests = [str(ROOT / "tests" / f"{name}.py") for name in TESTS] + ["--fuzz-cases", "200"]
             shapes, batches, tiers = decisions.SHAPES, decisions.BATCHES, (192, 128, 64)
             shards, large = max(1, (os.cpu_count() or 2) - 2), (16, 8192, 4096)
             models, visual, long_visual, steps = [LLAVA_7B, QWEN_7B], 576, decoders.DECODE_VISUAL_TOKENS, 33
-        sections = Section(folder, {**description(device), "dry_run": dry})
+        sections = Sections(folder, {**description(device), "dry_run": dry}, options.only)
+        apart = dry or options.output
+        sections.write_page = (lambda: report.performance_page([folder], folder)) if apart else report.main
+        torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
         sections.run("tests", lambda: run_tests(shards, 200, tests))
         sections.run("sanitizer", run_sanitizer if not dry else lambda: _sanitized_without_a_device())
         floor = sections.run("floors", lambda: floors(clock, copied))
@@ -150,7 +190,7 @@ def main() -> int:
         with backend, torch.no_grad():
             if floor:
                 sections.run("operations", lambda: decisions.measure_operations(clock, floor, shapes, batches, dtype))
-                sections.run("copies", lambda: decisions.measure_copies(clock, floor, *large, dtype))
+                sections.run("copies", lambda: decisions.measure_copies(clock, *large, dtype))
             sections.run("eager", lambda: decisions.measure_against_eager(clock, shapes, dtype))
         for model in models:
             name = model.family
@@ -162,10 +202,6 @@ def main() -> int:
                 f"decode-{name}",
                 lambda model=model: decoders.measure_decoding(clock, model, long_visual, steps, dtype),
             )
-        if dry:
-            report.performance_page([folder], folder)
-        else:
-            report.main()
         print(f"results: {folder}" if options.output or not dry else "dry run: nothing is kept")
         if sections.failed:
             print(f"failed: {', '.join(sections.failed)}")

@@ -107,15 +107,28 @@ def compile_tables(records: list[dict]) -> str:
         registers = (str(max(row["registers"] for row in compiled[version])) for version in versions)
         spilled = sum(row["spills"] + row["stack"] for row in every)
         shared = max(row["shared"] for row in every)
-        rows.append([f"`{kernel}`", target, *registers, spilled, f"{shared / 1024:.0f} KiB"])
+        wide = [row["wide_loads"] > row["other_loads"] for row in every]
+        share = "all" if all(wide) else "none" if not any(wide) else f"{sum(wide) / len(wide):.0%}"
+        rows.append([f"`{kernel}`", target, *registers, spilled, f"{shared / 1024:.0f} KiB", share])
     cases = len({(row["kernel"], row["case"]) for record in records for row in record["kernels"]})
     return "\n".join(
         [
             f"{cases} pairs of kernel and shape on each target, compiled by `make compile-matrix` with Triton "
             f"{', '.join(versions)}; the records are in `bench/results/compile/`. Registers of a thread and shared "
-            "memory are those of the worst shape; spills add registers and stack bytes of all of them.",
+            "memory are those of the worst shape; spills add registers and stack bytes of all of them. The last column "
+            "says for how many shapes most load instructions are 128 bits wide (odd shapes are among them).",
             "",
-            *table(["kernel", "target", *(f"registers, {version}" for version in versions), "spills", "shared"], rows),
+            *table(
+                [
+                    "kernel",
+                    "target",
+                    *(f"registers, {version}" for version in versions),
+                    "spills",
+                    "shared",
+                    "128-bit loads",
+                ],
+                rows,
+            ),
         ]
     )
 
@@ -193,16 +206,25 @@ def device_section(folder: Path, target: Path) -> list[str]:
         )
         lines.append("")
     if against := results.get("eager"):
-        lines += ["### Against the usual eager code", "", "One sample, outside a graph; medians in us.", ""]
+        lines += [
+            "### Against the usual eager code",
+            "",
+            "One sample; medians in us. The eager code cannot be captured.",
+            "",
+        ]
         lines += table(
-            ["shape", "L", "eager", "fused", "eager / fused"],
+            ["shape", "L", "eager", "fused", "fused in a graph", "eager / fused", "eager / fused in a graph"],
             (
                 [
                     row["shape"],
                     row["length"],
                     f"{row['eager']['median']:,.0f}" if row["eager"] else "out of memory",
                     f"{row['fused']['median']:,.0f}",
-                    f"{row['eager_over_fused']:.0f}" if row["eager"] else "",
+                    f"{row['fused_in_graph']['median']:,.0f}",
+                    *(
+                        f"{row[f'eager_over_{name}']:.1f}" if row["eager"] else ""
+                        for name in ("fused", "fused_in_graph")
+                    ),
                 ]
                 for row in against
             ),
@@ -213,6 +235,7 @@ def device_section(folder: Path, target: Path) -> list[str]:
             lines += prefill_section(rows, folder.name, target)
         if decode := results.get(f"decode-{name}"):
             lines += [f"### Decoding, {decode['decoder']}, {decode['visual_tokens']:,} visual tokens", ""]
+            lines += ["One sample, eager: what the host spends on launches bounds the time from below.", ""]
             lines += table(
                 ["", "ms a token", "cache, MiB"],
                 (
@@ -234,7 +257,8 @@ def targets(results: dict) -> list[str]:
         rows.append([f"`{row['operation']}`, share of copy bandwidth", "at least 0.85", row["share_of_copy"]])
     for row in results.get("eager", []):
         if row["eager"]:
-            rows.append([f"eager / fused, {row['shape']}, L = {row['length']}", "at least 20", row["eager_over_fused"]])
+            what = f"eager / fused in a graph, {row['shape']}, L = {row['length']}"
+            rows.append([what, "at least 20", row["eager_over_fused_in_graph"]])
     for name in DECODERS:
         for row in results.get(f"prefill-{name}", []):
             case = f"{row['decoder']}, B = {row['batch']}, tier {row['tier']}"
@@ -250,24 +274,32 @@ def targets(results: dict) -> list[str]:
 def _judged(what: str, target: str, measured: float) -> list[str]:
     limit = float(target.split()[-1])
     met = measured <= limit if target.startswith("at most") else measured >= limit
-    return [what, target, f"{measured:.3g}", "met" if met else "**missed**"]
+    return [what, target, f"{measured:.4g}", "met" if met else "**missed**"]
 
 
 def prefill_section(rows: list[dict], device: str, target: Path) -> list[str]:
     decoder, visual = rows[0]["decoder"], rows[0]["visual_tokens"]
     lines = [f"### Prefill, {decoder}, {visual} visual tokens", ""]
-    lines += ["Medians in ms: through the adapter, and of the layers alone in a CUDA graph.", ""]
+    lines += ["Medians in ms: through the adapter, of the layers alone, and of these in a CUDA graph.", ""]
     columns = [("eager", name) for name in ("unrouted", "remove", "reroute")]
+    columns += [("layers", name) for name in ("reroute", "oracle")]
     columns += [("graph", name) for name in ("unrouted", "remove", "reroute", "oracle")]
     lines += table(
-        ["B", "tier", *(f"{mode}: {name}" for mode, name in columns), "reroute / oracle", "peak, MiB"],
+        [
+            "B",
+            "tier",
+            *(f"{mode}: {name}" for mode, name in columns),
+            "reroute / oracle",
+            "peak unrouted, MiB",
+            "reroute",
+        ],
         (
             [
                 row["batch"],
                 row["tier"],
                 *(f"{row[mode][name]['median']:.2f}" for mode, name in columns),
                 f"{row['reroute_over_oracle']:.3f}",
-                f"{row['peak_bytes']['reroute'] / 2**20:,.0f}" if row["peak_bytes"]["reroute"] else "",
+                *(f"{(row['peak_bytes'][name] or 0) / 2**20:,.0f}" for name in ("unrouted", "reroute")),
             ]
             for row in rows
         ),
@@ -278,11 +310,12 @@ def prefill_section(rows: list[dict], device: str, target: Path) -> list[str]:
 
 
 def plot(rows: list[dict], device: str, target: Path) -> str | None:
-    """Draw a decoder's prefills; returns the name of the file, or None where matplotlib is not installed."""
+    """Draw a decoder's prefills; returns the name of the file, or None where there is none and nothing to draw it."""
+    file = f"prefill-{rows[0]['decoder'].lower().replace(' ', '-')}-{device}.svg"
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None
+        return file if (target / file).exists() else None
     names = ("unrouted", "remove", "reroute", "oracle")
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     batches = sorted({row["batch"] for row in rows})
@@ -296,7 +329,6 @@ def plot(rows: list[dict], device: str, target: Path) -> str | None:
     figure.axes[0].set_ylabel("prefill in a CUDA graph, ms")
     figure.axes[-1].legend()
     figure.suptitle(f"{rows[0]['decoder']}, {device}")
-    file = f"prefill-{rows[0]['decoder'].lower().replace(' ', '-')}-{device}.svg"
     target.mkdir(parents=True, exist_ok=True)
     figure.savefig(target / file, metadata={"Date": None})
     return file

@@ -98,5 +98,5 @@ def _operations(name: str) -> ModuleType:
 
 
 def operations_for(device: torch.device) -> ModuleType:
-    """The module whose four operations run tensors on this device."""
+    """The module whose operations run tensors on this device."""
     return _operations(active_backend(device))

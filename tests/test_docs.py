@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 BACKEND = (ROOT / "docs" / "backend.md").read_text()
 
 
-def eager_stage(hidden, full, kept, attention, norm, cos, sin, visual, keep, layers):
+def eager_stage(hidden, full, kept, attention, norm, cos, sin, visual, keep, length, layers):
     """The router that the guide's function replaces: one sample, whole attention matrices, masks and `nonzero`."""
     if kept is not None:
         hidden = scatter_tokens_(full, kept[0], hidden)
@@ -26,7 +26,8 @@ def eager_stage(hidden, full, kept, attention, norm, cos, sin, visual, keep, lay
         projection(states).unflatten(-1, (-1, attention.head_dim))
         for projection in (attention.q_proj, attention.k_proj)
     )
-    kept = select_tokens(rank_tokens(query, key, cos, sin), visual, ~visual, keep)
+    kept = select_tokens(rank_tokens(query, key, cos, sin), visual, ~visual, int(keep))
+    assert kept.shape[1] == length
     hidden, cos, sin = gather_tokens(kept[0], full, cos, sin)
     for layer in layers:
         hidden = layer(hidden, cos, sin)
@@ -54,25 +55,34 @@ def test_guide_replaces_an_eager_router(backend, launches, device):
     norm, layers = nn.LayerNorm(16), [Layer() for _ in range(4)]
     for module in (attention.q_proj, attention.k_proj, norm, *layers):
         module.to(device)
-    prompt = torch.randn(1, 40, 16, device=device)
+    prompt = torch.randn(2, 40, 16, device=device)
     angles = torch.rand(1, 40, 2, device=device).repeat(1, 1, 2)
-    visual = ((torch.arange(40, device=device) >= 8) & (torch.arange(40, device=device) < 32))[None]
-    results = []
+    places = torch.arange(40, device=device)
+    # The second sample has more text, and its image elsewhere.
+    visual = torch.stack([(places >= 8) & (places < 32), (places >= 3) & (places < 21)])
+    keep = torch.tensor([6, 5], device=device)
+    lengths = ((~visual).sum(1) + keep).tolist()
+
+    def run(stage, samples, length):
+        hidden, full, kept, chosen = prompt[samples].clone(), None, None, []
+        for part in (layers[:2], layers[2:]):
+            tables = (angles.cos(), angles.sin())
+            hidden, full, kept = stage(
+                hidden, full, kept, attention, norm, *tables, visual[samples], keep[samples], length, part
+            )
+            chosen.append(kept)
+        return rk.ops.scatter_tokens_(full.clone(), kept, hidden), chosen
+
     with rk.backend(backend):
-        for stage in (names["routed_stage"], eager_stage):
-            hidden, full, kept = prompt.clone(), None, None
-            chosen = []
-            for part in (layers[:2], layers[2:]):
-                hidden, full, kept = stage(
-                    hidden, full, kept, attention, norm, angles.cos(), angles.sin(), visual, 6, part
-                )
-                chosen.append(kept)
-            results.append((rk.ops.scatter_tokens_(full.clone(), kept, hidden), chosen))
-    (routed, indices), (eager, expected) = results
-    assert all(map(torch.equal, indices, expected))
+        routed, indices = run(names["routed_stage"], slice(0, 2), max(lengths))
+        assert [name for name, _ in launches].count("reduce_and_select") == (2 if backend == "triton" else 0)
+        for sample, length in enumerate(lengths):
+            eager, expected = run(eager_stage, slice(sample, sample + 1), length)
+            for index, alone in zip(indices, expected, strict=True):
+                assert torch.equal(index[sample, :length], alone[0])
+                assert (index[sample, length:] == -1).all()
+            torch.testing.assert_close(routed[sample], eager[0])
     assert not torch.equal(*indices), "both stages chose the same tokens"
-    torch.testing.assert_close(routed, eager)
-    assert [name for name, _ in launches].count("reduce_and_select") == (2 if backend == "triton" else 0)
 
 
 def test_tables_are_those_of_the_records(tmp_path):

@@ -83,6 +83,17 @@ def test_single_operations_in_a_graph(device, name):
         assert torch.equal(result, call(rk.ref))
 
 
+def test_memory_of_a_long_decision(device):
+    """Logits, a few times the scores, and what was asked for; nothing grows with the square of the sequence."""
+    arguments = decision(device, 1, 131072, 1, 28, 4, 64)
+    rk.triton.route_tokens(**arguments)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    rk.triton.route_tokens(**arguments)
+    used = torch.cuda.max_memory_allocated(device) - before
+    assert used <= 131072 * 4 * (28 + 4) + 2**22
+
+
 def test_two_streams_at_once(device):
     cases = [decision(device, 2, length) for length in (640, 1500)]
     expected = [rk.triton.route_tokens(**case) for case in cases]

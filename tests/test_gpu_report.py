@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import report
 from tests.conftest import HAS_GPU
@@ -57,7 +58,8 @@ def test_counts_of_the_sections(dry_run):
     assert launches["tiny, long", "route_tokens"] == 8
     assert all(row["graph"]["median"] > 0 and row["graph"]["floor_us"] > 0 for row in results["operations"])
     for row in results["prefill-llava"] + results["prefill-qwen2_5_vl"]:
-        assert set(row["graph"]) == {"unrouted", "remove", "reroute", "oracle"}
+        assert set(row["graph"]) == set(row["layers"]) == {"unrouted", "remove", "reroute", "oracle"}
+        assert set(row["eager"]) == {"unrouted", "remove", "reroute"}
         assert row["flops"]["reroute"] < row["flops"]["unrouted"]
     assert all(row["same_tokens"] == 1 for row in results["eager"])
 
@@ -98,9 +100,9 @@ def test_results_never_go_beside_those_of_a_gpu():
 
 @pytest.mark.skipif(HAS_GPU, reason="there is one")
 def test_a_failed_section_is_named_and_kept(tmp_path, capsys):
-    from bench.gpu_report import Section
+    from bench.gpu_report import Sections
 
-    section = Section(tmp_path, {"device": "CPU", "dry_run": True})
+    section = Sections(tmp_path, {"device": "CPU", "dry_run": True})
     assert section.run("copies", lambda: 1 / 0) is None
     assert section.failed == ["copies"]
     record = json.loads((tmp_path / "copies.json").read_text())
@@ -122,3 +124,43 @@ def test_a_failing_test_fails_its_section(tmp_path):
     (tmp_path / "test_broken.py").write_text("def test_broken():\n    assert 1 == 2\n\ndef test_fine():\n    pass\n")
     with pytest.raises(RuntimeError, match=r"'tests': 2, 'failures': 1.*test_broken: assert 1 == 2"):
         run_tests(2, 60, ["-p", "conftest", str(tmp_path / "test_broken.py")])
+
+
+def test_only_some_sections(tmp_path):
+    from bench.gpu_report import Sections
+
+    Sections(tmp_path, {"device": "CPU"}).run("floors", lambda: {"copy_gb_per_s": 1.0})
+    again = Sections(tmp_path, {"device": "CPU"}, only=["copies"])
+    assert again.run("floors", lambda: 1 / 0) == {"copy_gb_per_s": 1.0}
+    assert again.run("eager", lambda: 1 / 0) is None
+    assert again.run("copies", lambda: [2]) == [2]
+    assert again.failed == []
+
+
+def test_no_section_begins_after_the_deadline(tmp_path, capsys):
+    from bench.gpu_report import Sections
+
+    sections = Sections(tmp_path, {"device": "CPU"})
+    sections.deadline = 0
+    assert sections.run("copies", lambda: [2]) is None
+    assert sections.failed == ["copies"]
+    assert "--only copies" in capsys.readouterr().out
+
+
+def test_flops_of_attention_with_fewer_key_heads():
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from bench.decoders import ATTENTION_FLOPS
+
+    query, key = torch.randn(2, 8, 30, 16), torch.randn(2, 2, 40, 16)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
+        scaled_dot_product_attention(query, key, key, enable_gqa=True)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 8 * 30 * 40 * 16
+
+
+def test_percentiles_lie_within_what_was_measured():
+    from bench.device import Timing
+
+    timing = Timing.of([1.0, 2.0, 3.0])
+    assert 1e6 <= timing.p20 < timing.median == 2e6 < timing.p80 <= 3e6

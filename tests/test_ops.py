@@ -1,5 +1,6 @@
 """The registered boundary: what it accepts, what it refuses, its gradients, and how the compiler sees it."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -171,6 +172,16 @@ def test_compiled_equals_eager(arguments, backend, name, dynamic):
     compiled = torch.compile(
         lambda values: call(rk.ops, name, values), fullgraph=True, backend="aot_eager", dynamic=dynamic
     )
+    for actual, eager in zip(compiled(arguments[name]), expected, strict=True):
+        assert torch.equal(actual, eager)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's default compiler needs one of C++")
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_by_default_equals_eager(arguments, name):
+    expected = call(rk.ops, name, arguments[name])
+    torch.compiler.reset()
+    compiled = torch.compile(lambda values: call(rk.ops, name, values), fullgraph=True)
     for actual, eager in zip(compiled(arguments[name]), expected, strict=True):
         assert torch.equal(actual, eager)
 

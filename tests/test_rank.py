@@ -298,13 +298,24 @@ def test_layouts_of_mask_and_index(device, layout):
     assert_scores_equal(scores, expected)
 
 
-def test_rows_far_apart(device, far_apart):
-    near, far = torch.randn(1, 4, 1, 16, device=device).half(), far_apart(16, torch.float16)[:, :, None]
+@pytest.mark.parametrize("name", ["query", "key", "cos", "sin", "past_key", "key_mask", "past_mask"])
+def test_rows_far_apart(device, far_apart, name):
+    inputs = {
+        "query": torch.randn(1, 4, 1, 16, device=device).half(),
+        "key": torch.randn(1, 4, 1, 16, device=device).half(),
+        "cos": torch.randn(1, 4, 16, device=device).half(),
+        "sin": torch.randn(1, 4, 16, device=device).half(),
+        "past_key": torch.randn(1, 4, 1, 16, device=device).half(),
+        "key_mask": torch.tensor([[True, False, True, True]], device=device),
+        "past_mask": torch.tensor([[False, True, True, True]], device=device),
+        "query_index": torch.arange(4, device=device)[None],
+    }
+    near = inputs[name]
+    far = far_apart(near[0, 0].numel(), near.dtype).view(near.shape)
     far.copy_(near)
-    one = torch.randn(1, 1, 1, 16, device=device).half()
-    assert_scores_equal(rk.triton.rank_tokens(one, far), rk.ref.rank_tokens(one, near))
-    key = torch.randn(1, 9, 1, 16, device=device).half()
-    assert_scores_equal(rk.triton.rank_tokens(far, key), rk.ref.rank_tokens(near, key))
+    assert far.stride(1) == 2**30
+    scores = rk.triton.rank_tokens(**inputs | {name: far})
+    assert_scores_equal(scores, rk.ref.rank_tokens(**inputs))
 
 
 def test_one_table_for_all_samples(device):

@@ -200,12 +200,17 @@ def test_layouts(device, operations, layout, name):
     assert torch.equal(index, sorted_selection(**arguments, keep=keep, length=80))
 
 
-def test_scores_far_apart(device, far_apart):
-    scores = far_apart(1, torch.float32)[:, :, 0]
-    scores.copy_(torch.tensor([[1.0, 3.0, 2.0, 4.0]]))
-    pool, pinned = torch.ones(1, 4, dtype=torch.bool, device=device), torch.zeros(1, 4, dtype=torch.bool, device=device)
-    index = rk.triton.select_tokens(scores, pool, pinned, torch.tensor([2], device=device), 2)
-    assert index.tolist() == [[1, 3]]
+@pytest.mark.parametrize("name", ["scores", "pool", "pinned"])
+def test_tokens_far_apart(device, far_apart, name):
+    arguments = {
+        "scores": torch.tensor([[1.0, 3.0, 2.0, 4.0]], device=device),
+        "pool": torch.tensor([[True, True, False, True]], device=device),
+        "pinned": torch.tensor([[False, False, True, False]], device=device),
+    }
+    far = far_apart(1, arguments[name].dtype)[:, :, 0]
+    far.copy_(arguments[name])
+    index = rk.triton.select_tokens(**arguments | {name: far}, keep=torch.tensor([2], device=device), length=4)
+    assert index.tolist() == [[1, 2, 3, -1]]
 
 
 @pytest.mark.parametrize(("batch", "length", "width"), [(0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0)])

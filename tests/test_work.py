@@ -82,6 +82,15 @@ def test_a_decision_is_three_launches_and_nothing_else(device, work, padded):
     assert work(lambda: rk.ops.route_tokens(**arguments)) == (ONE_PROGRAM, {})
 
 
+@pytest.mark.skipif(HAS_GPU, reason="operators of PyTorch may take several launches there")
+def test_finding_the_last_tokens_of_a_mask(device, work):
+    """What a caller saves who says where the queries are."""
+    arguments = decision(device, 3, 200, 2, padded=True) | {"query_index": None}
+    launches, others = work(lambda: rk.ops.route_tokens(**arguments))
+    assert launches == ONE_PROGRAM
+    assert others.keys() - {"resize_", "scalar_tensor", "to"} == {"arange", "where", "topk", "flip"}
+
+
 def test_a_decision_on_a_long_sequence(device, work):
     arguments = decision(device, 1, 5000)
     launches, others = work(lambda: rk.ops.route_tokens(**arguments))
@@ -98,7 +107,10 @@ def test_scatter_is_one_launch(device, work):
 
 def test_the_count_sees_transfers_and_other_work(device, work):
     numbers = torch.ones(3, device=device)
-    if not HAS_GPU:
+    if HAS_GPU:
+        with pytest.raises(AssertionError, match="Memcpy"):
+            work(lambda: numbers.sum().item())
+    else:
         _, others = work(lambda: numbers.sum().item() + len(numbers.nonzero()))
         assert others["sum"] == others["item"] == others["nonzero"] == 1
     _, others = work(lambda: numbers + numbers)
