@@ -7,16 +7,42 @@ from torch import nn
 from ..policy import Policy
 from .adapter import Adapter
 from .hooks import Routing
-from .llava import LlavaAdapter
-from .qwen2_5_vl import Qwen2_5_VLAdapter
+from .idefics3 import Idefics3Adapter
+from .qwen2_vl import Qwen2VLAdapter
 
-__all__ = ["ADAPTERS", "Adapter", "Routing", "apply"]
+__all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
-    "llava": LlavaAdapter,
-    "qwen2_5_vl": Qwen2_5_VLAdapter,
+    "idefics3": Idefics3Adapter,
+    "internvl": Adapter,
+    "llava": Adapter,
+    "llava_next": Adapter,
+    "llava_onevision": Adapter,
+    "mistral3": Adapter,
+    "qwen2_5_vl": Qwen2VLAdapter,
+    "qwen2_vl": Qwen2VLAdapter,
+    "smolvlm": Idefics3Adapter,
 }
 """Adapter of each supported `config.model_type`."""
+
+
+def register(model_type: str, adapter: type[Adapter]) -> None:
+    """Let `apply` route a model that is not listed.
+
+    Args:
+        model_type: its `config.model_type`.
+        adapter: `Adapter`, where the model is built like the default, or a subclass with what is different.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: this model type has another adapter already.
+    """
+    if not isinstance(model_type, str):
+        raise TypeError(f"model_type must be a string, got {model_type!r}")
+    if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
+        raise TypeError(f"adapter must be Adapter or a subclass of it, got {adapter!r}")
+    if ADAPTERS.setdefault(model_type, adapter) is not adapter:
+        raise ValueError(f"model_type must have no adapter yet, got {model_type!r}, which has {ADAPTERS[model_type]!r}")
 
 
 def apply(model: nn.Module, policy: Policy) -> Routing:

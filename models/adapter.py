@@ -7,10 +7,17 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 
-class Adapter:
-    """The default: a `language_model` of Llama-like layers inside a model that merges image features into it.
+def visual_token_ids(config) -> list[int]:
+    """Ids of the placeholders that image and video features replace."""
+    found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return [token_id for token_id in found if token_id is not None]
 
-    A family overrides what is different. Arguments named `layer` are decoder layers.
+
+class Adapter:
+    """The default: a decoder of Llama-like layers inside a model that merges image and video features into it.
+
+    It fits LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL and Mistral 3. A family overrides what is different.
+    Arguments named `layer` are decoder layers.
 
     Args:
         model: the transformers model to route.
@@ -19,11 +26,11 @@ class Adapter:
         AttributeError: the model lacks something that routing needs, which the message names.
     """
 
-    text_model_types: tuple[str, ...] = ("llama",)
+    text_model_types: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3")
     """Decoders that this family is known to come with."""
 
-    token_id_names: tuple[str, ...] = ("image_token_id",)
-    """Configuration entries that hold the ids of visual placeholder tokens."""
+    decoder_name: str = "language_model"
+    """Where the decoder is in `model.model`."""
 
     layer_attributes: tuple[str, ...] = (
         "input_layernorm",
@@ -37,12 +44,13 @@ class Adapter:
     def __init__(self, model: nn.Module):
         self.model = model
         self.core: nn.Module = self._require(model, "model")
-        self.decoder: nn.Module = self._require(self.core, "language_model")
+        self.decoder: nn.Module = self._require(self.core, self.decoder_name)
         self.layers: nn.ModuleList = self._require(self.decoder, "layers")
         for layer in self.layers:
             for path in self.layer_attributes:
                 self._require(layer, path)
-        self.visual_token_ids = [self._require(model.config, name) for name in self.token_id_names]
+        self._require(model.config, "image_token_id")
+        self.visual_token_ids = visual_token_ids(model.config)
 
     def _require(self, owner: object, path: str):
         try:
@@ -94,6 +102,8 @@ class Adapter:
             query_states = states.gather(1, query_index[:, :, None].expand(-1, -1, states.shape[2]))
         query = attention.q_proj(query_states).unflatten(-1, (-1, attention.head_dim))
         key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, "q_norm"):
+            query, key = attention.q_norm(query), attention.k_norm(key)
         return {
             "query": query,
             "key": key,

@@ -21,6 +21,7 @@ from ..policy import Policy, Stage
 from ..presets import Preset, preset
 from ..routing import Trace
 from . import ADAPTERS, apply
+from .adapter import visual_token_ids
 
 TINY_CHECKPOINT = Path(__file__).with_name("tiny_llava")
 """A LLaVA-1.5 of 32 narrow layers and 576 visual tokens with random weights."""
@@ -196,7 +197,7 @@ def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]
     """Run the prompt unrouted, with removal and rerouted; prefills are timed in turn, so that all share the noise."""
     model, inputs = subject.model, subject.inputs
     runs = [Run("unrouted", None), Run("remove", subject.policies[0]), Run("reroute", subject.policies[1])]
-    visual = int(torch.isin(inputs["input_ids"], torch.tensor(visual_ids(model.config)).to(model.device)).sum())
+    visual = int(torch.isin(inputs["input_ids"], torch.tensor(visual_token_ids(model.config)).to(model.device)).sum())
     text = inputs["input_ids"].shape[1] - visual
     times: dict[str, list[float]] = {run.name: [] for run in runs}
     for repeat in range(repeats + 1):
@@ -233,10 +234,6 @@ class routed:
     def __exit__(self, *exception):
         if self.routing is not None:
             self.routing.remove()
-
-
-def visual_ids(config) -> list[int]:
-    return [getattr(config, name) for name in ADAPTERS[config.model_type].token_id_names]
 
 
 def measure_cache(run: Run, cache, text: int) -> None:

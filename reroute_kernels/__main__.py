@@ -98,7 +98,7 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
         subject = demonstration.load(model, photo, prompt, policy, chat=chat, device=device, dtype=dtype)
         with console.status("running"):
             runs = demonstration.compare(subject, max_new_tokens=max_new_tokens, repeats=repeats)
-        ids = torch.tensor(demonstration.visual_ids(subject.model.config), device=subject.model.device)
+        ids = torch.tensor(demonstration.visual_token_ids(subject.model.config), device=subject.model.device)
         positions = torch.isin(subject.inputs["input_ids"][0], ids).nonzero().flatten().tolist()
         shares = demonstration.stage_shares(runs[-1].trace, positions)
         demonstration.draw(subject, shares, output)

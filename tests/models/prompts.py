@@ -12,7 +12,7 @@ import reroute_kernels as rk
 from reroute_kernels.routing import Trace
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-IMAGE, VISION_START, VISION_END = 500, 502, 503
+IMAGE, VIDEO, VISION_START, VISION_END = 500, 501, 502, 503
 
 SCHEDULE = (rk.Stage(2, 0.4), rk.Stage(5, 0.2), rk.Stage(8, 0.1))
 ACTIONS = ("reroute", "remove")

@@ -91,10 +91,13 @@ def checkpoint(folder, **config):
         (lambda path: ("--prompt", "no token"), "prompt must hold the image token '<image>' once .* got 'no token'"),
         (lambda path: ("--prompt", "<image> and <image>"), "prompt must hold the image token '<image>' once"),
         (lambda path: ("--chat", "--prompt", "<image>"), "prompt must hold the image token '<image>' once"),
-        (lambda path: ("--model", checkpoint(path, model_type="llama")), r"\(llava, qwen2_5_vl\), got .* type 'llama'"),
+        (
+            lambda path: ("--model", checkpoint(path, model_type="llama")),
+            r"\(idefics3, .*, smolvlm\), got .* type 'llama'",
+        ),
         (
             lambda path: ("--model", checkpoint(path, model_type="unheard_of")),
-            r"\(llava, qwen2_5_vl\), got .*unheard_of",
+            r"\(idefics3, .*, smolvlm\), got .*unheard_of",
         ),
         (lambda path: ("--model", str(path / "missing")), "model must be a checkpoint folder or hub id"),
         (lambda path: ("--model", checkpoint(path, model_type="llava")), "could not be loaded"),

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import reroute_kernels as rk
 from reroute_kernels.models.demo import TINY_CHECKPOINT, open_image
+from tests.models.prompts import IMAGE, policy
+from tests.models.test_families import make_case
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -24,11 +27,22 @@ def test_first_block_routes_a_llava(tmp_path, monkeypatch, capsys):
     assert "tensor([" in capsys.readouterr().out
 
 
-def test_second_block_is_a_policy():
+def test_second_block_registers_a_model_that_is_not_listed(monkeypatch):
+    monkeypatch.setattr(rk.models, "ADAPTERS", dict(rk.models.ADAPTERS))
+    assert len([line for line in BLOCKS[1].splitlines() if line.strip()]) < 10
+    exec(BLOCKS[1], {"rk": rk})
+    model, inputs = make_case("internvl-llama")
+    model.config.model_type = "my_vlm"
+    with rk.apply(model, policy("reroute", (rk.Stage(1, 0.4),))) as routing, torch.no_grad():
+        model(**inputs)
+    assert len(routing.trace.stages[0].selected[0]) == int(0.4 * (inputs["input_ids"] == IMAGE).sum())
+
+
+def test_third_block_is_a_policy():
     names = {"rk": rk}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     assert names["policy"].action == "reroute"
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 @pytest.mark.parametrize("name", re.findall(r"^  ([\w/.]+)/? ", README.partition("## Map")[2], flags=re.MULTILINE))

@@ -43,7 +43,7 @@ def test_unknown_model_type_is_named_with_those_supported():
         num_key_value_heads=2,
         vocab_size=9,
     )
-    with pytest.raises(ValueError, match=r"supported type \(llava, qwen2_5_vl\), got 'llama'"):
+    with pytest.raises(ValueError, match=r"supported type \(idefics3, .*, smolvlm\), got 'llama'"):
         rk.apply(AutoModelForCausalLM.from_config(tiny), policy())
 
 
@@ -104,7 +104,7 @@ def test_text_model_of_another_family():
     values = {**config.text_config.to_dict(), "model_type": "gemma"}
     config.text_config = AutoConfig.for_model(**values)
     other = AutoModelForImageTextToText.from_config(config)
-    with pytest.raises(NotImplementedError, match="text model of type llama, mistral, qwen2, got 'gemma'"):
+    with pytest.raises(NotImplementedError, match="text model of type llama, mistral, qwen2, qwen3, got 'gemma'"):
         rk.apply(other, policy())
 
 

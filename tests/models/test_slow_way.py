@@ -5,13 +5,17 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import reroute_kernels as rk
-from tests.models.prompts import ACTIONS, GOLDEN, batch, llava_prompt, policy, selections
+from tests.models.prompts import ACTIONS, GOLDEN, IMAGE, VIDEO, batch, llava_prompt, policy, selections
+
+
+def decoder_of(model):
+    return model.model.language_model if hasattr(model.model, "language_model") else model.model.text_model
 
 
 def decoder_arguments(model, inputs):
     """What the model hands its language model for these inputs."""
     caught = {}
-    handle = model.model.language_model.register_forward_pre_hook(
+    handle = decoder_of(model).register_forward_pre_hook(
         lambda module, args, kwargs: caught.update(kwargs), with_kwargs=True
     )
     model(**inputs)
@@ -34,12 +38,13 @@ def attention_of_last_token(layer, hidden, cos, sin):
     attention, states = layer.self_attn, layer.input_layernorm(hidden)
     length, size = hidden.shape[1], attention.head_dim
 
-    def heads(projection):
-        x = projection(states)[0].view(length, -1, size).transpose(0, 1)
+    def heads(name):
+        x = getattr(attention, f"{name}_proj")(states)[0].view(length, -1, size)
+        x = getattr(attention, f"{name}_norm", torch.nn.Identity())(x).transpose(0, 1)
         turned = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], dim=-1)
         return x * cos[0] + turned * sin[0]
 
-    query, key = heads(attention.q_proj), heads(attention.k_proj)
+    query, key = heads("q"), heads("k")
     key = key.repeat_interleave(len(query) // len(key), dim=0)
     logits = query @ key.transpose(1, 2) / size**0.5
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -48,14 +53,14 @@ def attention_of_last_token(layer, hidden, cos, sin):
 
 @torch.no_grad()
 def slow_forward(model, inputs, policy):
-    decoder = model.model.language_model
+    decoder = decoder_of(model)
     arguments = decoder_arguments(model, inputs)
     hidden = arguments["inputs_embeds"]
     positions = arguments.get("position_ids")
     if positions is None:
         positions = torch.arange(hidden.shape[1])[None]
     tables = decoder.rotary_emb(hidden, positions[-3:] if positions.ndim == 3 else positions)
-    visual = inputs["input_ids"][0] == 500
+    visual = (inputs["input_ids"][0] == IMAGE) | (inputs["input_ids"][0] == VIDEO)
     candidates = visual.nonzero().flatten().tolist()
     running, total, selected = torch.arange(hidden.shape[1]), len(candidates), []
     stages = {stage.layer: stage for stage in policy.schedule}

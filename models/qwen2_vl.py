@@ -1,4 +1,4 @@
-"""Qwen2.5-VL."""
+"""Qwen2-VL and Qwen2.5-VL."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from .adapter import Adapter
 
 
-class Qwen2_5_VLAdapter(Adapter):
-    """`Qwen2_5_VLForConditionalGeneration`: images and videos, rotary positions on three axes."""
+class Qwen2VLAdapter(Adapter):
+    """`Qwen2VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`: rotary positions on three axes."""
 
-    text_model_types = ("qwen2_5_vl_text",)
-    token_id_names = ("image_token_id", "video_token_id")
+    text_model_types = ("qwen2_vl_text", "qwen2_5_vl_text")
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
