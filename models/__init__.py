@@ -9,6 +9,7 @@ from .adapter import Adapter
 from .hooks import Routing
 from .idefics3 import Idefics3Adapter
 from .qwen2_vl import Qwen2VLAdapter
+from .qwen3_vl import Qwen3VLAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register"]
 
@@ -21,6 +22,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "mistral3": Adapter,
     "qwen2_5_vl": Qwen2VLAdapter,
     "qwen2_vl": Qwen2VLAdapter,
+    "qwen3_vl": Qwen3VLAdapter,
+    "qwen3_vl_moe": Qwen3VLAdapter,
     "smolvlm": Idefics3Adapter,
 }
 """Adapter of each supported `config.model_type`."""

@@ -32,6 +32,9 @@ class Adapter:
     decoder_name: str = "language_model"
     """Where the decoder is in `model.model`."""
 
+    adds_layer_features: bool = False
+    """Whether `take_layer_features` ever gives anything."""
+
     layer_attributes: tuple[str, ...] = (
         "input_layernorm",
         "self_attn.q_proj",
@@ -71,6 +74,19 @@ class Adapter:
     def position_embeddings(self, cos: Tensor, sin: Tensor):
         """What the model hands its layers, from cos and sin as `rotary` gives them."""
         return cos, sin
+
+    def take_layer_features(self, arguments: dict, first: int) -> list[Tensor]:
+        """Take out of the decoder's arguments what it would add to visual tokens between layers.
+
+        Args:
+            arguments: of the decoder, by name; changed where features are taken.
+            first: the first decision layer.
+
+        Returns:
+            (B, L, d) for each of the first layers, to be added to its output; empty where the decoder adds nothing, or
+            nothing from the first decision on.
+        """
+        return []
 
     def ranking(
         self,

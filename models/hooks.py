@@ -31,6 +31,7 @@ class _Prefill:
         self.last_position: Tensor | None = None
         self.cache = None
         self.finished = False
+        self.layer_features: list[Tensor] = []  # (B, L, d), added after the first layers
         self.masks: dict[int, Tensor | None] = {}
 
 
@@ -133,6 +134,8 @@ class Routing:
             for number in range(here.layer, after.layer if after else len(adapter.layers)):
                 hook = partial(self._enter_layer, stage, number == here.layer)
                 add(adapter.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+        for number in range(len(adapter.layers) if adapter.adds_layer_features else 0):
+            add(adapter.layers[number].register_forward_hook(partial(self._add_layer_features, number)))
         add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
         _routed_models.add(adapter.model)
         _forget_compiled_code()
@@ -343,7 +346,8 @@ class Routing:
         positions: Tensor | None = arguments.get("position_ids")
         if isinstance(call, _Prefill):
             call.last_position = self._last_position(call.forward.prompt, positions)
-            return None
+            call.layer_features = self._adapter.take_layer_features(arguments, self.policy.schedule[0].layer)
+            return ((), arguments) if call.layer_features else None
         if call.prompt.last_position is None or (call.has_positions and not call.prompt.right_padded):
             return None
         last = call.prompt.last_position.repeat_interleave(call.batch // call.prompt.batch, dim=-2)
@@ -421,6 +425,12 @@ class Routing:
             keys = call.prompt.stage_lengths[stage] + call.new_tokens
             call.masks = {stage: causal_mask(self._config._attn_implementation, call.queries, keys, valid, hidden)}
         return call.masks[stage]
+
+    def _add_layer_features(self, number: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        call = getattr(self._local, "call", None)
+        if not isinstance(call, _Prefill) or number >= len(call.layer_features):
+            return None
+        return call.forward.add(output, call.layer_features[number])
 
     def _leave_last_layer(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         call = getattr(self._local, "call", None)

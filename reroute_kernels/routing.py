@@ -166,6 +166,22 @@ class RoutedForward:
             self._full, self._owns_full = self._full.clone(), True
         self._full = ops.scatter_tokens_(self._full, self._sequence.kept, hidden)
 
+    def add(self, hidden: Tensor, addition: Tensor) -> Tensor:
+        """Add to the tokens between two layers, to deferred ones too.
+
+        Args:
+            hidden: (B, M, d) of the stage, or (B, L, d) before the first decision.
+            addition: (B, L, d).
+
+        Returns:
+            The sum, of the shape of `hidden`.
+        """
+        if self._sequence is None:
+            return hidden + addition
+        self._full, self._owns_full = self._full + addition, True
+        (compact,) = ops.gather_tokens(self._sequence.kept, addition)
+        return hidden + compact
+
     def finish(self, hidden: Tensor) -> Tensor:
         """Full-length hidden states after the last layer; what did not run shows its last hidden state.
 

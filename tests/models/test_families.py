@@ -73,6 +73,38 @@ def qwen2_vl(video=False):
     return transformers.Qwen2VLForConditionalGeneration(config), features, VIDEO if video else IMAGE, None
 
 
+def qwen3_vl(video=False, kind="Qwen3VL", **text):
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        text_config={
+            **TEXT,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+            **text,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    # Random features are small beside the states that they are added to: an addition left out must show.
+    for merger in model.model.visual.deepstack_merger_list:
+        merger.linear_fc2.weight.data *= 30
+    grid = (1, 8, 12)  # a video stands in the prompt frame by frame, with text between them: this is one of them
+    pixels = torch.randn(grid[0] * grid[1] * grid[2], 1536)
+    if video:
+        return model, {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid])}, VIDEO, None
+    return model, {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}, IMAGE, None
+
+
 def internvl(text="qwen2"):
     config = transformers.InternVLConfig(
         vision_config=CLIP | {"image_size": [112, 112], "patch_size": [14, 14]},
@@ -111,6 +143,9 @@ FAMILIES = {
     "internvl-llama": lambda: internvl("llama"),
     "internvl-qwen3": lambda: internvl("qwen3"),
     "mistral3": mistral3,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl-video": lambda: qwen3_vl(video=True),
+    "qwen3_vl_moe": lambda: qwen3_vl(kind="Qwen3VLMoe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     "smolvlm": lambda: idefics3("SmolVLM"),
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
@@ -148,6 +183,28 @@ def make_case(name):
 @pytest.mark.parametrize("action", ACTIONS)
 def test_equals_the_slow_way(case, action):
     check(*case, policy(action, STAGES))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("layers", [(0, 2), (1, 2, 3), (2, 4), (3, 5)], ids=str)
+def test_deepstack_reaches_deferred_tokens(layers, action):
+    """Features are added after layers 0, 1 and 2, whether a token runs there or not."""
+    model, inputs = make_case("qwen3_vl")
+    stages = tuple(rk.Stage(layer, keep) for layer, keep in zip(layers, (0.4, 0.3, 0.2), strict=False))
+    check(model, inputs, policy(action, stages))
+
+
+@torch.no_grad()
+def test_deepstack_matters():
+    """What shows that the test above would see an addition left out."""
+    model, inputs = make_case("qwen3_vl")
+    this = policy("reroute", (rk.Stage(1, 0.4), rk.Stage(3, 0.3)))
+    with rk.apply(model, this) as routing:
+        expected = model(**inputs).logits
+        routing._adapter.take_layer_features = lambda arguments, first: (
+            arguments.update(deepstack_visual_embeds=None) or [torch.zeros_like(arguments["inputs_embeds"])]
+        )
+        assert (model(**inputs).logits - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -62,6 +62,8 @@ def slow_forward(model, inputs, policy):
     tables = decoder.rotary_emb(hidden, positions[-3:] if positions.ndim == 3 else positions)
     visual = (inputs["input_ids"][0] == IMAGE) | (inputs["input_ids"][0] == VIDEO)
     candidates = visual.nonzero().flatten().tolist()
+    # What DeepStack adds after the first layers, to every visual token.
+    features = arguments.get("deepstack_visual_embeds") or []
     running, total, selected = torch.arange(hidden.shape[1]), len(candidates), []
     stages = {stage.layer: stage for stage in policy.schedule}
     for number, layer in enumerate(decoder.layers):
@@ -85,6 +87,8 @@ def slow_forward(model, inputs, policy):
         compact_tables = tuple(table[..., running, :] for table in tables)
         hidden = hidden.clone()
         hidden[:, running] = layer(hidden[:, running], attention_mask=None, position_embeddings=compact_tables)
+        if number < len(features):
+            hidden[0, visual] += features[number]
     return model.lm_head(decoder.norm(hidden)), selected
 
 

@@ -1,0 +1,31 @@
+"""Qwen3-VL and Qwen3-VL-MoE."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+
+
+class Qwen3VLAdapter(Adapter):
+    """`Qwen3VLForConditionalGeneration`, `Qwen3VLMoeForConditionalGeneration`.
+
+    DeepStack adds visual features after the first layers.
+    """
+
+    text_model_types = ("qwen3_vl_text", "qwen3_vl_moe_text")
+    adds_layer_features = True
+
+    def take_layer_features(self, arguments: dict, first: int) -> list[Tensor]:
+        features = arguments.get("deepstack_visual_embeds")
+        if features is None or len(features) <= first:
+            return []  # the model adds them all before the first decision
+        mask = arguments["visual_pos_masks"]
+        embeds = arguments["inputs_embeds"]
+        arguments["deepstack_visual_embeds"] = None
+        places = mask[:, :, None].to(embeds.device)
+        return [
+            torch.zeros_like(embeds).masked_scatter_(places, feature.to(embeds.device, embeds.dtype))
+            for feature in features
+        ]
