@@ -6,6 +6,7 @@ from torch import nn
 
 from ..policy import Policy
 from .adapter import Adapter
+from .glm4v import Glm4vAdapter
 from .hooks import Routing
 from .idefics3 import Idefics3Adapter
 from .qwen2_vl import Qwen2VLAdapter
@@ -14,6 +15,7 @@ from .qwen3_vl import Qwen3VLAdapter
 __all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "glm4v": Glm4vAdapter,
     "idefics3": Idefics3Adapter,
     "internvl": Adapter,
     "llava": Adapter,

@@ -32,6 +32,9 @@ class Adapter:
     decoder_name: str = "language_model"
     """Where the decoder is in `model.model`."""
 
+    rotary_style: str = "rotate_half"
+    """Which channels of a head are rotated together, as in `reroute_kernels.ops.rank_tokens`."""
+
     adds_layer_features: bool = False
     """Whether `take_layer_features` ever gives anything."""
 
@@ -128,4 +131,5 @@ class Adapter:
             "key_mask": valid,
             "query_index": query_index,
             "scale": attention.scaling,
+            "rotary_style": self.rotary_style,
         }

@@ -105,6 +105,35 @@ def qwen3_vl(video=False, kind="Qwen3VL", **text):
     return model, {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}, IMAGE, None
 
 
+def glm4v():
+    config = transformers.Glm4vConfig(
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "image_size": 112,
+        },
+        text_config={
+            **TEXT,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [1, 1, 2],
+                "partial_rotary_factor": 0.5,
+            },
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=VISION_START,
+        image_end_token_id=VISION_END,
+    )
+    features = {"pixel_values": torch.randn(96, 1176), "image_grid_thw": torch.tensor([[1, 8, 12]])}
+    return transformers.Glm4vForConditionalGeneration(config), features, IMAGE, None
+
+
 def internvl(text="qwen2"):
     config = transformers.InternVLConfig(
         vision_config=CLIP | {"image_size": [112, 112], "patch_size": [14, 14]},
@@ -138,6 +167,7 @@ def idefics3(kind="Idefics3"):
 
 
 FAMILIES = {
+    "glm4v": glm4v,
     "idefics3": idefics3,
     "internvl": internvl,
     "internvl-llama": lambda: internvl("llama"),
@@ -174,7 +204,7 @@ def make_case(name):
     parts = [text[:6], torch.tensor([VISION_START]), visual, torch.tensor([VISION_END]), text[6:]]
     ids = torch.cat(parts)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **features}
-    if name.startswith("qwen"):
+    if name.startswith(("qwen", "glm")):
         inputs["mm_token_type_ids"] = (ids == IMAGE) * 1 + (ids == VIDEO) * 2
     assert len(visual) >= 20
     return model, inputs

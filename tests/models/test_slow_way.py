@@ -33,7 +33,7 @@ def mixed_axes(model, tables):
     )
 
 
-def attention_of_last_token(layer, hidden, cos, sin):
+def attention_of_last_token(layer, hidden, cos, sin, interleaved):
     """Mean over heads of the last row of the whole L x L attention matrix."""
     attention, states = layer.self_attn, layer.input_layernorm(hidden)
     length, size = hidden.shape[1], attention.head_dim
@@ -41,8 +41,12 @@ def attention_of_last_token(layer, hidden, cos, sin):
     def heads(name):
         x = getattr(attention, f"{name}_proj")(states)[0].view(length, -1, size)
         x = getattr(attention, f"{name}_norm", torch.nn.Identity())(x).transpose(0, 1)
-        turned = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], dim=-1)
-        return x * cos[0] + turned * sin[0]
+        x, rest = x.split([cos.shape[-1], size - cos.shape[-1]], dim=-1)
+        if interleaved:
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        else:
+            turned = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
+        return torch.cat([x * cos[0] + turned * sin[0], rest], dim=-1)
 
     query, key = heads("q"), heads("k")
     key = key.repeat_interleave(len(query) // len(key), dim=0)
@@ -71,10 +75,13 @@ def slow_forward(model, inputs, policy):
             # `remove` ranks among the survivors, `reroute` among all tokens.
             among = running if policy.action == "remove" else torch.arange(hidden.shape[1])
             cos, sin = (table[:, among] for table in mixed_axes(model, tables))
+            interleaved = model.config.model_type == "glm4v"
+            if interleaved and torch.equal(*cos.chunk(2, dim=-1)):  # versions whose layers order the entries
+                cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))
             scores = dict(
                 zip(
                     among.tolist(),
-                    attention_of_last_token(layer, hidden[:, among], cos, sin).tolist(),
+                    attention_of_last_token(layer, hidden[:, among], cos, sin, interleaved).tolist(),
                     strict=True,
                 )
             )
