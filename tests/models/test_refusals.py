@@ -43,7 +43,7 @@ def test_unknown_model_type_is_named_with_those_supported():
         num_key_value_heads=2,
         vocab_size=9,
     )
-    with pytest.raises(ValueError, match=r"supported type \(idefics3, .*, smolvlm\), got 'llama'"):
+    with pytest.raises(ValueError, match=r"supported type \(glm4v, .*, smolvlm\), got 'llama'"):
         rk.apply(AutoModelForCausalLM.from_config(tiny), policy())
 
 
