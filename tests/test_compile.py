@@ -26,6 +26,7 @@ KERNELS = [
 ]
 PARTS_OF_KERNELS = ["reduced_attention", "select_in_one_program"]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+RECORDS = Path(__file__).parents[1] / "bench" / "results" / "compile"
 RECORDED = (
     "kernel",
     "case",
@@ -53,12 +54,15 @@ def all_compiled(tmp_path_factory, request):
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     if folder := request.config.getoption("compile_record"):
-        record = {"triton": metadata.version("triton"), "torch": metadata.version("torch")}
-        record["kernels"] = [{name: row[name] for name in RECORDED} for row in rows]
+        record = {"triton": metadata.version("triton"), "torch": metadata.version("torch"), "kernels": recorded(rows)}
         file = Path(folder) / f"triton-{record['triton']}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(record, indent=1) + "\n")
     return rows
+
+
+def recorded(rows):
+    return [{name: row[name] for name in RECORDED} for row in rows]
 
 
 @pytest.fixture(params=TARGETS)
@@ -86,6 +90,13 @@ def test_every_kernel_is_compiled(all_compiled):
     names = {name for module in modules for name, value in vars(module).items() if isinstance(value, KernelInterface)}
     assert {name for name in names if not name.startswith("_")} == {*KERNELS, *PARTS_OF_KERNELS}
     assert {(row["kernel"], row["target"]) for row in all_compiled} == {(k, t) for k in KERNELS for t in TARGETS}
+
+
+def test_the_committed_record_is_of_these_kernels(all_compiled):
+    file = RECORDS / f"triton-{metadata.version('triton')}.json"
+    if not file.exists():
+        pytest.skip("no record of this Triton")
+    assert json.loads(file.read_text())["kernels"] == recorded(all_compiled), "run make compile-matrix"
 
 
 def test_everything_fits_into_registers(compiled):
