@@ -6,7 +6,7 @@ from torch import nn
 
 from ..policy import Policy
 from .adapter import Adapter
-from .glm4v import Glm4vAdapter
+from .glm4v import Glm4vAdapter, Glm4vMoeAdapter
 from .hooks import Routing
 from .idefics3 import Idefics3Adapter
 from .qwen2_vl import Qwen2VLAdapter
@@ -16,6 +16,7 @@ __all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "glm4v": Glm4vAdapter,
+    "glm4v_moe": Glm4vMoeAdapter,
     "idefics3": Idefics3Adapter,
     "internvl": Adapter,
     "llava": Adapter,

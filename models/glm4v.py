@@ -1,4 +1,4 @@
-"""GLM-4.1V."""
+"""GLM-4.1V and GLM-4.5V."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ class Glm4vAdapter(Adapter):
         if self._in_halves:
             cos, sin = (torch.cat([table[..., ::2]] * 2, dim=-1) for table in (cos, sin))
         return cos, sin
+
+
+class Glm4vMoeAdapter(Adapter):
+    """`Glm4vMoeForConditionalGeneration`, whose channels are rotated as Llama's are."""
+
+    text_model_types = ("glm4v_moe_text",)

@@ -399,11 +399,15 @@ class Routing:
         if decides:
             call.cache = kwargs.get("past_key_values")
             cos, sin = self._adapter.rotary(layer, kwargs["position_embeddings"])
+            if position_ids is not None and position_ids.ndim == 3:
+                position_ids = position_ids.permute(1, 2, 0)  # [B, L, axes]
             tables = (cos, sin) if position_ids is None else (cos, sin, position_ids)
             tables = tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in tables)
             hidden = forward.decide(hidden, tables, partial(self._ranking, layer))
         cos, sin, *positions = forward.tables
         kwargs["position_embeddings"] = self._adapter.position_embeddings(cos, sin)
+        if positions and positions[0].ndim == 3:
+            positions = [positions[0].permute(2, 0, 1)]
         kwargs["position_ids"] = positions[0] if positions else None
         kwargs["attention_mask"] = self._prefill_mask(call, stage, hidden)
         return (hidden, *others), kwargs

@@ -105,8 +105,8 @@ def qwen3_vl(video=False, kind="Qwen3VL", **text):
     return model, {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}, IMAGE, None
 
 
-def glm4v():
-    config = transformers.Glm4vConfig(
+def glm4v(kind="Glm4v", **text):
+    config = getattr(transformers, f"{kind}Config")(
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -124,6 +124,7 @@ def glm4v():
                 "mrope_section": [1, 1, 2],
                 "partial_rotary_factor": 0.5,
             },
+            **text,
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -131,7 +132,7 @@ def glm4v():
         image_end_token_id=VISION_END,
     )
     features = {"pixel_values": torch.randn(96, 1176), "image_grid_thw": torch.tensor([[1, 8, 12]])}
-    return transformers.Glm4vForConditionalGeneration(config), features, IMAGE, None
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config), features, IMAGE, None
 
 
 def internvl(text="qwen2"):
@@ -168,6 +169,9 @@ def idefics3(kind="Idefics3"):
 
 FAMILIES = {
     "glm4v": glm4v,
+    "glm4v_moe": lambda: glm4v(
+        "Glm4vMoe", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1
+    ),
     "idefics3": idefics3,
     "internvl": internvl,
     "internvl-llama": lambda: internvl("llama"),

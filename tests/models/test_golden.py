@@ -78,7 +78,7 @@ def test_eager_attention_selects_and_answers_the_same(family, model, golden, inp
 
 @pytest.mark.parametrize("name", ["pdrop_remove", "reroute_pyramid"])
 @torch.no_grad()
-def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs, name, device):
+def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs, name, device, launches):
     """Through the interpreter on a CPU, on the device where there is one."""
     model.to(device)
     try:
@@ -88,5 +88,8 @@ def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs,
         model.to("cpu")
     for stage in routing.trace.stages:
         assert torch.equal(stage.selected[0], golden[f"{name}/selected/{stage.layer}"]), f"layer {stage.layer}"
+    decision = ["attention_logits", "reduce_and_select", "copy_rows_to_compact"]
+    stages = len(routing.trace.stages)
+    assert [launched for launched, _ in launches] == [*decision, "copy_rows_to_full"] * stages
     tolerance = 1e-5 if device.type == "cpu" else 1e-4  # the device's matrix products differ from the CPU's
     torch.testing.assert_close(output.logits[0, -1].cpu(), golden[f"{name}/last_logits"], atol=tolerance, rtol=0)
