@@ -1,12 +1,9 @@
 """Each operation on the shapes of two 7B models: plain eager code, the reference, and Triton where there is a GPU."""
 
-from functools import partial
-
 import pytest
 import torch
 
 import reroute_kernels as rk
-from bench import eager
 from bench.conftest import HAS_GPU
 from bench.decisions import TEXT, Decision, Shape
 
@@ -31,26 +28,6 @@ def decision(shape_name, device, dtype):
         return Decision(SHAPES[shape_name], 1, device, dtype)
 
 
-def eager_calls(decision):
-    """The same results by plain eager code, as calls without arguments."""
-    key, cos, sin = (decision.ranking[name] for name in ("key", "cos", "sin"))
-    pool, pinned = decision.selection["pool"], decision.selection["pinned"]
-    kept = decision.index[0]
-
-    def route():
-        scores = eager.rank_tokens(decision.queries, key, cos, sin)
-        index = eager.select_tokens(scores, pool, pinned, decision.count)
-        return index, eager.gather_tokens(index[0], *decision.rows)
-
-    return {
-        "rank_tokens": partial(eager.rank_tokens, decision.queries, key, cos, sin),
-        "select_tokens": partial(eager.select_tokens, decision.scores, pool, pinned, decision.count),
-        "gather_tokens": partial(eager.gather_tokens, kept, *decision.rows),
-        "scatter_tokens_": partial(eager.scatter_tokens_, decision.hidden, kept, decision.compact),
-        "route_tokens": route,
-    }
-
-
 def flat(result):
     """The tensors of a result, however they are nested."""
     if isinstance(result, torch.Tensor):
@@ -63,7 +40,7 @@ def flat(result):
 def bench_operation(benchmark, decision, shape_name, operation, backend, device):
     benchmark.group = f"{operation}, {shape_name}"
     benchmark.extra_info.update(operation=operation, shape=shape_name, backend=backend)
-    call = (eager_calls(decision) if backend == "eager" else decision.calls())[operation]
+    call = (decision.eager_calls() if backend == "eager" else decision.calls())[operation]
     with rk.backend("ref"):
         expected = flat(decision.calls()[operation]())
     with rk.backend(None if backend == "eager" else backend):

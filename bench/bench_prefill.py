@@ -49,9 +49,6 @@ def bench_prefill(benchmark, visual_tokens, device, dtype):
     medians = {name: Timing.of(values) for name, values in times.items()}
     benchmark.extra_info["visual_tokens"] = visual_tokens
     benchmark.extra_info["schedule"] = [[stage.layer, stage.keep] for stage in POLICY.schedule]
-    benchmark.extra_info["milliseconds"] = {
-        name: {part: getattr(timing, part) / 1e3 for part in ("median", "p20", "p80")}
-        for name, timing in medians.items()
-    }
+    benchmark.extra_info["milliseconds"] = {name: timing.milliseconds() for name, timing in medians.items()}
     benchmark.extra_info["unrouted_over_routed"] = medians["unrouted"].median / medians["routed"].median
     benchmark.extra_info["routed_over_oracle"] = medians["routed"].median / medians["oracle"].median

@@ -2,10 +2,11 @@
 
 import os
 import platform
-import statistics
 
 import pytest
 import torch
+
+from bench.device import percentiles, versions
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -28,15 +29,6 @@ def _no_grad():
         yield
 
 
-def _version(package):
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _cpu_name():
     import cpuinfo
 
@@ -51,7 +43,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         torch_threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name() if HAS_GPU else None,
         python=platform.python_version(),
-        **{package: _version(package) for package in ("torch", "triton", "transformers")},
+        **versions(),
     )
 
 
@@ -60,7 +52,5 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     commit = output_json["commit_info"]
     output_json["commit_info"] = {name: commit.get(name) for name in ("id", "dirty")}
     for entry in output_json["benchmarks"]:
-        times = sorted(entry["stats"].pop("data", []))
-        if len(times) > 1:
-            deciles = statistics.quantiles(times, n=10)
-            entry["stats"].update(p20=deciles[1], p80=deciles[7])
+        if times := entry["stats"].pop("data", []):
+            entry["stats"]["p20"], entry["stats"]["p80"] = percentiles(times)

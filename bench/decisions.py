@@ -16,7 +16,6 @@ from bench import eager
 from bench.device import Clock
 
 TEXT = 64
-OPERATIONS = ("rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_", "route_tokens")
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,31 @@ class Decision:
             "decision": lambda: (scatter(), route()),
         }
 
+    def eager_calls(self) -> dict[str, Callable[[], object]]:
+        """The same calls by plain eager code, on the first sample."""
+        key, cos, sin = (self.ranking[name] for name in ("key", "cos", "sin"))
+        pool, pinned = self.selection["pool"], self.selection["pinned"]
+        scores, kept, compact = self.scores, self.index[0], self.compact
+
+        def rank():
+            return eager.rank_tokens(self.queries, key, cos, sin)
+
+        def route():
+            index = eager.select_tokens(rank(), pool, pinned, self.count)
+            return index, eager.gather_tokens(index[0], *self.rows)
+
+        def scatter():
+            return eager.scatter_tokens_(self.hidden, kept, compact)
+
+        return {
+            "rank_tokens": rank,
+            "select_tokens": lambda: eager.select_tokens(scores, pool, pinned, self.count),
+            "gather_tokens": lambda: eager.gather_tokens(kept, *self.rows),
+            "scatter_tokens_": scatter,
+            "route_tokens": route,
+            "decision": lambda: (scatter(), route()),
+        }
+
     def bytes_moved(self) -> dict[str, int]:
         """Bytes that each call must read and write, scratch included."""
         key, cos = self.ranking["key"], self.ranking["cos"]
@@ -222,28 +246,20 @@ def measure_against_eager(clock: Clock, shapes, dtype: torch.dtype) -> list[dict
     rows = []
     for shape in shapes:
         decision = Decision(shape, 1, clock.device, dtype)
-        key, cos, sin = (decision.ranking[name] for name in ("key", "cos", "sin"))
-        pool, pinned = decision.selection["pool"], decision.selection["pinned"]
-
-        def eagerly(decision=decision, key=key, cos=cos, sin=sin, pool=pool, pinned=pinned):
-            scores = eager.rank_tokens(decision.queries, key, cos, sin)
-            kept = eager.select_tokens(scores, pool, pinned, decision.count)
-            eager.scatter_tokens_(decision.hidden, kept[0], decision.compact)
-            return kept, eager.gather_tokens(kept[0], *decision.rows)
-
+        eagerly, fused = (calls["decision"] for calls in (decision.eager_calls(), decision.calls()))
         row = {"shape": shape.name, "length": shape.length, "batch": 1}
         try:
-            kept, _ = eagerly()
+            _, (kept, _) = eagerly()
             # The eager code rotates in the precision of the model: nearly equal scores may change places.
             row["same_tokens"] = len(set(kept[0].tolist()) & set(decision.index[0].tolist())) / kept.shape[1]
-            row |= clock.in_turn({"eager": eagerly, "fused": decision.calls()["decision"]})
+            row |= clock.in_turn({"eager": eagerly, "fused": fused})
         except torch.OutOfMemoryError:
-            row |= {"eager": None, **clock.in_turn({"fused": decision.calls()["decision"]})}
-        row |= clock.graphs_in_turn({"fused_in_graph": decision.calls()["decision"]})
+            row |= {"eager": None, **clock.in_turn({"fused": fused})}
+        row |= clock.graphs_in_turn({"fused_in_graph": fused})
         for name in ("fused", "fused_in_graph"):
             row[f"eager_over_{name}"] = row["eager"] and row["eager"]["median"] / row[name]["median"]
         rows.append(row)
-        del decision, eagerly
+        del decision, eagerly, fused
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
     return rows

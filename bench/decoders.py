@@ -90,10 +90,7 @@ def _in_graphs(clock: Clock, calls: dict[str, Callable]) -> dict[str, dict[str, 
 
 
 def _milliseconds(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    return {
-        name: {key: value if key == "calls" else value / 1e3 for key, value in timing.items()}
-        for name, timing in times.items()
-    }
+    return {name: Timing(**timing).milliseconds() for name, timing in times.items()}
 
 
 def _flops(call: Callable) -> int:
@@ -155,11 +152,4 @@ def _decode(clock: Clock, model, inputs: dict, steps: int) -> dict[str, float]:
         output = []
         times.append(clock.once(lambda step=step, output=output: output.append(model(**step))))
         token = output[0].logits[:, -1:].argmax(dim=-1)
-    timing = Timing.of(times[1:])
-    return {
-        "median": timing.median / 1e3,
-        "p20": timing.p20 / 1e3,
-        "p80": timing.p80 / 1e3,
-        "calls": timing.calls,
-        "cache_bytes": held,
-    }
+    return Timing.of(times[1:]).milliseconds() | {"cache_bytes": held}

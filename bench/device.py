@@ -33,7 +33,7 @@ def description(device: torch.device) -> dict[str, object]:
     described = {
         "device": device_name(device),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "triton", "transformers")},
+        **versions(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -44,6 +44,10 @@ def description(device: torch.device) -> dict[str, object]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
         }
     return described
+
+
+def versions() -> dict[str, str | None]:
+    return {package: _version(package) for package in ("torch", "triton", "transformers")}
 
 
 def _version(package: str) -> str | None:
@@ -61,6 +65,12 @@ def _driver() -> str | None:
         return None
 
 
+def percentiles(values: list[float]) -> tuple[float, float]:
+    """The 20th and the 80th, within what was measured."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+    return deciles[1], deciles[7]
+
+
 @dataclass
 class Timing:
     """Microseconds of one call: the median of many, with the 20th and 80th percentile."""
@@ -72,8 +82,11 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float]) -> Timing:
-        deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 9
-        return cls(statistics.median(seconds) * 1e6, deciles[1] * 1e6, deciles[7] * 1e6, len(seconds))
+        p20, p80 = percentiles(seconds)
+        return cls(statistics.median(seconds) * 1e6, p20 * 1e6, p80 * 1e6, len(seconds))
+
+    def milliseconds(self) -> dict[str, float]:
+        return {"median": self.median / 1e3, "p20": self.p20 / 1e3, "p80": self.p80 / 1e3, "calls": self.calls}
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Tests and benchmarks on this GPU, in one command and under ten minutes: `make gpu-report`.
+"""Tests and benchmarks on this GPU, in one command, made to end within ten minutes: `make gpu-report`.
 
 Writes what it finds to bench/results/<device>, and from that docs/performance.md. Without a GPU it is a dry run: every
 step on a CPU, in Triton's interpreter and on tiny shapes, to know that the command works; nothing of it is kept.
@@ -178,7 +178,12 @@ def main() -> int:
             tests = [str(ROOT / "tests" / f"{name}.py") for name in TESTS] + ["--fuzz-cases", "200"]
             shapes, batches, tiers = decisions.SHAPES, decisions.BATCHES, (192, 128, 64)
             shards, large = max(1, (os.cpu_count() or 2) - 2), (16, 8192, 4096)
-            models, visual, long_visual, steps = [LLAVA_7B, QWEN_7B], 576, decoders.DECODE_VISUAL_TOKENS, 33
+            models, visual, long_visual, steps = (
+                [LLAVA_7B, QWEN_7B],
+                decoders.VISUAL_TOKENS,
+                decoders.DECODE_VISUAL_TOKENS,
+                33,
+            )
         sections = Sections(folder, {**description(device), "dry_run": dry}, options.only)
         apart = dry or options.output
         sections.write_page = (lambda: report.performance_page([folder], folder)) if apart else report.main

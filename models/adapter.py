@@ -35,8 +35,8 @@ class Adapter:
     rotary_style: str = "rotate_half"
     """Which channels of a head are rotated together, as in `reroute_kernels.ops.rank_tokens`."""
 
-    adds_layer_features: bool = False
-    """Whether `take_layer_features` ever gives anything."""
+    feature_layers: int = 0
+    """After how many of the first layers the decoder adds features to visual tokens."""
 
     layer_attributes: tuple[str, ...] = (
         "input_layernorm",
@@ -78,16 +78,14 @@ class Adapter:
         """What the model hands its layers, from cos and sin as `rotary` gives them."""
         return cos, sin
 
-    def take_layer_features(self, arguments: dict, first: int) -> list[Tensor]:
+    def take_layer_features(self, arguments: dict) -> list[Tensor]:
         """Take out of the decoder's arguments what it would add to visual tokens between layers.
 
         Args:
             arguments: of the decoder, by name; changed where features are taken.
-            first: the first decision layer.
 
         Returns:
-            (B, L, d) for each of the first layers, to be added to its output; empty where the decoder adds nothing, or
-            nothing from the first decision on.
+            (B, L, d) for each of the first layers, to be added to its output; empty where there is nothing to add.
         """
         return []
 

@@ -134,7 +134,9 @@ class Routing:
             for number in range(here.layer, after.layer if after else len(adapter.layers)):
                 hook = partial(self._enter_layer, stage, number == here.layer)
                 add(adapter.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
-        for number in range(len(adapter.layers) if adapter.adds_layer_features else 0):
+        # What the model adds before the first decision, it adds itself.
+        self._routes_features = adapter.feature_layers > schedule[0].layer
+        for number in range(adapter.feature_layers if self._routes_features else 0):
             add(adapter.layers[number].register_forward_hook(partial(self._add_layer_features, number)))
         add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
         _routed_models.add(adapter.model)
@@ -346,7 +348,8 @@ class Routing:
         positions: Tensor | None = arguments.get("position_ids")
         if isinstance(call, _Prefill):
             call.last_position = self._last_position(call.forward.prompt, positions)
-            call.layer_features = self._adapter.take_layer_features(arguments, self.policy.schedule[0].layer)
+            if self._routes_features:
+                call.layer_features = self._adapter.take_layer_features(arguments)
             return ((), arguments) if call.layer_features else None
         if call.prompt.last_position is None or (call.has_positions and not call.prompt.right_padded):
             return None

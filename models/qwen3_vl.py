@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapter import Adapter
 
@@ -15,12 +15,15 @@ class Qwen3VLAdapter(Adapter):
     """
 
     text_model_types = ("qwen3_vl_text", "qwen3_vl_moe_text")
-    adds_layer_features = True
 
-    def take_layer_features(self, arguments: dict, first: int) -> list[Tensor]:
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.feature_layers = len(self._require(model.config, "vision_config.deepstack_visual_indexes"))
+
+    def take_layer_features(self, arguments: dict) -> list[Tensor]:
         features = arguments.get("deepstack_visual_embeds")
-        if features is None or len(features) <= first:
-            return []  # the model adds them all before the first decision
+        if features is None:
+            return []
         mask = arguments["visual_pos_masks"]
         embeds = arguments["inputs_embeds"]
         arguments["deepstack_visual_embeds"] = None

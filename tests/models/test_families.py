@@ -235,7 +235,7 @@ def test_deepstack_matters():
     this = policy("reroute", (rk.Stage(1, 0.4), rk.Stage(3, 0.3)))
     with rk.apply(model, this) as routing:
         expected = model(**inputs).logits
-        routing._adapter.take_layer_features = lambda arguments, first: (
+        routing._adapter.take_layer_features = lambda arguments: (
             arguments.update(deepstack_visual_embeds=None) or [torch.zeros_like(arguments["inputs_embeds"])]
         )
         assert (model(**inputs).logits - expected).abs().max() > 1e-2
