@@ -38,6 +38,9 @@ class Adapter:
     feature_layers: int = 0
     """After how many of the first layers the decoder adds features to visual tokens."""
 
+    cache_types: tuple[str, ...] = ()
+    """Caches that this family brings along, beside those of transformers."""
+
     layer_attributes: tuple[str, ...] = (
         "input_layernorm",
         "self_attn.q_proj",
@@ -52,8 +55,9 @@ class Adapter:
         self.core: nn.Module = self._require(model, "model")
         self.decoder: nn.Module = self._require(self.core, self.decoder_name)
         self.layers: nn.ModuleList = self._require(self.decoder, "layers")
-        for layer in self.layers:
-            for path in self.layer_attributes:
+        self.layer_types: list[str] = self._layer_types()
+        for layer, kind in zip(self.layers, self.layer_types, strict=False):
+            for path in self.layer_attributes if kind == "full_attention" else ():
                 self._require(layer, path)
         self._require(model.config, "image_token_id")
         self.visual_token_ids = visual_token_ids(model.config)
@@ -68,6 +72,29 @@ class Adapter:
                 f"cannot route {type(self.model).__name__} of transformers {transformers.__version__}: "
                 f"{type(owner).__name__} has no attribute {path!r} (known to work: transformers 5.4 to 5.23)"
             ) from None
+
+    def _layer_types(self) -> list[str]:
+        """What each layer attends to, in the words of transformers' configurations."""
+        config = self.decoder.config
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            sliding = getattr(config, "sliding_window", None) is not None
+            kinds = ["sliding_attention" if sliding else "full_attention"] * len(self.layers)
+        return list(kinds)[: len(self.layers)]
+
+    def cached_keys(self, cache, number: int) -> Tensor:
+        """(B, Hkv, at least P, D), the rotated keys that a cache holds for a layer."""
+        return cache.layers[number].keys
+
+    def queries(self, attention: nn.Module, states: Tensor) -> Tensor:
+        """(B, Q, Hq, D), as projected, of normalized states (B, Q, d)."""
+        query = attention.q_proj(states).unflatten(-1, (-1, attention.head_dim))
+        return attention.q_norm(query) if hasattr(attention, "q_norm") else query
+
+    def keys(self, attention: nn.Module, states: Tensor) -> Tensor:
+        """(B, L, Hkv, D), as projected, of normalized states (B, L, d)."""
+        key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
+        return attention.k_norm(key) if hasattr(attention, "k_norm") else key
 
     def rotary(self, layer: nn.Module, position_embeddings) -> tuple[Tensor, Tensor]:
         """cos and sin as (B or 1, L, R), from what the model hands its layers."""
@@ -117,13 +144,9 @@ class Adapter:
         else:
             query_index = last.clamp(min=0)[:, None]
             query_states = states.gather(1, query_index[:, :, None].expand(-1, -1, states.shape[2]))
-        query = attention.q_proj(query_states).unflatten(-1, (-1, attention.head_dim))
-        key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
-        if hasattr(attention, "q_norm"):
-            query, key = attention.q_norm(query), attention.k_norm(key)
         return {
-            "query": query,
-            "key": key,
+            "query": self.queries(attention, query_states),
+            "key": self.keys(attention, states),
             "cos": cos,
             "sin": sin,
             "key_mask": valid,

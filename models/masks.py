@@ -5,29 +5,64 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("eager", "sdpa")
+IMPLEMENTATIONS = ("eager", "flex_attention", "sdpa")
 
 
-def causal_mask(implementation: str, queries: int, keys: int, valid: Tensor | None, like: Tensor) -> Tensor | None:
-    """Mask for queries that are the last of the keys.
+def attention_mask(
+    implementation: str,
+    queries: int,
+    past: int,
+    keys: int,
+    like: Tensor,
+    valid: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
+):
+    """Mask for queries that stand behind `past` keys, each seeing itself and what stands before it.
 
     Args:
-        implementation: `"eager"` or `"sdpa"`.
-        queries, keys: their numbers.
-        valid: (B, keys) bool, False at keys that hold no token; None where all do.
+        implementation: one of `IMPLEMENTATIONS`.
+        queries, past: their numbers.
+        keys: how many keys the layer is handed: past + queries, or more where a cache has room left.
         like: a tensor with the dtype and the device of the hidden states.
+        valid: (B, past + queries) bool, False at keys that hold no token; None where all do.
+        positions: (B or 1, past + queries) int64, positions in the full sequence; needed with a window only.
+        window: a query sees keys less than this many positions back; None for all.
 
     Returns:
-        (B or 1, 1, queries, keys), boolean for sdpa and additive for eager; None where the implementation needs none.
+        (B or 1, 1, queries, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention. None where the
+        implementation needs none.
     """
-    if valid is None and (queries == 1 or (implementation == "sdpa" and queries == keys)):
-        return None
-    places = torch.arange(keys, device=like.device)
-    allowed = (places <= places[keys - queries :, None])[None, None]
-    if valid is not None:
-        allowed = allowed & valid[:, None, None, :]
+    if valid is None and window is None and keys == past + queries:
+        if queries == 1 or (implementation == "sdpa" and past == 0):
+            return None
+    if keys > past + queries:
+        room = (0, keys - past - queries)
+        valid = torch.nn.functional.pad(valid, room) if valid is not None else None
+        positions = torch.nn.functional.pad(positions, room) if positions is not None else None
+
+    def row(table: Tensor, sample: Tensor) -> Tensor:
+        return sample if table.shape[0] > 1 else torch.zeros_like(sample)
+
+    def allowed(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query + past
+        if window is not None:
+            place = row(positions, sample)
+            seen = seen & (positions[place, query + past] - positions[place, key] < window)
+        if valid is not None:
+            seen = seen & valid[row(valid, sample), key]
+        # A row without a token sees itself, so that no softmax is over nothing.
+        return seen | (key == query + past)
+
+    device = like.device
+    batch = next((rows.shape[0] for rows in (valid, positions) if rows is not None and rows.shape[0] > 1), 1)
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(allowed, batch, None, queries, keys, device=device)
+    sample = torch.arange(batch, device=device)[:, None, None, None]
+    query, key = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
+    mask = allowed(sample, sample, query, key).expand(batch, 1, queries, keys)
     if implementation == "sdpa":
-        return allowed
-    return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(
-        ~allowed, torch.finfo(like.dtype).min
-    )
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=device).masked_fill_(~mask, torch.finfo(like.dtype).min)

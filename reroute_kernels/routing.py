@@ -5,7 +5,7 @@ Nothing here knows a model: tensors come in, a ranking is a callable, and the ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,31 +28,40 @@ class Prompt:
     Args:
         visual: (B, L) bool, positions that hold image or video features.
         valid: (B, L) bool, False at padding; None where there is none.
-        positions: (B or 1, L), to find out whether they count by one; None not to ask.
+        guessed: tokens at the end of every row that a draft model guessed. They run, and do not rank.
+        asked: integer tensors without dimensions, to be read in the same transfer.
+
+    Attributes:
+        answers: the numbers asked for.
     """
 
-    def __init__(self, visual: Tensor, valid: Tensor | None, positions: Tensor | None = None):
+    def __init__(self, visual: Tensor, valid: Tensor | None, guessed: int = 0, asked: Sequence[Tensor] = ()):
         self.length = visual.shape[1]
+        self.guessed = guessed
         places = torch.arange(self.length, device=visual.device)
         if valid is None:
             valid = torch.ones_like(visual)
-        visual = visual & valid
-        last = torch.where(valid, places, -1).amax(dim=1)  # [B]
+        end = torch.where(valid, places, -1).amax(dim=1)  # [B]
+        last = end - guessed  # of the prompt itself
+        visual = visual & valid & (places <= last[:, None])
         is_last = places == last[:, None]
         # The next token is predicted from the last one, so it runs whatever it is.
         self.pinned = (valid & ~visual) | is_last
         self.pool = visual & ~is_last
         self.visual = visual
-        gaps = torch.zeros_like(last) if positions is None else (positions.diff(dim=1) != 1).sum(1).expand_as(last)
         counts = torch.stack(
-            [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - last, gaps]
+            [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end]
+            + [number.to(end.device, end.dtype).expand_as(end) for number in asked]
         ).tolist()
-        self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, gaps = counts
-        self.has_gaps = max(gaps) > 0
+        self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *answers = counts
+        self.answers = [number for number, *_ in answers]
         self.padded = min(self.valid_counts) < self.length
         self.right_padded = max(trailing) > 0
         self.valid = valid if self.padded else None
-        self.last = last if self.padded else None
+        self.end = end if self.padded else None
+        # What ranks, and what it sees: the prompt without guesses.
+        self.last = last if self.padded or guessed else None
+        self.ranked = valid & (places <= last[:, None]) if guessed else self.valid
 
     @property
     def has_visual_tokens(self) -> bool:
@@ -60,19 +69,19 @@ class Prompt:
 
 
 @dataclass
-class Sequence:
+class TokenSequence:
     """Tokens in order: hidden states with everything else that is per token.
 
-    hidden: (B, L, d); tables: tensors (B, L, ...); pool, pinned: (B, L) bool; valid: (B, L) bool, or None where all
-    are; last: (B,) place of each sample's last token, or None where it is the last of the row; kept: (B, L) positions
-    in the full sequence, or None where this is the full sequence.
+    hidden: (B, L, d); tables: tensors (B, L, ...); pool, pinned: (B, L) bool; ranked: (B, L) bool, what the ranking
+    token sees, or None where that is all; last: (B,) place of each sample's ranking token, or None where it is the last
+    of the row; kept: (B, L) positions in the full sequence, or None where this is the full sequence.
     """
 
     hidden: Tensor
     tables: tuple[Tensor, ...]
     pool: Tensor
     pinned: Tensor
-    valid: Tensor | None
+    ranked: Tensor | None
     last: Tensor | None
     kept: Tensor | None
 
@@ -83,11 +92,14 @@ class RoutedForward:
     Args:
         policy: what to route.
         prompt: the batch that is prefilled.
+        fill_front: rows of shorter samples are filled up at their front, for layers in which what stands last counts
+            (sliding windows, recurrent states); otherwise at their end, where causality alone keeps the fill out.
     """
 
-    def __init__(self, policy: Policy, prompt: Prompt):
+    def __init__(self, policy: Policy, prompt: Prompt, fill_front: bool = False):
         self.policy = policy
         self.prompt = prompt
+        self.fill_front = fill_front
         per_sample = [
             policy.selected_counts(visual, pool)
             for visual, pool in zip(prompt.visual_counts, prompt.pool_counts, strict=True)
@@ -98,12 +110,11 @@ class RoutedForward:
             for counts in self.selected_counts
         ]
         self.lengths = [max(rows) for rows in self.row_lengths]
-        last_rows = [[length - 1 for length in rows] for rows in self.row_lengths]
-        self.keep, self.last = torch.tensor([self.selected_counts, last_rows], device=prompt.visual.device)
+        self._keep, self._rows = torch.tensor([self.selected_counts, self.row_lengths], device=prompt.visual.device)
         self.kept: list[Tensor] = []
         self._full: Tensor | None = None
         self._owns_full = False
-        self._sequence: Sequence | None = None
+        self._sequence: TokenSequence | None = None
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
@@ -132,23 +143,40 @@ class RoutedForward:
         carried = (source.pool, source.pinned) if removes else ()
         if source.kept is not None:
             carried += (source.kept,)
-        index, (compact, *rows) = ops.route_tokens(
-            **rank(source.hidden, source.tables, source.valid, source.last),
+        index, rows = ops.route_tokens(
+            **rank(source.hidden, source.tables, source.ranked, source.last),
             pool=source.pool,
             pinned=source.pinned,
-            keep=self.keep[stage],
+            keep=self._keep[stage],
             length=self.lengths[stage],
             tensors=(source.hidden, *source.tables, *carried),
         )
-        tables, carried = tuple(rows[: len(source.tables)]), rows[len(source.tables) :]
+        ragged = self.is_ragged(stage)
+        if ragged and self.fill_front:
+            index, rows = self._move_to_end(index, rows, self._rows[stage])
+        compact, tables, carried = rows[0], tuple(rows[1 : 1 + len(source.tables)]), rows[1 + len(source.tables) :]
         pool, pinned = carried[:2] if removes else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
-        valid, last = (kept >= 0, self.last[stage]) if self.is_ragged(stage) else (None, None)
-        self._sequence = Sequence(compact, tables, pool, pinned, valid, last, kept)
+        ranked, last = None, None
+        if self.prompt.guessed or (ragged and not self.fill_front):
+            last = self._rows[stage] - 1 - self.prompt.guessed
+            ranked = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
+        elif ragged:
+            ranked = kept >= 0
+        self._sequence = TokenSequence(compact, tables, pool, pinned, ranked, last, kept)
         return compact
 
-    def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> Sequence:
+    @staticmethod
+    def _move_to_end(index: Tensor, rows: list[Tensor], lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The same rows with their fill in front: index (B, M), rows (B, M, ...), lengths (B,) without the fill."""
+        length = index.shape[1]
+        places = torch.arange(length, device=index.device) - (length - lengths)[:, None]
+        places = places.clamp(min=-1)
+        moved = torch.where(places < 0, places, index.gather(1, places.clamp(min=0)))
+        return moved, ops.gather_tokens(places, *rows)
+
+    def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> TokenSequence:
         """The sequence to select from: all tokens under `reroute`, the survivors under `remove`."""
         if self._full is None:
             self._full = hidden
@@ -158,7 +186,7 @@ class RoutedForward:
                 self._sequence.hidden = hidden
                 return self._sequence
         prompt = self.prompt
-        return Sequence(self._full, tables, prompt.pool, prompt.pinned, prompt.valid, prompt.last, None)
+        return TokenSequence(self._full, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None)
 
     def _write_back(self, hidden: Tensor) -> None:
         # The hidden states at the first decision belong to the model (hooks may hold them): never write there.
@@ -191,8 +219,8 @@ class RoutedForward:
         self._write_back(hidden)
         full, prompt = self._full, self.prompt
         if prompt.right_padded:
-            trailing = torch.arange(prompt.length, device=full.device) > prompt.last[:, None]
-            last_row = full.gather(1, prompt.last.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
+            trailing = torch.arange(prompt.length, device=full.device) > prompt.end[:, None]
+            last_row = full.gather(1, prompt.end.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
             full = torch.where(trailing[:, :, None], last_row, full)
         return full
 
@@ -209,13 +237,17 @@ class StageTrace:
     """M, the tokens that each row of this stage's layers holds and caches."""
     _kept: Tensor = field(repr=False)
     _visual: Tensor = field(repr=False)
+    _offset: int = field(repr=False)
 
     @cached_property
     def selected(self) -> list[Tensor]:
-        """For each sample the positions of the visual tokens that ran: int64, ascending, on the CPU."""
+        """For each sample the positions of the visual tokens that ran: int64, ascending, on the CPU.
+
+        They count from the first token of the conversation: what a cache held before stands in front.
+        """
         kept, visual = self._kept.cpu(), self._visual.cpu()
         rows = (row[row >= 0] for row in kept)
-        return [row[is_visual[row]] for row, is_visual in zip(rows, visual, strict=True)]
+        return [row[is_visual[row]] + self._offset for row, is_visual in zip(rows, visual, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,13 +262,33 @@ class Trace:
     stages: list[StageTrace]
 
     @classmethod
-    def of(cls, forward: RoutedForward) -> Trace:
-        prompt, policy = forward.prompt, forward.policy
+    def of(cls, forward: RoutedForward, past: Past | None = None) -> Trace:
+        prompt, policy, offset = forward.prompt, forward.policy, past.length if past else 0
         stages = [
-            StageTrace(stage.layer, stage.keep, length, kept, prompt.visual)
+            StageTrace(stage.layer, stage.keep, length, kept, prompt.visual, offset)
             for stage, length, kept in zip(policy.schedule, forward.lengths, forward.kept, strict=True)
         ]
         return cls(policy, prompt.length, prompt.visual_counts, stages)
+
+
+@dataclass(eq=False)
+class Past:
+    """What a cache holds before a call. Lists have an entry for each stage."""
+
+    length: int
+    """Tokens of the full sequence, padding included."""
+    lengths: list[int]
+    """P, the cached tokens of a stage's layers."""
+    valid: list[Tensor | None]
+    """(B, P) bool, False at cached rows that hold no token; None where all do."""
+    positions: list[Tensor]
+    """(B or 1, P) positions in the full sequence."""
+
+    @classmethod
+    def plain(cls, length: int, valid: Tensor | None, stages: int, device: torch.device) -> Past:
+        """Of a cache that no routed prompt filled: all layers hold the same `length` tokens; valid: (B, length)."""
+        positions = torch.arange(length, device=device)[None]
+        return cls(length, [length] * stages, [valid] * stages, [positions] * stages)
 
 
 @dataclass(eq=False)
@@ -245,49 +297,80 @@ class CachedPrompt:
 
     policy: Policy
     batch: int
-    length: int
-    """L, the tokens of the prompt, padding included."""
-    stage_lengths: list[int]
-    """Tokens that each layer of a stage cached."""
-    stage_valid: list[Tensor | None]
-    """(B, M) bool, False at cached rows that hold no token; None where all do."""
+    past: Past
     last_position: Tensor | None
     """Rotary position of each sample's last token, (..., B, 1), where later positions must be derived from it."""
     right_padded: bool
 
     @classmethod
-    def of(cls, forward: RoutedForward, last_position: Tensor | None) -> CachedPrompt:
-        stages = range(len(forward.kept))
-        return cls(
-            policy=forward.policy,
-            batch=forward.prompt.visual.shape[0],
-            length=forward.prompt.length,
-            stage_lengths=forward.lengths,
-            stage_valid=[forward.kept[stage] >= 0 if forward.is_ragged(stage) else None for stage in stages],
-            last_position=last_position,
-            right_padded=forward.prompt.right_padded,
-        )
+    def of(cls, forward: RoutedForward, before: Past | None, last_position: Tensor | None) -> CachedPrompt:
+        """From a finished forward on a cache that held `before`."""
+        prompt = forward.prompt
+        offset = before.length if before else 0
+        lengths, all_valid, positions = [], [], []
+        for stage, kept in enumerate(forward.kept):
+            valid = kept >= 0 if forward.is_ragged(stage) else None
+            places, length = kept, forward.lengths[stage]
+            if before:
+                valid = _joined(before.valid[stage], before.lengths[stage], valid, length, kept, len(kept))
+                earlier = before.positions[stage].to(kept.device).expand(len(kept), -1)
+                places = torch.cat([earlier, kept + offset], dim=1)
+                length += before.lengths[stage]
+            lengths.append(length)
+            all_valid.append(valid)
+            positions.append(places)
+        past = Past(offset + prompt.length, lengths, all_valid, positions)
+        return cls(forward.policy, prompt.visual.shape[0], past, last_position, prompt.right_padded)
 
-    def valid_keys(self, stage: int, batch: int, added: Tensor | None, new_tokens: int) -> Tensor | None:
+    def valid_keys(self, stage: int, batch: int, added: Tensor | None, count: int) -> Tensor | None:
         """Which of a stage's keys count for the tokens of a later call.
 
         Args:
             stage: number of the stage.
             batch: samples of the call, B or a multiple of it (each sample repeated in place).
-            added: (B, T) bool of all tokens after the prompt, False at padding; None where there is none.
-            new_tokens: T, the tokens after the prompt, those of the call included.
+            added: (batch, count) bool of all tokens after the prompt, False at padding; None where there is none.
+            count: the tokens after the prompt.
 
         Returns:
-            (B, M + T) bool, or None where every key counts.
+            (batch, P + count) bool, or None where every key counts.
         """
-        cached = self.stage_valid[stage]
-        if cached is None and added is None:
-            return None
-        device = added.device if cached is None else cached.device
-        if cached is None:
-            cached = torch.ones(batch, self.stage_lengths[stage], dtype=torch.bool, device=device)
-        elif cached.shape[0] != batch:
-            cached = cached.repeat_interleave(batch // cached.shape[0], dim=0)
-        if added is None:
-            added = torch.ones(batch, new_tokens, dtype=torch.bool, device=device)
-        return torch.cat([cached, added], dim=1)
+        like = self.past.positions[stage]
+        cached = _repeated(self.past.valid[stage], batch)
+        return _joined(cached, self.past.lengths[stage], added, count, like, batch)
+
+    def key_positions(self, stage: int, batch: int, count: int) -> Tensor:
+        """Positions in the full sequence, (batch or 1, P + count), of the same keys."""
+        cached = _repeated(self.past.positions[stage], batch)
+        later = torch.arange(self.past.length, self.past.length + count, device=cached.device)
+        return torch.cat([cached, later.expand(cached.shape[0], -1)], dim=1)
+
+    def with_later(self, batch: int, added: Tensor | None, count: int) -> Past:
+        """What the cache holds after `count` more tokens; arguments as in `valid_keys`."""
+        stages = range(len(self.past.lengths))
+        return Past(
+            self.past.length + count,
+            [length + count for length in self.past.lengths],
+            [self.valid_keys(stage, batch, added, count) for stage in stages],
+            [self.key_positions(stage, batch, count) for stage in stages],
+        )
+
+
+def _repeated(rows: Tensor | None, batch: int) -> Tensor | None:
+    if rows is None or rows.shape[0] in (1, batch):
+        return rows
+    return rows.repeat_interleave(batch // rows.shape[0], dim=0)
+
+
+def _joined(
+    first: Tensor | None, first_length: int, second: Tensor | None, second_length: int, like: Tensor, batch: int
+) -> Tensor | None:
+    """(batch, first + second) bool of two masks, each None where it is all True; None where both are."""
+    if first is None and second is None:
+        return None
+    parts = [
+        torch.ones(batch, length, dtype=torch.bool, device=like.device)
+        if mask is None
+        else mask.to(like.device).expand(batch, -1)
+        for mask, length in ((first, first_length), (second, second_length))
+    ]
+    return torch.cat(parts, dim=1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from reroute_kernels.models.masks import causal_mask
+from reroute_kernels.models.masks import attention_mask
 
 LIKE = torch.zeros(1, dtype=torch.float16)
 VALID = torch.tensor([[True, True, False, True, True], [True] * 5])
@@ -9,14 +9,14 @@ VALID = torch.tensor([[True, True, False, True, True], [True] * 5])
 
 @pytest.mark.parametrize(("implementation", "queries", "keys"), [("sdpa", 1, 5), ("sdpa", 5, 5), ("eager", 1, 5)])
 def test_no_mask_where_none_is_needed(implementation, queries, keys):
-    assert causal_mask(implementation, queries, keys, None, LIKE) is None
+    assert attention_mask(implementation, queries, keys - queries, keys, LIKE) is None
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("valid", [None, VALID], ids=["dense", "ragged"])
 @pytest.mark.parametrize(("queries", "keys"), [(2, 5), (5, 5), (1, 5)])
 def test_queries_see_valid_keys_up_to_their_own(implementation, queries, keys, valid):
-    mask = causal_mask(implementation, queries, keys, valid, LIKE)
+    mask = attention_mask(implementation, queries, keys - queries, keys, LIKE, valid)
     if mask is None:
         assert valid is None
         return
@@ -28,6 +28,47 @@ def test_queries_see_valid_keys_up_to_their_own(implementation, queries, keys, v
     visible = mask if implementation == "sdpa" else mask == 0
     for sample in range(batch):
         for query in range(queries):
+            own = keys - queries + query
             for key in range(keys):
-                expected = key <= keys - queries + query and (valid is None or bool(valid[sample, key]))
-                assert bool(visible[sample, 0, query, key]) == expected
+                counts = valid is None or bool(valid[sample, key])
+                assert bool(visible[sample, 0, query, key]) == (key == own or (key < own and counts))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("valid", [None, VALID], ids=["dense", "ragged"])
+def test_a_window_is_one_of_positions(implementation, valid):
+    positions = torch.tensor([[0, 1, 4, 9, 10], [2, 3, 5, 6, 7]])
+    mask = attention_mask(implementation, 2, 3, 5, LIKE, valid, positions, window=4)
+    visible = mask if implementation == "sdpa" else mask == 0
+    for sample in range(2):
+        for query in (3, 4):
+            expected = [
+                key == query
+                or (
+                    key < query
+                    and int(positions[sample, query] - positions[sample, key]) < 4
+                    and (valid is None or bool(valid[sample, key]))
+                )
+                for key in range(5)
+            ]
+            assert visible[sample, 0, query - 3].tolist() == expected
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_room_that_a_cache_has_left_is_not_seen(implementation):
+    mask = attention_mask(implementation, 1, 4, 8, LIKE)
+    visible = mask if implementation == "sdpa" else mask == 0
+    assert visible[0, 0, 0].tolist() == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize("valid", [None, VALID], ids=["dense", "ragged"])
+@pytest.mark.parametrize(("queries", "past", "keys"), [(5, 0, 5), (2, 3, 5), (2, 3, 9)])
+def test_flex_attention_sees_what_sdpa_sees(valid, queries, past, keys):
+    expected = attention_mask("sdpa", queries, past, keys, LIKE, valid)
+    if expected is None:
+        expected = torch.ones(queries, keys, dtype=torch.bool).tril()
+    block = attention_mask("flex_attention", queries, past, keys, LIKE, valid)
+    for sample in range(1 if valid is None else 2):
+        for query in range(queries):
+            seen = [bool(block.mask_mod(*map(torch.tensor, (sample, 0, query, key)))) for key in range(keys)]
+            assert seen == expected.expand(2, 1, queries, keys)[sample, 0, query].tolist()

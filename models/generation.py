@@ -1,0 +1,45 @@
+"""What `generate` does with a prompt and its calls of the model do not say."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+from torch import Tensor
+
+_GENERATION = "transformers.generation.utils"
+
+
+@dataclass(frozen=True)
+class PromptCall:
+    """How the innermost `generate` that is running calls its model.
+
+    Attributes:
+        guessed: tokens at the end of the call that an assistant guessed, in assisted decoding.
+        chunked_ids: the whole prompt where it is prefilled in chunks, else None.
+    """
+
+    guessed: int = 0
+    chunked_ids: Tensor | None = None
+
+
+def prompt_call() -> PromptCall:
+    """Read the frames of transformers' generation loop that called the model, if any did.
+
+    Assisted decoding appends guesses to the prompt of its first call, and a chunk looks like a prompt of its own: both
+    would rank by a token that is not the prompt's last, and no argument tells.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != _GENERATION:
+        frame = frame.f_back
+    if frame is None:
+        return PromptCall()
+    values = frame.f_locals
+    if frame.f_code.co_name == "_assisted_decoding":
+        return PromptCall(guessed=values["candidate_length"])
+    config, ids = values.get("generation_config"), values.get("input_ids")
+    chunk = getattr(config, "prefill_chunk_size", None)
+    if frame.f_code.co_name == "_prefill" and chunk is not None and ids.shape[1] > chunk:
+        return PromptCall(chunked_ids=ids)
+    return PromptCall()

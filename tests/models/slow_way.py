@@ -1,0 +1,188 @@
+"""Routing done the slow way: one sample, whole attention matrices, full-length gather and scatter around every layer.
+
+Nothing of the library is used here. The hidden states keep their full length between layers, so that everything that a
+model does there (DeepStack) it does itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from tests.models.prompts import IMAGE, VIDEO
+
+
+def decoder_of(model):
+    core = model.model
+    return core.language_model if hasattr(core, "language_model") else core.text_model
+
+
+def layer_types(decoder):
+    kinds = getattr(decoder.config, "layer_types", None)
+    if kinds is None:
+        sliding = getattr(decoder.config, "sliding_window", None) is not None
+        kinds = ["sliding_attention" if sliding else "full_attention"] * len(decoder.layers)
+    return kinds
+
+
+def mixed_axes(decoder, tables):
+    """cos and sin of three rotary axes as one table, for versions whose layers mix them."""
+    if tables[0].ndim == 3:
+        return tables
+    sections = decoder.config.rope_parameters["mrope_section"] * 2
+    return tuple(
+        torch.cat([part[i % 3] for i, part in enumerate(table.split(sections, dim=-1))], dim=-1) for table in tables
+    )
+
+
+def projected(attention, name, states, gated):
+    """(H, L, D) queries or keys of one sample before rotation, in float32."""
+    x = getattr(attention, f"{name}_proj")(states)[0]
+    if name == "q" and gated:
+        x = x.unflatten(-1, (-1, 2, attention.head_dim))[:, :, 0]
+    else:
+        x = x.unflatten(-1, (-1, attention.head_dim))
+    return getattr(attention, f"{name}_norm", torch.nn.Identity())(x).transpose(0, 1).float()
+
+
+def rotated(x, cos, sin, interleaved):
+    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    else:
+        turned = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)
+    return torch.cat([x * cos[0].float() + turned * sin[0].float(), rest], dim=-1)
+
+
+def attention_of_last_token(decoder, layer, hidden, tables, past_key):
+    """Mean over heads of the last row of the whole attention matrix, at the tokens of this call."""
+    attention, states, kind = layer.self_attn, layer.input_layernorm(hidden), decoder.config.model_type
+    length = hidden.shape[1]
+    query, key = (projected(attention, name, states, kind.startswith("qwen3_5")) for name in "qk")
+    if kind != "cohere2":  # whose layers of full attention do not rotate
+        cos, sin = mixed_axes(decoder, tables)
+        interleaved = kind == "glm4v_text"
+        if interleaved and torch.equal(*cos.chunk(2, dim=-1)):  # versions whose layers order the entries
+            cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))
+        query, key = (rotated(x, cos, sin, interleaved) for x in (query, key))
+    if past_key is not None:
+        key = torch.cat([past_key[0].float(), key], dim=1)
+    key = key.repeat_interleave(len(query) // len(key), dim=0)
+    logits = query @ key.transpose(1, 2) / attention.head_dim**0.5
+    past = key.shape[1] - length
+    causal = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    return logits.masked_fill(~causal, -torch.inf).softmax(dim=-1).mean(dim=0)[-1, past:]
+
+
+class SlowWay:
+    """Routes every call of the model while the `with` block runs. All rows of a batch must be the same sample.
+
+    Args:
+        model: unrouted, attention sdpa.
+        policy: what to route.
+        visual: (L,) bool, for a prompt whose ids are not handed to the model.
+    """
+
+    def __init__(self, model, policy, visual=None):
+        self.model, self.policy, self.visual = model, policy, visual
+        self.decoder = decoder_of(model)
+        self.kinds = layer_types(self.decoder)
+        self.stages = {stage.layer: stage for stage in policy.schedule}
+        self.selected: list[list[int]] = []  # of the latest routed prompt, positions in the conversation
+
+    def __enter__(self):
+        self.handle = self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self.positions = {}  # of what each layer has cached, by cache
+        for number, layer in enumerate(self.decoder.layers):
+            layer.forward = self._around(number, layer, layer.forward)
+        return self
+
+    def __exit__(self, *exception):
+        self.handle.remove()
+        for layer in self.decoder.layers:
+            del layer.forward
+
+    def _begin(self, core, args, kwargs):
+        names = inspect.signature(core.forward).parameters
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if ids is None:
+            visual = self.visual if self.visual is not None else torch.zeros(0, dtype=torch.bool)
+        else:
+            assert (ids == ids[0]).all() or ids.shape[1] == 1
+            visual = (ids[0] == IMAGE) | (ids[0] == VIDEO)
+        filled = cache is not None and int(cache.get_seq_length()) > 0
+        features = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        self.routes = bool(visual.any()) and (not filled or features)
+        self.past = int(cache.get_seq_length()) if filled else 0
+        self.current = visual.nonzero().flatten().tolist()
+        if self.routes:
+            self.total, self.selected, self.running = len(self.current), [], None
+
+    def _around(self, number, layer, forward):
+        @torch.no_grad()
+        def select(hidden, tables, past_key):
+            stage, length = self.stages[number], hidden.shape[1]
+            # `remove` ranks among the survivors, `reroute` among all tokens.
+            survivors = self.policy.action == "remove" and self.running is not None
+            among = self.running if survivors else torch.arange(length)
+            compact = tuple(table[..., :1, among, :] for table in tables)
+            scores = attention_of_last_token(self.decoder, layer, hidden[:1, among], compact, past_key)
+            scores = dict(zip(among.tolist(), scores.tolist(), strict=True))
+            count = min(len(self.current), max(1, int(self.total * stage.keep)))
+            best = sorted(self.current, key=lambda place: (-scores[place], place))[:count]
+            if self.policy.action == "remove":
+                self.current = best
+            self.selected.append([self.past + place for place in sorted(best)])
+            deferred = set(self.visual_places) - set(best)
+            self.running = torch.tensor([place for place in range(length) if place not in deferred])
+
+        def slow(hidden, *args, **kwargs):
+            cache = kwargs.get("past_key_values")
+            kind, length = self.kinds[number], hidden.shape[1]
+            if kind == "linear_attention":
+                past = 0
+            else:
+                past = int(cache.get_seq_length(number)) if cache is not None else 0
+            running = torch.arange(length)
+            if self.routes:
+                if self.running is None and number == min(self.stages):
+                    self.visual_places = list(self.current)
+                if number in self.stages:
+                    past_key = cached_keys(cache, number) if past else None
+                    select(hidden, kwargs["position_embeddings"], past_key)
+                if self.running is not None:
+                    running = self.running
+            kwargs["position_embeddings"] = tuple(table[..., running, :] for table in kwargs["position_embeddings"])
+            kwargs["attention_mask"] = self._mask(number, kind, past, running, cache)
+            kwargs["position_ids"] = None
+            hidden = hidden.clone()
+            hidden[:, running] = forward(hidden[:, running], *args, **kwargs)
+            return hidden
+
+        return slow
+
+    def _mask(self, number, kind, past, running, cache):
+        """Causal, by rows; in a sliding window also by positions in the conversation."""
+        if kind == "linear_attention":
+            return None
+        places = running + self.past
+        if cache is not None:
+            earlier = self.positions.get((id(cache), number), torch.empty(0, dtype=torch.int64))[:past]
+            places = torch.cat([earlier, places])
+            self.positions[id(cache), number] = places
+        window = self.decoder.config.sliding_window if kind == "sliding_attention" else None
+        if window is None and (past == 0 or len(running) == 1):
+            return None
+        rows = torch.arange(past + len(running))
+        mask = rows <= rows[past:, None]
+        if window is not None:
+            mask &= places[past:, None] - places < window
+            held = min(past, window - 1) + len(running) if past else len(running)
+            mask = mask[:, -held:]
+        return mask[None, None]
+
+
+def cached_keys(cache, number):
+    return cache.key_cache[number] if hasattr(cache, "key_cache") else cache.layers[number].keys
