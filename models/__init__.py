@@ -6,15 +6,18 @@ from torch import nn
 
 from ..policy import Policy
 from .adapter import Adapter
+from .aya_vision import AyaVisionAdapter
 from .glm4v import Glm4vAdapter, Glm4vMoeAdapter
 from .hooks import Routing
 from .idefics3 import Idefics3Adapter
 from .qwen2_vl import Qwen2VLAdapter
+from .qwen3_5 import Qwen3_5Adapter
 from .qwen3_vl import Qwen3VLAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "aya_vision": AyaVisionAdapter,
     "glm4v": Glm4vAdapter,
     "glm4v_moe": Glm4vMoeAdapter,
     "idefics3": Idefics3Adapter,
@@ -25,6 +28,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "mistral3": Adapter,
     "qwen2_5_vl": Qwen2VLAdapter,
     "qwen2_vl": Qwen2VLAdapter,
+    "qwen3_5": Qwen3_5Adapter,
+    "qwen3_5_moe": Qwen3_5Adapter,
     "qwen3_vl": Qwen3VLAdapter,
     "qwen3_vl_moe": Qwen3VLAdapter,
     "smolvlm": Idefics3Adapter,
@@ -58,7 +63,8 @@ def apply(model: nn.Module, policy: Policy) -> Routing:
     without visual tokens runs untouched.
 
     Args:
-        model: a transformers model of a type in `ADAPTERS`.
+        model: a transformers model of a type in `ADAPTERS`, also wrapped by PEFT, `torch.compile` or
+            `DistributedDataParallel`.
         policy: what to route.
 
     Returns:
@@ -72,9 +78,24 @@ def apply(model: nn.Module, policy: Policy) -> Routing:
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"policy must be a Policy, got {type(policy).__name__}")
+    model = _unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model, nn.Module) or model_type is None:
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     if model_type not in ADAPTERS:
         raise ValueError(f"model must be of a supported type ({', '.join(ADAPTERS)}), got {model_type!r}")
     return Routing(ADAPTERS[model_type](model), policy)
+
+
+def _unwrapped(model: object) -> object:
+    """The transformers model inside what PEFT, `torch.compile` and `DistributedDataParallel` wrap around it."""
+    while isinstance(model, nn.Module):
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            break
+    return model

@@ -449,7 +449,7 @@ class Routing:
         batch, device = prompt.visual.shape[0], prompt.visual.device
         if positions is None:
             positions = torch.arange(prompt.length, device=device)[None] + (call.past.length if call.past else 0)
-        positions = positions.expand(*positions.shape[:-2], batch, -1)
+        positions = positions.expand(*positions.shape[:-2], batch, -1)[..., : prompt.length - prompt.guessed]
         if prompt.end is None:
             last = positions[..., -1:]
         else:

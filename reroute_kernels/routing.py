@@ -304,13 +304,15 @@ class CachedPrompt:
 
     @classmethod
     def of(cls, forward: RoutedForward, before: Past | None, last_position: Tensor | None) -> CachedPrompt:
-        """From a finished forward on a cache that held `before`."""
+        """From a finished forward on a cache that held `before`. Guesses are no part of the prompt: they may go again."""
         prompt = forward.prompt
         offset = before.length if before else 0
         lengths, all_valid, positions = [], [], []
         for stage, kept in enumerate(forward.kept):
+            length = forward.lengths[stage] - prompt.guessed
+            kept = kept[:, :length]
             valid = kept >= 0 if forward.is_ragged(stage) else None
-            places, length = kept, forward.lengths[stage]
+            places = kept
             if before:
                 valid = _joined(before.valid[stage], before.lengths[stage], valid, length, kept, len(kept))
                 earlier = before.positions[stage].to(kept.device).expand(len(kept), -1)
@@ -319,7 +321,7 @@ class CachedPrompt:
             lengths.append(length)
             all_valid.append(valid)
             positions.append(places)
-        past = Past(offset + prompt.length, lengths, all_valid, positions)
+        past = Past(offset + prompt.length - prompt.guessed, lengths, all_valid, positions)
         return cls(forward.policy, prompt.visual.shape[0], past, last_position, prompt.right_padded)
 
     def valid_keys(self, stage: int, batch: int, added: Tensor | None, count: int) -> Tensor | None:

@@ -79,7 +79,7 @@ class SlowWay:
     """Routes every call of the model while the `with` block runs. All rows of a batch must be the same sample.
 
     Args:
-        model: unrouted, attention sdpa.
+        model: unrouted.
         policy: what to route.
         visual: (L,) bool, for a prompt whose ids are not handed to the model.
     """
@@ -173,7 +173,8 @@ class SlowWay:
             places = torch.cat([earlier, places])
             self.positions[id(cache), number] = places
         window = self.decoder.config.sliding_window if kind == "sliding_attention" else None
-        if window is None and (past == 0 or len(running) == 1):
+        sdpa = self.decoder.config._attn_implementation == "sdpa"
+        if window is None and (len(running) == 1 or (past == 0 and sdpa)):
             return None
         rows = torch.arange(past + len(running))
         mask = rows <= rows[past:, None]
@@ -181,7 +182,8 @@ class SlowWay:
             mask &= places[past:, None] - places < window
             held = min(past, window - 1) + len(running) if past else len(running)
             mask = mask[:, -held:]
-        return mask[None, None]
+        mask = mask[None, None]
+        return mask if sdpa else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def cached_keys(cache, number):

@@ -1,0 +1,336 @@
+"""Every supported family as a tiny model with random weights, and prompts for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import transformers
+from torch import Tensor
+
+from tests.models.prompts import GOLDEN, IMAGE, VIDEO, VISION_END, VISION_START, Prompt, batch
+
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 14,
+}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def tiny(kind: str, **config):
+    """A model of `<kind>ForConditionalGeneration` from a configuration."""
+    config = getattr(transformers, f"{kind}Config")(**config)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+def golden(name: str):
+    return transformers.AutoModelForImageTextToText.from_pretrained(GOLDEN / name, dtype=torch.float32)
+
+
+def pixtral():
+    return tiny(
+        "Llava",
+        vision_config=CLIP | {"model_type": "pixtral", "image_size": 112, "head_dim": 16},
+        text_config={**TEXT, "model_type": "mistral", "sliding_window": None, "head_dim": 16},
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+
+
+def llava_next():
+    return tiny(
+        "LlavaNext",
+        vision_config={**CLIP, "model_type": "clip_vision_model"},
+        text_config={**TEXT, "model_type": "mistral", "sliding_window": None},
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[56, 56], [56, 112]],
+    )
+
+
+def llava_onevision():
+    return tiny(
+        "LlavaOnevision",
+        vision_config={**CLIP, "model_type": "siglip_vision_model"},
+        text_config={**TEXT, "model_type": "qwen2"},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_pinpoints=[[56, 56], [56, 112]],
+    )
+
+
+def qwen2_vl():
+    return tiny(
+        "Qwen2VL",
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        **IDS,
+    )
+
+
+def qwen3_vl(kind="Qwen3VL", **text):
+    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    model = tiny(
+        kind,
+        vision_config={**vision, "deepstack_visual_indexes": [0, 1, 2]},
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope, **text},
+        **IDS,
+    )
+    # Random features are small beside the states that they are added to: an addition left out must show.
+    for merger in model.model.visual.deepstack_merger_list:
+        merger.linear_fc2.weight.data *= 30
+    return model
+
+
+def qwen3_5(kind="Qwen3_5", **text):
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    model = tiny(
+        kind,
+        vision_config=vision,
+        text_config={
+            **TEXT,
+            **linear,
+            "head_dim": 16,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "rope_parameters": rope,
+            "layer_types": ["linear_attention", "full_attention"] * 3,
+            **text,
+        },
+        **IDS,
+    )
+    # Norm weights are stored as w in (1 + w): not zero here, so that leaving the one out shows.
+    for name, weight in model.named_parameters():
+        if name.endswith("norm.weight") and "visual" not in name and "linear_attn" not in name:
+            weight.data.normal_(0, 0.2)
+    return model
+
+
+def glm4v(kind="Glm4v", **text):
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    return tiny(
+        kind,
+        vision_config={**vision, "image_size": 112},
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope, **text},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=VISION_START,
+        image_end_token_id=VISION_END,
+    )
+
+
+def internvl(text="qwen2"):
+    return tiny(
+        "InternVL",
+        vision_config=CLIP | {"image_size": [112, 112], "patch_size": [14, 14]},
+        text_config={**TEXT, "model_type": text, "head_dim": 16},
+        image_token_id=IMAGE,
+    )
+
+
+def mistral3():
+    return tiny(
+        "Mistral3",
+        vision_config=CLIP | {"model_type": "pixtral", "image_size": 168, "head_dim": 16},
+        text_config={**TEXT, "model_type": "mistral", "sliding_window": None, "head_dim": 16},
+        image_token_index=IMAGE,
+    )
+
+
+def idefics3(kind="Idefics3"):
+    return tiny(
+        kind,
+        vision_config=CLIP,
+        text_config={**TEXT, "model_type": "llama"},
+        image_token_id=IMAGE,
+        pad_token_id=0,
+        scale_factor=2,
+    )
+
+
+def aya_vision():
+    """Three of four layers see a window, shorter than the prompts; the others do not rotate."""
+    return tiny(
+        "AyaVision",
+        vision_config={**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config={
+            **TEXT,
+            "model_type": "cohere2",
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "logit_scale": 1.0,
+        },
+        image_token_index=IMAGE,
+    )
+
+
+MODELS: dict[str, Callable] = {
+    "aya_vision": aya_vision,
+    "glm4v": glm4v,
+    "glm4v_moe": lambda: glm4v(
+        "Glm4vMoe", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1
+    ),
+    "idefics3": idefics3,
+    "internvl": internvl,
+    "internvl-llama": lambda: internvl("llama"),
+    "internvl-qwen3": lambda: internvl("qwen3"),
+    "llava": lambda: golden("llava"),
+    "llava-pixtral": pixtral,
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "mistral3": mistral3,
+    "qwen2_5_vl": lambda: golden("qwen2_5_vl"),
+    "qwen2_vl": qwen2_vl,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": lambda: qwen3_5("Qwen3_5Moe", **SMALL_EXPERTS, shared_expert_intermediate_size=32),
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": lambda: qwen3_vl("Qwen3VLMoe", **SMALL_EXPERTS),
+    "smolvlm": lambda: idefics3("SmolVLM"),
+}
+VIDEO_MODELS = ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+
+
+def _patches(dim: int, height: int, generator) -> dict[str, Tensor]:
+    grid = (1, height, 12)
+    return {"pixel_values": torch.randn(height * 12, dim, generator=generator), "image_grid_thw": torch.tensor([grid])}
+
+
+def _picture(name: str, number: int, generator) -> dict[str, Tensor]:
+    """What the processor would make of one image; later ones have other sizes where the family allows."""
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if name.startswith(("qwen3_vl", "qwen3_5")):
+        return _patches(1536, 8 * (number + 1), generator)
+    if name.startswith(("qwen", "glm")):
+        return _patches(1176, 8 * (number + 1), generator)
+    if name in ("idefics3", "smolvlm"):
+        return {"pixel_values": noise(1, 7 - number, 3, 56, 56)}  # as seven tiles
+    if name in ("llava_next", "llava_onevision"):
+        # One tile, or two beside each other, with the overview of both.
+        size = torch.tensor([[56, 112] if number == 0 else [56, 100]])
+        return {"pixel_values": noise(1, 3, 3, 56, 56), "image_sizes": size}
+    if name in ("mistral3", "llava-pixtral"):
+        side = 168 if name == "mistral3" else 112
+        return {"pixel_values": noise(1, 3, side, side), "image_sizes": torch.tensor([[side, side - 28 * number]])}
+    if name == "aya_vision":
+        return {"pixel_values": noise(8 - number, 3, 56, 56)}  # tiles
+    if name.startswith("internvl"):
+        return {"pixel_values": noise(2 - number % 2, 3, 112, 112)}  # tiles
+    return {"pixel_values": noise(1, 3, 112, 112)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model and its prompts."""
+
+    name: str
+    model: torch.nn.Module
+
+    @property
+    def has_video(self) -> bool:
+        return self.name in VIDEO_MODELS
+
+    def prompt(self, images: int, before: int, after: int, seed: int, video: bool = False) -> Prompt:
+        """Text, each image followed by three text tokens, or one video, and text again."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def text(count: int) -> Tensor:
+            return torch.randint(3, 400, (count,), generator=generator)
+
+        parts, features = [text(before)], []
+        for number in range(images):
+            features.append(_picture(self.name, number, generator))
+            parts += self._wrapped(IMAGE, self._count(features[-1]))
+            parts.append(text(3))
+        if video:
+            segments, features = self._video(generator)
+            for count in segments:
+                parts += [*self._wrapped(VIDEO, count), text(2)]
+        parts.append(text(after))
+        return Prompt(torch.cat(parts), self._merged(features, dim=1))
+
+    def _wrapped(self, token: int, count: int) -> list[Tensor]:
+        return [torch.tensor([VISION_START]), torch.full((count,), token), torch.tensor([VISION_END])]
+
+    def _video(self, generator) -> tuple[list[int], list[dict[str, Tensor]]]:
+        if self.name == "llava_onevision":
+            # Four tokens a frame, and one at the end, which some versions add after the features are asked for.
+            return [5 * 4 + 1], [{"pixel_values_videos": torch.randn(1, 5, 3, 56, 56, generator=generator)}]
+        frames, height, width = 3, 8, 12
+        dim = 1536 if self.name.startswith("qwen3") else 1176
+        pixels = torch.randn(frames * height * width, dim, generator=generator)
+        features = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[frames, height, width]])}
+        tokens = height * width // 4
+        # These write the time of each frame in front of it.
+        apart = self.name.startswith("qwen3")
+        return [tokens] * frames if apart else [frames * tokens], [features]
+
+    @torch.no_grad()
+    def _count(self, features: dict[str, Tensor]) -> int:
+        size = self.model.config.get_text_config().hidden_size
+        output = self.model.model.get_image_features(**features).pooler_output
+        return sum(each.reshape(-1, size).shape[0] for each in output)
+
+    def _merged(self, features: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+        by_sample = self.name in ("idefics3", "smolvlm")  # (samples, tiles, ...), filled up with tiles of zeros
+        if by_sample and dim == 0 and features:
+            tiles = max((each["pixel_values"].shape[1] for each in features if each), default=0)
+            empty = torch.zeros(1, tiles, 3, 56, 56)
+            rows = []
+            for each in features:
+                row = empty.clone()
+                if each:
+                    row[:, : each["pixel_values"].shape[1]] = each["pixel_values"]
+                rows.append(row)
+            return {"pixel_values": torch.cat(rows)} if tiles else {}
+        names = sorted({name for each in features for name in each})
+        return {
+            name: torch.cat([each[name] for each in features if name in each], dim=dim if by_sample else 0)
+            for name in names
+        }
+
+    def batch(self, prompts: list[Prompt], side: str = "left") -> dict[str, Tensor]:
+        """The model's arguments for prompts padded on one side."""
+        inputs = batch([Prompt(prompt.ids, {}) for prompt in prompts], side)
+        if self.name.startswith(("qwen", "glm")):
+            ids = inputs["input_ids"]
+            inputs["mm_token_type_ids"] = (ids == IMAGE) * 1 + (ids == VIDEO) * 2
+        return inputs | self._merged([prompt.features for prompt in prompts], dim=0)
+
+
+@cache
+def load(name: str) -> Family:
+    """One model for all tests of a process; they leave it as it was."""
+    torch.manual_seed(0)
+    return Family(name, MODELS[name]().eval())

@@ -1,0 +1,557 @@
+"""Every way of calling on every model, against the same call done the slow way.
+
+By default the three families that differ most are called in every way, the others with a prompt alone;
+`--every-model` calls them all, and what happened is the table of docs/models.md.
+"""
+
+import contextlib
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import reroute_kernels as rk
+from tests.models.families import MODELS, load
+from tests.models.prompts import ACTIONS, IMAGE, Prompt, selections
+from tests.models.slow_way import SlowWay, decoder_of, layer_types
+
+GREEDY = {
+    "max_new_tokens": 8,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+ALWAYS = ("llava", "qwen2_5_vl", "qwen3_vl")
+WAYS = {}
+
+
+def way(title):
+    def add(function):
+        WAYS[title] = function
+        return function
+
+    return add
+
+
+class Refused(Exception):
+    """A way of calling that raised what it should; the message says what."""
+
+
+class NotOffered(Exception):
+    """Something that the model or transformers itself does not do."""
+
+
+def pytest_generate_tests(metafunc):
+    if {"name", "title"} <= set(metafunc.fixturenames):
+        every = metafunc.config.getoption("--every-model")
+        cells = [(name, title) for name in MODELS for title in WAYS if every or name in ALWAYS or title == "prompt"]
+        metafunc.parametrize(("name", "title"), cells, ids=["-".join(cell).replace(" ", "_") for cell in cells])
+
+
+def test_way_of_calling(name, title, record_property):
+    case, said = load(name), "works"
+    try:
+        WAYS[title](case)
+    except Refused as refused:
+        said = f"refused: {refused}"
+    except NotOffered as reason:
+        said = f"not offered: {reason}"
+    finally:
+        torch._dynamo.reset()
+    for key, value in (("model", name), ("way", title), ("outcome", said)):
+        record_property(key, value)
+
+
+# What the ways share
+
+
+def schedule(case):
+    """Decisions that leave the first attention layer whole, so that transformers can count a conversation by it."""
+    kinds = layer_types(decoder_of(case.model))
+    first = next(number for number, kind in enumerate(kinds) if kind != "linear_attention")
+    layers = [number for number, kind in enumerate(kinds) if kind == "full_attention" and number > first]
+    layers = layers if len(layers) < 4 else [layers[0], layers[len(layers) // 3], layers[2 * len(layers) // 3]]
+    return tuple(rk.Stage(layer, keep) for layer, keep in zip(layers, (0.4, 0.3, 0.2), strict=False))
+
+
+def policies(case):
+    return [rk.Policy(schedule(case), action) for action in ACTIONS]
+
+
+def hybrid(case):
+    """Whether layers of the stages depend on what stands last in a row."""
+    return set(layer_types(decoder_of(case.model))) != {"full_attention"}
+
+
+def refusal(match, call):
+    """Run a call that must be refused."""
+    with pytest.raises((NotImplementedError, ValueError), match=match) as caught:
+        call()
+    raise Refused(str(caught.value))
+
+
+def one_image(case):
+    return case.prompt(1, 6, 15, seed=1)
+
+
+def two_images(case):
+    return case.prompt(2, 4, 9, seed=2)
+
+
+def text_only(case):
+    return case.prompt(0, 4, 30, seed=3)
+
+
+def equal(actual, expected, atol=1e-4):
+    """Compare what two calls gave: tokens exactly, logits closely."""
+    if hasattr(expected, "sequences"):
+        assert actual.sequences.tolist() == expected.sequences.tolist()
+        actual, expected = torch.stack(actual.logits), torch.stack(expected.logits)
+    elif hasattr(expected, "logits"):
+        actual, expected = actual.logits, expected.logits
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@torch.no_grad()
+def compare(case, call, model=None, visual=None, routed=None, routed_call=None, every_policy=True):
+    """Both actions of one call, routed and done the slow way.
+
+    Args:
+        call: gives an output of the model or of generate.
+        model: in place of the family's.
+        visual: for calls without ids.
+        routed, routed_call: the model to apply the policy to and the call of it, where they are others.
+    """
+    model = case.model if model is None else model
+    for this in policies(case) if every_policy else policies(case)[:1]:
+        torch.manual_seed(0)
+        with SlowWay(model, this, visual) as slow:
+            expected = call()
+        torch.manual_seed(0)
+        with rk.apply(model if routed is None else routed, this) as routing:
+            actual = (routed_call or call)()
+        assert slow.selected
+        assert all(selections(routing.trace, row) == slow.selected for row in range(len(routing.trace.visual_counts)))
+        equal(actual, expected)
+
+
+def generate(case, prompts, **settings):
+    return lambda: case.model.generate(**case.batch(prompts), **{**GREEDY, **settings})
+
+
+def compare_batch(case, side="left", routed_call=None, **settings):
+    """A batch of different prompts against each of them alone, through a call and through generate."""
+    prompts = [one_image(case), two_images(case), text_only(case)]
+    together = case.batch(prompts, side)
+    length = together["input_ids"].shape[1]
+    for this in policies(case):
+        with rk.apply(case.model, this) as routing, torch.no_grad():
+            logits = case.model(**together).logits
+            trace = routing.trace
+            answers = case.model.generate(**together, **{**GREEDY, **settings})
+        for row, prompt in enumerate(prompts):
+            begin = length - len(prompt) if side == "left" else 0
+            with SlowWay(case.model, this) as slow, torch.no_grad():
+                expected = case.model(**case.batch([prompt])).logits[0]
+                answer = case.model.generate(**case.batch([prompt]), **GREEDY)
+            if len(trace.stages[0].selected[row]):
+                assert selections(trace, row, begin) == slow.selected
+            else:
+                assert not slow.selected
+            torch.testing.assert_close(logits[row, begin + len(prompt) - 1], expected[-1], atol=1e-4, rtol=0)
+            assert answers.sequences[row, length:].tolist() == answer.sequences[0, len(prompt) :].tolist()
+            torch.testing.assert_close(
+                torch.stack(answers.logits)[:, row], torch.stack(answer.logits)[:, 0], atol=1e-4, rtol=0
+            )
+
+
+def three_axes(case, inputs):
+    """Positions of a conversation for families that take them from the sizes of its images, else none."""
+    core = case.model.model
+    if not hasattr(core, "get_rope_index"):
+        return None
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    return core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
+
+
+def joined(case, parts):
+    """A conversation of prompts and generated tokens: its arguments as one prompt."""
+    features = [part.features for part in parts if part.features]
+    return Prompt(torch.cat([part.ids for part in parts]), case._merged(features, dim=1))
+
+
+def decode(case, output, position, steps=4):
+    """Greedy logits after a call on a cache; position (..., 1) of the next token, or None where the model knows."""
+    cache, logits = output.past_key_values, [output.logits[:, -1:]]
+    for step in range(steps):
+        at = {} if position is None else {"position_ids": position + step}
+        token = logits[-1].argmax(-1)
+        logits.append(case.model(input_ids=token, past_key_values=cache, **at).logits)
+    return torch.cat(logits, dim=1)
+
+
+# The ways
+
+
+@way("prompt")
+def _(case):
+    kinds = layer_types(decoder_of(case.model))
+    layers = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    prompts = [one_image(case), two_images(case)]
+    for prompt in prompts:
+        compare(case, lambda prompt=prompt: case.model(**case.batch([prompt])))
+    # From the first layer that may decide, and in all of them.
+    for stages in ((layers[0],), tuple(layers)):
+        for action in ACTIONS:
+            this = rk.Policy([rk.Stage(layer, 0.5 / (1 + place)) for place, layer in enumerate(stages)], action)
+            with SlowWay(case.model, this) as slow, torch.no_grad():
+                expected = case.model(**case.batch(prompts[:1])).logits
+            with rk.apply(case.model, this) as routing, torch.no_grad():
+                equal(case.model(**case.batch(prompts[:1])).logits, expected)
+            assert selections(routing.trace) == slow.selected
+
+
+@way("padding left")
+def _(case):
+    compare_batch(case, "left")
+
+
+@way("padding right")
+def _(case):
+    if hybrid(case):
+        inputs = case.batch([one_image(case), two_images(case)], "right")
+        with rk.apply(case.model, policies(case)[0]):
+            refusal("attention_mask must put padding on the left", lambda: case.model(**inputs))
+    compare_batch(case, "right")
+
+
+@way("several images")
+def _(case):
+    compare(case, generate(case, [two_images(case)]))
+
+
+@way("video")
+def _(case):
+    if not case.has_video:
+        raise NotOffered("the tests hold no video prompt for it" if hasattr(case.model.config, "video_token_id") else "no video input")
+    compare(case, generate(case, [case.prompt(0, 6, 15, seed=1, video=True)]))
+
+
+@way("inputs_embeds")
+def _(case):
+    inputs = case.batch([two_images(case)])
+    ids = inputs.pop("input_ids")
+    if (positions := three_axes(case, {"input_ids": ids, **inputs})) is not None:
+        inputs["position_ids"] = positions
+    inputs.pop("mm_token_type_ids", None)
+    inputs["inputs_embeds"] = case.model.get_input_embeddings()(ids).detach()
+    compare(case, lambda: case.model(**inputs), visual=ids[0] == IMAGE)
+    for name in [name for name in inputs if name.startswith(("pixel", "image"))]:
+        inputs.pop(name)
+    with rk.apply(case.model, policies(case)[0]), pytest.raises(ValueError, match="input_ids must be given"):
+        case.model(**inputs)  # nothing tells what is visual
+
+
+@way("greedy")
+def _(case):
+    compare(case, generate(case, [one_image(case)]))
+
+
+@way("sampling")
+def _(case):
+    compare(case, generate(case, [one_image(case)], do_sample=True, temperature=0.8, top_k=20))
+
+
+@way("beam search")
+def _(case):
+    compare(case, generate(case, [one_image(case)], num_beams=3))
+    prompts = [one_image(case), two_images(case)]
+    with rk.apply(case.model, policies(case)[0]):
+        together = generate(case, prompts, num_beams=3)().sequences[:, -8:].tolist()
+        assert together == [generate(case, [each], num_beams=3)().sequences[0, -8:].tolist() for each in prompts]
+
+
+@way("num_return_sequences")
+def _(case):
+    compare(case, generate(case, [one_image(case)], do_sample=True, num_return_sequences=3))
+    compare(case, generate(case, [one_image(case)], num_beams=4, num_return_sequences=2))
+
+
+@way("later turn of text")
+def _(case):
+    first, text = one_image(case), torch.randint(3, 400, (1, 7), generator=torch.Generator().manual_seed(0))
+
+    def call():
+        turn = case.model.generate(**case.batch([first]), **GREEDY)
+        conversation = torch.cat([turn.sequences, text], dim=1)
+        mask = torch.ones_like(conversation)
+        inputs = {"input_ids": conversation, "attention_mask": mask}
+        if "mm_token_type_ids" in case.batch([first]):
+            inputs["mm_token_type_ids"] = (conversation == IMAGE).long()
+        return case.model.generate(**inputs, past_key_values=turn.past_key_values, **GREEDY)
+
+    compare(case, call)
+
+
+@way("later turn with an image")
+def _(case):
+    for begin in (text_only(case), one_image(case)):
+        second = case.prompt(1, 3, 8, seed=7)
+
+        def call(begin=begin, second=second):
+            whole = case.batch([joined(case, [begin, second])])
+            positions = three_axes(case, whole)
+            split = len(begin)
+
+            def part(inputs, columns):
+                inputs.pop("mm_token_type_ids", None)
+                return inputs | ({} if positions is None else {"position_ids": positions[:, :, columns]})
+
+            first = case.model(**part(case.batch([begin]), slice(0, split)), use_cache=True)
+            inputs = part(case.batch([second]), slice(split, None)) | {"attention_mask": whole["attention_mask"]}
+            output = case.model(**inputs, past_key_values=first.past_key_values)
+            after = None if positions is None else positions[:, :, -1:].amax(dim=(0, 2), keepdim=True).expand(3, -1, -1) + 1
+            return decode(case, output, after)
+
+        compare(case, call)
+
+
+@way("several tokens on a cache")
+def _(case):
+    tokens = torch.randint(3, 400, (1, 5), generator=torch.Generator().manual_seed(0))
+
+    def call():
+        cache = case.model(**case.batch([one_image(case)]), use_cache=True).past_key_values
+        return torch.cat(
+            [case.model(input_ids=part, past_key_values=cache).logits for part in (tokens, tokens[:, :1], tokens)], dim=1
+        )
+
+    compare(case, call)
+
+
+@way("assisted decoding")
+def _(case):
+    prompt = one_image(case)
+    prompt.ids[-6:] = torch.tensor([7, 8, 9, 7, 8, 9])  # what stood there before is guessed again
+    lengths = []
+
+    def call(**settings):
+        handle = case.model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        with contextlib.closing(contextlib.ExitStack()) as stack:
+            stack.callback(handle.remove)
+            return case.model.generate(**case.batch([prompt]), **{**GREEDY, "output_logits": False, **settings}).sequences
+
+    def assisted():
+        return call(prompt_lookup_num_tokens=3)
+
+    try:
+        with torch.no_grad():
+            assisted()
+    except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
+        raise NotOffered(f"transformers: {str(error).splitlines()[0]}") from error
+    lengths.clear()
+    compare(case, call, routed_call=assisted)
+    guesses = [length for length in lengths if length > len(prompt)]
+    assert guesses  # the first call held guessed tokens
+    assert any(1 < length < len(prompt) for length in lengths)  # and later ones
+
+
+@way("static cache")
+def _(case):
+    call = generate(case, [one_image(case)], cache_implementation="static")
+    if hybrid(case):
+        with rk.apply(case.model, policies(case)[0]):
+            refusal("past_key_values must be a DynamicCache", call)
+    compare(case, generate(case, [one_image(case)]), routed_call=call)
+    compare_batch(case, "left", cache_implementation="static")
+
+
+@way("offloaded cache")
+def _(case):
+    """Without a GPU its streams are stand-ins, and what it offloads stays where it is."""
+    call = generate(case, [one_image(case)])
+    if torch.cuda.is_available():
+        compare(case, call, routed_call=generate(case, [one_image(case)], cache_implementation="offloaded"))
+        return
+    stream = mock.MagicMock()
+    with mock.patch("torch.Stream", return_value=stream), mock.patch("torch.cuda.default_stream", return_value=stream):
+        compare(case, call, routed_call=generate(case, [one_image(case)], cache_implementation="offloaded"))
+    assert stream.wait_stream.called
+
+
+@contextlib.contextmanager
+def attention(case, implementation):
+    case.model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        case.model.set_attn_implementation("sdpa")
+
+
+@way("eager attention")
+def _(case):
+    with attention(case, "eager"):
+        compare(case, generate(case, [one_image(case)]))
+        compare_batch(case)
+
+
+@way("flex attention")
+def _(case):
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            with attention(case, "flex_attention"), torch.no_grad():
+                case.model(**case.batch([one_image(case)]))
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            case.model.set_attn_implementation("sdpa")
+            raise NotOffered(f"transformers: {str(error).splitlines()[0]}") from error
+        with attention(case, "flex_attention"):
+            compare(case, generate(case, [one_image(case)]))
+            compare_batch(case)
+
+
+def in_dtype(case, dtype):
+    model = copy.deepcopy(case.model).to(dtype)
+    inputs = case.batch([one_image(case)])
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    compare(case, lambda: model.generate(**inputs, **GREEDY), model=model)
+
+
+@way("float16")
+def _(case):
+    in_dtype(case, torch.float16)
+
+
+@way("bfloat16")
+def _(case):
+    in_dtype(case, torch.bfloat16)
+
+
+@way("torch.compile")
+def _(case):
+    inputs = case.batch([one_image(case)])
+    compiled = torch.compile(case.model, backend="eager")
+    with torch.no_grad():
+        compiled(**inputs)  # before it is routed
+    compare(case, lambda: case.model(**inputs), routed_call=lambda: compiled(**inputs), every_policy=False)
+
+
+def asks_for(case, name):
+    with rk.apply(case.model, policies(case)[0]):
+        refusal(f"{name} must be off", lambda: case.model(**case.batch([one_image(case)]), **{name: True}))
+
+
+@way("output_hidden_states")
+def _(case):
+    asks_for(case, "output_hidden_states")
+
+
+@way("output_attentions")
+def _(case):
+    asks_for(case, "output_attentions")
+
+
+@way("logits_to_keep")
+def _(case):
+    inputs = case.batch([one_image(case)])
+    for keep in (1, 5, torch.tensor([3, 40])):
+        compare(case, lambda keep=keep: case.model(**inputs, logits_to_keep=keep), every_policy=False)
+
+
+def with_lora(case):
+    """A copy whose query and value projections are LoRA's, not without effect."""
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=r".*(language_model|text_model)\.layers\.\d+\.self_attn\.[qv]_proj")
+    model = peft.get_peft_model(copy.deepcopy(case.model), config).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.1)
+    return model
+
+
+@way("PEFT")
+def _(case):
+    model, inputs = with_lora(case), case.batch([one_image(case)])
+    compare(case, lambda: model.generate(**inputs, **GREEDY), model=model.get_base_model(), routed=model)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer that holds no floating-point weight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed * self.scale, self.bias)
+
+
+@way("quantized")
+def _(case):
+    model = copy.deepcopy(case.model)
+    for layer in decoder_of(model).layers:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, Int8Linear(child))
+    assert isinstance(decoder_of(model).layers[1].get_submodule("self_attn.q_proj"), Int8Linear)
+    compare(case, lambda: model.generate(**case.batch([one_image(case)]), **GREEDY), model=model)
+
+
+@way("training")
+def _(case):
+    model, inputs = with_lora(case).train(), case.batch([one_image(case)])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    this = policies(case)[0]
+
+    def gradients():
+        model.zero_grad()
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        return loss.item(), {name: weight.grad.clone() for name, weight in weights.items()}
+
+    with SlowWay(model.get_base_model(), this):
+        expected_loss, expected = gradients()
+    optimizer = torch.optim.SGD(weights.values(), lr=0.01)
+    with rk.apply(model, this) as routing:
+        loss, actual = gradients()
+        assert routing.trace is not None
+        assert loss == pytest.approx(expected_loss, abs=1e-4)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+        for _step in range(3):
+            optimizer.step()
+            later, _ = gradients()
+    assert later < loss
+
+
+@way("gradient checkpointing")
+def _(case):
+    model = copy.deepcopy(case.model).train()
+    model.gradient_checkpointing_enable()
+    with rk.apply(model, policies(case)[0]):
+        refusal("gradient checkpointing must be off", lambda: model(**case.batch([one_image(case)])))
+
+
+@way("prefill in chunks")
+def _(case):
+    call = generate(case, [one_image(case)], prefill_chunk_size=16)
+    with rk.apply(case.model, policies(case)[0]):
+        try:
+            refusal("prefill_chunk_size must be None", call)
+        except AssertionError as error:
+            if "Chunked prefill" in str(error):
+                raise NotOffered("transformers: prefill in chunks of a prompt with images") from error
+            raise
+
+
