@@ -14,7 +14,9 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-cases", type=int, default=500, help="random cases of tests/test_fuzz.py (500)")
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first random case (0)")
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
-    parser.addoption("--every-model", action="store_true", help="call every model in every way (tests/models/test_ways.py)")
+    parser.addoption(
+        "--every-model", action="store_true", help="call every model in every way (tests/models/test_ways.py)"
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -91,7 +91,38 @@ def cpu_tables(results: dict) -> str:
             for (operation, shape), medians in rows.items()
         ),
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *hooks_table(entries)])
+
+
+def hooks_table(entries: list[dict]) -> list[str]:
+    """What the hooks add to a forward, and its share of one of 7B size; nothing where it was not measured."""
+    infos = [entry["extra_info"] for entry in entries if entry["group"] == "hooks"]
+    calls = {info["call"]: info for info in infos if "call" in info}
+    forwards = {info["forward_of_7b_size"]: info for info in infos if "forward_of_7b_size" in info}
+    if not calls or not forwards:
+        return []
+    rows = []
+    for call, info in calls.items():
+        times, added = info["microseconds"], info["added_microseconds"]["routed"]
+        # A decode step is the cheapest forward that there is.
+        forward = "prefill" if call == "prefill" else "decode step"
+        milliseconds = forwards[forward]["milliseconds"]["median"]
+        size = f"{milliseconds:,.0f} ms, {forward} ({forwards[forward]['measured']})"
+        cells = [f"{value:,.0f}" for value in (times["unrouted"], times["routed"], added)]
+        rows.append([call, *cells, size, f"{added / 1e3 / milliseconds:.4%}"])
+        if "microseconds_of_a_decision" in info:
+            rows.append(["of it, one decision", "", "", f"{info['microseconds_of_a_decision']:,.0f}", "", ""])
+    layers = next(iter(calls.values()))["layers"]
+    tokens = next(iter(forwards.values()))["tokens"]
+    header = [
+        f"hooks on {layers} layers of width 32, microseconds",
+        "unrouted",
+        "routed",
+        "added",
+        f"unrouted LLaVA-1.5-7B, {tokens} tokens",
+        "added / it",
+    ]
+    return ["", *table(header, rows)]
 
 
 def compile_tables(records: list[dict]) -> str:

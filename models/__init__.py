@@ -36,6 +36,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 """Adapter of each supported `config.model_type`."""
 
+_BIDIRECTIONAL = ("gemma3", "gemma4", "gemma4_unified", "molmo2", "paligemma")
+# Their masks let the tokens of an image see each other, later ones too.
+
 
 def register(model_type: str, adapter: type[Adapter]) -> None:
     """Let `apply` route a model that is not listed.
@@ -56,7 +59,7 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
         raise ValueError(f"model_type must have no adapter yet, got {model_type!r}, which has {ADAPTERS[model_type]!r}")
 
 
-def apply(model: nn.Module, policy: Policy) -> Routing:
+def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing:
     """Route this model's prompts by a policy, until the handle is removed.
 
     Only this instance changes, through PyTorch's forward hooks; `generate` and plain calls work as before. A call
@@ -66,25 +69,35 @@ def apply(model: nn.Module, policy: Policy) -> Routing:
         model: a transformers model of a type in `ADAPTERS`, also wrapped by PEFT, `torch.compile` or
             `DistributedDataParallel`.
         policy: what to route.
+        replace: whether a routing that is on the model already is removed for this one; it stays as it is where this
+            one is refused. The handle of what was replaced is then a removed one.
 
     Returns:
         The handle: a context manager with `remove()` and `trace`.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the model type is not supported, the model is routed already, or the policy does not fit it.
+        ValueError: the model type is not supported, the model is routed already and `replace` is False, or the
+            policy does not fit it.
         NotImplementedError: the model or the policy asks for something that is not supported, which is named.
         AttributeError: this version of transformers builds the model differently, which is named.
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"policy must be a Policy, got {type(policy).__name__}")
+    if not isinstance(replace, bool):
+        raise TypeError(f"replace must be a bool, got {replace!r}")
     model = _unwrapped(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model, nn.Module) or model_type is None:
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    if model_type in _BIDIRECTIONAL and model_type not in ADAPTERS:
+        raise NotImplementedError(
+            f"model must be one whose image tokens attend causally, got {model_type!r}, whose image tokens attend in "
+            "both directions"
+        )
     if model_type not in ADAPTERS:
         raise ValueError(f"model must be of a supported type ({', '.join(ADAPTERS)}), got {model_type!r}")
-    return Routing(ADAPTERS[model_type](model), policy)
+    return Routing(ADAPTERS[model_type](model), policy, replace)
 
 
 def _unwrapped(model: object) -> object:

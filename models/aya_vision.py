@@ -6,7 +6,7 @@ from .adapter import Adapter
 
 
 class AyaVisionAdapter(Adapter):
-    """`AyaVisionForConditionalGeneration`: most layers see a sliding window; those with full attention do not rotate."""
+    """`AyaVisionForConditionalGeneration`: most layers see a sliding window; the others do not rotate."""
 
     text_model_types = ("cohere2",)
 

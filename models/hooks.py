@@ -7,7 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ _CACHE_ATTRIBUTE = "_reroute_kernels_prompt"
 
 _LAYER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
 
-_routed_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The routing of each routed decoder: what is routed is the decoder, which `copy.copy` of a model shares with it.
+_routings: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Routing]] = weakref.WeakKeyDictionary()
 
 
 class _Prefill:
@@ -51,27 +52,37 @@ class _Continuation:
         batch: int,
         queries: int,
         new_tokens: int,
-        added: Tensor | None,
+        mask: Tensor | None,
         has_positions: bool,
     ):
         self.prompt = prompt
         self.batch = batch
         self.queries = queries
         self.new_tokens = new_tokens  # after the prompt, those of this call included
-        self.added = added  # (B, new tokens), False at padding; None where there is none
+        self.mask = mask  # (B, all tokens), False at padding; None where there is none
         self.has_positions = has_positions  # given by the caller
         self.masks: dict[tuple[int, str], object] = {}  # by stage and kind of layer
+
+    @cached_property
+    def added(self) -> Tensor | None:
+        """(B, new tokens), False at padding; None where there is none. Most calls do not need it."""
+        return None if self.mask is None else self.mask[:, self.prompt.past.length :].bool()
 
 
 class Routing:
     """A policy at work on one model; made by `apply`, and usable as a context manager.
+
+    Args:
+        adapter: of the model.
+        policy: the policy.
+        replace: whether to remove a routing that is on the model, once this one is found valid.
 
     Attributes:
         policy: the policy.
         trace: what the latest routed prefill did, or None before the first one.
     """
 
-    def __init__(self, adapter: Adapter, policy: Policy):
+    def __init__(self, adapter: Adapter, policy: Policy, replace: bool = False):
         self.policy = policy
         self.trace: Trace | None = None
         self._adapter = adapter
@@ -80,6 +91,7 @@ class Routing:
         self._local = threading.local()  # one forward per thread; `call` is what it is
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._check_model()
+        self._displace(replace)
         self._install()
 
     # Set-up and removal
@@ -87,10 +99,6 @@ class Routing:
     def _check_model(self) -> None:
         adapter, policy = self._adapter, self.policy
         model, config = adapter.model, self._config
-        if model in _routed_models:
-            raise ValueError(
-                f"model must not be routed already, got a {type(model).__name__} that is: remove() it first"
-            )
         if config.model_type not in adapter.text_model_types:
             raise NotImplementedError(
                 f"model must have a text model of type {', '.join(adapter.text_model_types)}, got {config.model_type!r}"
@@ -134,6 +142,18 @@ class Routing:
                 f"got {self._config._attn_implementation!r}"
             )
 
+    def _displace(self, replace: bool) -> None:
+        """Remove the routing that is on the model, or refuse to."""
+        present = _routings.get(self._adapter.decoder, lambda: None)()
+        if present is None:
+            return
+        if not replace:
+            raise ValueError(
+                f"model must not be routed already, got a {type(self._adapter.model).__name__} that is: remove() that "
+                "routing first, or apply with replace=True"
+            )
+        present.remove()
+
     def _install(self) -> None:
         adapter, schedule = self._adapter, self.policy.schedule
         ends = [*(stage.layer for stage in schedule[1:]), len(adapter.layers)]
@@ -159,7 +179,7 @@ class Routing:
         for number in range(adapter.feature_layers if self._routes_features else 0):
             add(adapter.layers[number].register_forward_hook(partial(self._add_layer_features, number)))
         add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
-        _routed_models.add(adapter.model)
+        _routings[adapter.decoder] = weakref.ref(self)
         _forget_compiled_code()
 
     def remove(self) -> None:
@@ -167,9 +187,10 @@ class Routing:
         for handle in self._handles:
             handle.remove()
         if self._handles:
-            _routed_models.discard(self._adapter.model)
+            _routings.pop(self._adapter.decoder, None)
             _forget_compiled_code()
         self._handles.clear()
+        self._local = threading.local()  # an interrupted call may have left its state
 
     def __enter__(self) -> Routing:
         return self
@@ -198,7 +219,11 @@ class Routing:
             return  # the model says what is missing
         filled = cache is not None and _cached_tokens(cache) > 0
         generation = prompt_call() if not filled or tokens.shape[1] > 1 else None
-        if generation is not None and generation.chunked_ids is not None and self._has_visual_ids(generation.chunked_ids):
+        if (
+            generation is not None
+            and generation.chunked_ids is not None
+            and self._has_visual_ids(generation.chunked_ids)
+        ):
             raise NotImplementedError(
                 "prefill_chunk_size must be None for a routed prompt, or not below its length: a chunk without the "
                 "prompt's last token cannot rank by it"
@@ -243,7 +268,9 @@ class Routing:
             self._check_past(cache)
         if mask is not None and not is_padding_mask:
             got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise NotImplementedError(f"attention_mask must be None or of shape {expected} for a routed prompt, got {got}")
+            raise NotImplementedError(
+                f"attention_mask must be None or of shape {expected} for a routed prompt, got {got}"
+            )
         if unlike_causal is not None and prompt.answers[-1]:
             raise NotImplementedError(
                 "attention_mask of four dimensions must be causal with padding for a routed prompt, got another one"
@@ -375,15 +402,14 @@ class Routing:
                 "attention_mask must be given with several new tokens on a cache that a decision at layer "
                 f"{self.policy.schedule[0].layer} filled"
             )
-        added = mask[:, length:].bool() if mask is not None else None
         if brings_images:
-            earlier = added[:, :-queries] if added is not None else None
+            earlier = mask[:, length:-queries].bool() if mask is not None else None
             past = prompt.with_later(batch, earlier, new_tokens - queries)
             call = self._start(cache, arguments, past)
             if call is not None:
                 return call
         has_positions = arguments.get("position_ids") is not None
-        return _Continuation(prompt, batch, queries, new_tokens, added, has_positions)
+        return _Continuation(prompt, batch, queries, new_tokens, mask, has_positions)
 
     def _tokens_after(self, cache, prompt: CachedPrompt) -> int:
         """Tokens that a cache holds after its routed prompt."""
@@ -565,17 +591,17 @@ class Routing:
     ) -> object:
         """The mask of a layer: `past` keys are cached in it, of `total` tokens of the full sequence."""
         implementation = self._config._attn_implementation
-        if self._adapter.layer_types[number] == "sliding_attention" and total > self._window:
-            # The cache of such a layer holds the last keys only; the window is one of positions, not of rows.
-            places = positions()
-            past = min(past, self._window - 1) if cache is not None else past
-            places = places[:, -(past + queries) :]
-            valid = valid[:, -(past + queries) :] if valid is not None else None
-            return attention_mask(implementation, queries, past, past + queries, hidden, valid, places, self._window)
-        keys = past + queries
         layers = getattr(cache, "layers", ())
-        if number < len(layers) and hasattr(layers[number], "max_cache_len"):
-            keys = layers[number].max_cache_len
+        cached = layers[number] if number < len(layers) else None
+        if self._adapter.layer_types[number] == "sliding_attention" and total > self._window:
+            # The window is one of positions, not of rows, and the cache of such a layer may hold the last rows only.
+            if getattr(cached, "is_sliding", False):
+                past = min(past, self._window - 1)
+            keys = past + queries
+            places = positions()[:, -keys:]
+            valid = valid[:, -keys:] if valid is not None else None
+            return attention_mask(implementation, queries, past, keys, hidden, valid, places, self._window)
+        keys = getattr(cached, "max_cache_len", past + queries)
         return attention_mask(implementation, queries, past, keys, hidden, valid)
 
     def _add_layer_features(self, number: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

@@ -33,9 +33,9 @@ def attention_mask(
         (B or 1, 1, queries, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention. None where the
         implementation needs none.
     """
-    if valid is None and window is None and keys == past + queries:
-        if queries == 1 or (implementation == "sdpa" and past == 0):
-            return None
+    sees_all = valid is None and window is None and keys == past + queries
+    if sees_all and (queries == 1 or (implementation == "sdpa" and past == 0)):
+        return None
     if keys > past + queries:
         room = (0, keys - past - queries)
         valid = torch.nn.functional.pad(valid, room) if valid is not None else None

@@ -110,7 +110,10 @@ class RoutedForward:
             for counts in self.selected_counts
         ]
         self.lengths = [max(rows) for rows in self.row_lengths]
-        self._keep, self._rows = torch.tensor([self.selected_counts, self.row_lengths], device=prompt.visual.device)
+        lasts = [[length - 1 - prompt.guessed for length in rows] for rows in self.row_lengths]
+        self._keep, self._rows, self._last = torch.tensor(
+            [self.selected_counts, self.row_lengths, lasts], device=prompt.visual.device
+        )
         self.kept: list[Tensor] = []
         self._full: Tensor | None = None
         self._owns_full = False
@@ -159,11 +162,11 @@ class RoutedForward:
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
         ranked, last = None, None
-        if self.prompt.guessed or (ragged and not self.fill_front):
-            last = self._rows[stage] - 1 - self.prompt.guessed
+        if self.prompt.guessed:
+            last = self._last[stage]
             ranked = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
         elif ragged:
-            ranked = kept >= 0
+            last, ranked = None if self.fill_front else self._last[stage], kept >= 0
         self._sequence = TokenSequence(compact, tables, pool, pinned, ranked, last, kept)
         return compact
 
@@ -304,7 +307,7 @@ class CachedPrompt:
 
     @classmethod
     def of(cls, forward: RoutedForward, before: Past | None, last_position: Tensor | None) -> CachedPrompt:
-        """From a finished forward on a cache that held `before`. Guesses are no part of the prompt: they may go again."""
+        """From a finished forward on a cache that held `before`. Guesses may go again: the prompt ends before."""
         prompt = forward.prompt
         offset = before.length if before else 0
         lengths, all_valid, positions = [], [], []

@@ -100,6 +100,24 @@ def test_tables_are_those_of_the_records(tmp_path):
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
+def test_table_of_what_hooks_add():
+    python = {
+        "call": "decode step",
+        "layers": 32,
+        "microseconds": {"unrouted": 4000.0, "routed": 4210.0},
+        "added_microseconds": {"routed": 200.0},
+    }
+    forward = {
+        "forward_of_7b_size": "decode step",
+        "tokens": 640,
+        "measured": "32 layers",
+        "milliseconds": {"median": 1000.0},
+    }
+    lines = report.hooks_table([{"group": "hooks", "extra_info": info} for info in (python, forward)])
+    assert lines[-1] == "| decode step | 4,000 | 4,210 | 200 | 1,000 ms, decode step (32 layers) | 0.0200% |"
+    assert not report.hooks_table([{"group": "prefill", "extra_info": {}}])
+
+
 def test_no_kernel_spills_in_any_record():
     for path in (report.RESULTS / "compile").glob("triton-*.json"):
         assert not [row for row in report._read(path)["kernels"] if row["spills"] or row["stack"]]

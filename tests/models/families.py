@@ -152,7 +152,7 @@ def glm4v(kind="Glm4v", **text):
 def internvl(text="qwen2"):
     return tiny(
         "InternVL",
-        vision_config=CLIP | {"image_size": [112, 112], "patch_size": [14, 14]},
+        vision_config=CLIP | {"image_size": [168, 168], "patch_size": [14, 14]},
         text_config={**TEXT, "model_type": text, "head_dim": 16},
         image_token_id=IMAGE,
     )
@@ -182,7 +182,7 @@ def aya_vision():
     """Three of four layers see a window, shorter than the prompts; the others do not rotate."""
     return tiny(
         "AyaVision",
-        vision_config={**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config={**CLIP, "model_type": "siglip_vision_model", "image_size": 168, "vision_use_head": False},
         text_config={
             **TEXT,
             "model_type": "cohere2",
@@ -244,10 +244,8 @@ def _picture(name: str, number: int, generator) -> dict[str, Tensor]:
     if name in ("mistral3", "llava-pixtral"):
         side = 168 if name == "mistral3" else 112
         return {"pixel_values": noise(1, 3, side, side), "image_sizes": torch.tensor([[side, side - 28 * number]])}
-    if name == "aya_vision":
-        return {"pixel_values": noise(8 - number, 3, 56, 56)}  # tiles
-    if name.startswith("internvl"):
-        return {"pixel_values": noise(2 - number % 2, 3, 112, 112)}  # tiles
+    if name.startswith(("aya", "internvl")):
+        return {"pixel_values": noise(1 + number, 3, 168, 168)}  # tiles
     return {"pixel_values": noise(1, 3, 112, 112)}
 
 

@@ -141,10 +141,8 @@ class SlowWay:
         def slow(hidden, *args, **kwargs):
             cache = kwargs.get("past_key_values")
             kind, length = self.kinds[number], hidden.shape[1]
-            if kind == "linear_attention":
-                past = 0
-            else:
-                past = int(cache.get_seq_length(number)) if cache is not None else 0
+            counts = cache is not None and kind != "linear_attention"
+            past = int(cache.get_seq_length(number)) if counts else 0
             running = torch.arange(length)
             if self.routes:
                 if self.running is None and number == min(self.stages):

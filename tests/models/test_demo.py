@@ -93,11 +93,11 @@ def checkpoint(folder, **config):
         (lambda path: ("--chat", "--prompt", "<image>"), "prompt must hold the image token '<image>' once"),
         (
             lambda path: ("--model", checkpoint(path, model_type="llama")),
-            r"\(glm4v, .*, smolvlm\), got .* type 'llama'",
+            r"\(aya_vision, .*, smolvlm\), got .* type 'llama'",
         ),
         (
             lambda path: ("--model", checkpoint(path, model_type="unheard_of")),
-            r"\(glm4v, .*, smolvlm\), got .*unheard_of",
+            r"\(aya_vision, .*, smolvlm\), got .*unheard_of",
         ),
         (lambda path: ("--model", str(path / "missing")), "model must be a checkpoint folder or hub id"),
         (lambda path: ("--model", checkpoint(path, model_type="llava")), "could not be loaded"),

@@ -207,16 +207,6 @@ def test_two_threads_on_one_model(model, prompt):
             assert results == expected
 
 
-def test_two_models_at_once(model, inputs):
-    other = copy.deepcopy(model)
-    with rk.apply(model, policy("reroute")) as first, rk.apply(other, policy("remove")) as second:
-        model.generate(**inputs, **GREEDY)
-        assert second.trace is None
-        other.generate(**inputs, **GREEDY)
-        assert first.trace.policy.action == "reroute"
-        assert second.trace.policy.action == "remove"
-
-
 @torch.no_grad()
 def test_reused_cache_after_reset(model, inputs, prompt):
     text = batch([prompt(0, 9, 4, seed=5)])

@@ -32,7 +32,7 @@ def test_second_block_registers_a_model_that_is_not_listed(monkeypatch):
     assert len([line for line in BLOCKS[1].splitlines() if line.strip()]) < 10
     exec(BLOCKS[1], {"rk": rk})
     model, inputs = make_case("internvl-llama")
-    model.config.model_type = "my_vlm"
+    monkeypatch.setattr(model.config, "model_type", "my_vlm")
     with rk.apply(model, policy("reroute", (rk.Stage(1, 0.4),))) as routing, torch.no_grad():
         model(**inputs)
     assert len(routing.trace.stages[0].selected[0]) == int(0.4 * (inputs["input_ids"] == IMAGE).sum())

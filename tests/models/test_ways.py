@@ -1,7 +1,7 @@
 """Every way of calling on every model, against the same call done the slow way.
 
-By default the three families that differ most are called in every way, the others with a prompt alone;
-`--every-model` calls them all, and what happened is the table of docs/models.md.
+By default the three families that differ most are called in every way, the others in three; `--every-model` calls
+them all, and what happened is the table of docs/models.md.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ GREEDY = {
     "return_dict_in_generate": True,
     "output_logits": True,
 }
-ALWAYS = ("llava", "qwen2_5_vl", "qwen3_vl")
+MODELS_IN_EVERY_WAY = ("llava", "qwen2_5_vl", "qwen3_vl")
+WAYS_OF_EVERY_MODEL = ("prompt", "padding left", "greedy")
 WAYS = {}
 
 
@@ -48,7 +49,12 @@ class NotOffered(Exception):
 def pytest_generate_tests(metafunc):
     if {"name", "title"} <= set(metafunc.fixturenames):
         every = metafunc.config.getoption("--every-model")
-        cells = [(name, title) for name in MODELS for title in WAYS if every or name in ALWAYS or title == "prompt"]
+        cells = [
+            (name, title)
+            for name in MODELS
+            for title in WAYS
+            if every or name in MODELS_IN_EVERY_WAY or title in WAYS_OF_EVERY_MODEL
+        ]
         metafunc.parametrize(("name", "title"), cells, ids=["-".join(cell).replace(" ", "_") for cell in cells])
 
 
@@ -92,6 +98,15 @@ def refusal(match, call):
     with pytest.raises((NotImplementedError, ValueError), match=match) as caught:
         call()
     raise Refused(str(caught.value))
+
+
+@torch.no_grad()
+def offered(call):
+    """What a call gives on the unrouted model, if transformers does it at all."""
+    try:
+        return call()
+    except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
+        raise NotOffered(f"transformers: {str(error).splitlines()[0]}") from error
 
 
 def one_image(case):
@@ -240,7 +255,11 @@ def _(case):
 @way("video")
 def _(case):
     if not case.has_video:
-        raise NotOffered("the tests hold no video prompt for it" if hasattr(case.model.config, "video_token_id") else "no video input")
+        raise NotOffered(
+            "the tests hold no video prompt for it"
+            if hasattr(case.model.config, "video_token_id")
+            else "no video input"
+        )
     compare(case, generate(case, [case.prompt(0, 6, 15, seed=1, video=True)]))
 
 
@@ -317,7 +336,9 @@ def _(case):
             first = case.model(**part(case.batch([begin]), slice(0, split)), use_cache=True)
             inputs = part(case.batch([second]), slice(split, None)) | {"attention_mask": whole["attention_mask"]}
             output = case.model(**inputs, past_key_values=first.past_key_values)
-            after = None if positions is None else positions[:, :, -1:].amax(dim=(0, 2), keepdim=True).expand(3, -1, -1) + 1
+            after = (
+                None if positions is None else positions[:, :, -1:].amax(dim=(0, 2), keepdim=True).expand(3, -1, -1) + 1
+            )
             return decode(case, output, after)
 
         compare(case, call)
@@ -330,7 +351,8 @@ def _(case):
     def call():
         cache = case.model(**case.batch([one_image(case)]), use_cache=True).past_key_values
         return torch.cat(
-            [case.model(input_ids=part, past_key_values=cache).logits for part in (tokens, tokens[:, :1], tokens)], dim=1
+            [case.model(input_ids=part, past_key_values=cache).logits for part in (tokens, tokens[:, :1], tokens)],
+            dim=1,
         )
 
     compare(case, call)
@@ -341,7 +363,13 @@ def _(case):
     prompt = one_image(case)
     prompt.ids[-6:] = torch.tensor([7, 8, 9, 7, 8, 9])  # what stood there before is guessed again
     lengths = []
-    settings = {**GREEDY, "output_logits": False, "return_dict_in_generate": False, "max_new_tokens": 40}
+    settings = {
+        **GREEDY,
+        "output_logits": False,
+        "return_dict_in_generate": False,
+        "max_new_tokens": 40,
+        "eos_token_id": 511,
+    }
 
     def call(**more):
         handle = decoder_of(case.model).register_forward_pre_hook(
@@ -355,11 +383,7 @@ def _(case):
     def assisted():
         return call(prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
 
-    try:
-        with torch.no_grad():
-            assisted()
-    except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
-        raise NotOffered(f"transformers: {str(error).splitlines()[0]}") from error
+    offered(assisted)
     lengths.clear()
     compare(case, call, routed_call=assisted)
     guesses = [length for length in lengths if length > len(prompt)]
@@ -370,6 +394,8 @@ def _(case):
 @way("static cache")
 def _(case):
     call = generate(case, [one_image(case)], cache_implementation="static")
+    if (kind := type(offered(call).past_key_values).__name__) != "StaticCache":
+        raise NotOffered(f"transformers: it is given a {kind}")
     if hybrid(case):
         with rk.apply(case.model, policies(case)[0]):
             refusal("past_key_values must be a DynamicCache", call)
@@ -381,19 +407,21 @@ def _(case):
 def _(case):
     """Without a GPU its streams are stand-ins, and what it offloads stays where it is."""
     call = generate(case, [one_image(case)])
-    if torch.cuda.is_available():
-        compare(case, call, routed_call=generate(case, [one_image(case)], cache_implementation="offloaded"))
-        return
-    stream = mock.MagicMock()
-    with mock.patch("torch.Stream", return_value=stream), mock.patch("torch.cuda.default_stream", return_value=stream):
-        compare(case, call, routed_call=generate(case, [one_image(case)], cache_implementation="offloaded"))
-    assert stream.wait_stream.called
+    offloaded = generate(case, [one_image(case)], cache_implementation="offloaded")
+    with contextlib.ExitStack() as stack:
+        if not torch.cuda.is_available():
+            for name in ("torch.Stream", "torch.cuda.default_stream"):
+                stack.enter_context(mock.patch(name, return_value=mock.MagicMock()))
+        cache = offered(offloaded).past_key_values
+        if not getattr(cache, "offloading", False):
+            raise NotOffered(f"transformers: it is given a {type(cache).__name__} that stays")
+        compare(case, call, routed_call=offloaded)
 
 
 @contextlib.contextmanager
 def attention(case, implementation):
-    case.model.set_attn_implementation(implementation)
     try:
+        offered(lambda: case.model.set_attn_implementation(implementation))
         yield
     finally:
         case.model.set_attn_implementation("sdpa")
@@ -408,16 +436,10 @@ def _(case):
 
 @way("flex attention")
 def _(case):
-    with torch.compiler.set_stance("force_eager"):
-        try:
-            with attention(case, "flex_attention"), torch.no_grad():
-                case.model(**case.batch([one_image(case)]))
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            case.model.set_attn_implementation("sdpa")
-            raise NotOffered(f"transformers: {str(error).splitlines()[0]}") from error
-        with attention(case, "flex_attention"):
-            compare(case, generate(case, [one_image(case)]))
-            compare_batch(case)
+    with torch.compiler.set_stance("force_eager"), attention(case, "flex_attention"):
+        offered(lambda: case.model(**case.batch([one_image(case)])))
+        compare(case, generate(case, [one_image(case)]))
+        compare_batch(case)
 
 
 def in_dtype(case, dtype):
@@ -551,12 +573,6 @@ def _(case):
 @way("prefill in chunks")
 def _(case):
     call = generate(case, [one_image(case)], prefill_chunk_size=16)
+    offered(call)
     with rk.apply(case.model, policies(case)[0]):
-        try:
-            refusal("prefill_chunk_size must be None", call)
-        except AssertionError as error:
-            if "Chunked prefill" in str(error):
-                raise NotOffered("transformers: prefill in chunks of a prompt with images") from error
-            raise
-
-
+        refusal("prefill_chunk_size must be None", call)
