@@ -15,6 +15,7 @@ from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import CachedPrompt, Prompt, RoutedForward, Trace
 from .adapter import Adapter
+from .devices import loaded, to_layer
 from .masks import IMPLEMENTATIONS, causal_mask
 
 # The attribute of a cache object that holds its CachedPrompt: it lives, is copied and dies with the cache.
@@ -105,9 +106,6 @@ class Routing:
                     f"layers from the first decision on must have full attention, got {layer_types[number]!r} "
                     f"at layer {number} of this {type(model).__name__}"
                 )
-        devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
-        if len(devices) > 1:
-            raise NotImplementedError(f"model must be on one device, got hf_device_map over {', '.join(devices)}")
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise NotImplementedError(f"model must not be split by tensor parallelism, got tp_size {model._tp_size}")
         dtype = getattr(model, "dtype", None)
@@ -401,6 +399,7 @@ class Routing:
         position_ids = kwargs.get("position_ids")
         if decides:
             call.cache = kwargs.get("past_key_values")
+            hidden = to_layer(layer, hidden)
             cos, sin = self._adapter.rotary(layer, kwargs["position_embeddings"])
             if position_ids is not None and position_ids.ndim == 3:
                 position_ids = position_ids.permute(1, 2, 0)  # [B, L, axes]
@@ -417,7 +416,8 @@ class Routing:
 
     @torch.no_grad()
     def _ranking(self, layer: nn.Module, hidden: Tensor, tables: tuple, valid: Tensor | None, last: Tensor | None):
-        return self._adapter.ranking(layer, hidden, *tables[:2], valid, last)
+        with loaded(layer):
+            return self._adapter.ranking(layer, hidden, *tables[:2], valid, last)
 
     def _prefill_mask(self, call: _Prefill, stage: int, hidden: Tensor) -> Tensor | None:
         # Rows without a token stand after all others, so that causality alone keeps them out.

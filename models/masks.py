@@ -25,7 +25,7 @@ def causal_mask(implementation: str, queries: int, keys: int, valid: Tensor | No
     places = torch.arange(keys, device=like.device)
     allowed = (places <= places[keys - queries :, None])[None, None]
     if valid is not None:
-        allowed = allowed & valid[:, None, None, :]
+        allowed = allowed & valid.to(like.device)[:, None, None, :]
     if implementation == "sdpa":
         return allowed
     return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(

@@ -76,9 +76,19 @@ class Sequence:
     last: Tensor | None
     kept: Tensor | None
 
+    def to(self, device: torch.device) -> Sequence:
+        flags = (self.pool, self.pinned, self.valid, self.last, self.kept)
+        return Sequence(
+            self.hidden.to(device),
+            tuple(table.to(device) for table in self.tables),
+            *(None if tensor is None else tensor.to(device) for tensor in flags),
+        )
+
 
 class RoutedForward:
     """The state of one routed prefill, from its first decision until the full sequence is restored.
+
+    It follows the hidden states from device to device.
 
     Args:
         policy: what to route.
@@ -136,7 +146,7 @@ class RoutedForward:
             **rank(source.hidden, source.tables, source.valid, source.last),
             pool=source.pool,
             pinned=source.pinned,
-            keep=self.keep[stage],
+            keep=self.keep[stage].to(hidden.device),
             length=self.lengths[stage],
             tensors=(source.hidden, *source.tables, *carried),
         )
@@ -144,7 +154,7 @@ class RoutedForward:
         pool, pinned = carried[:2] if removes else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
-        valid, last = (kept >= 0, self.last[stage]) if self.is_ragged(stage) else (None, None)
+        valid, last = (kept >= 0, self.last[stage].to(kept.device)) if self.is_ragged(stage) else (None, None)
         self._sequence = Sequence(compact, tables, pool, pinned, valid, last, kept)
         return compact
 
@@ -158,9 +168,18 @@ class RoutedForward:
                 self._sequence.hidden = hidden
                 return self._sequence
         prompt = self.prompt
-        return Sequence(self._full, tables, prompt.pool, prompt.pinned, prompt.valid, prompt.last, None)
+        full = Sequence(self._full, tables, prompt.pool, prompt.pinned, prompt.valid, prompt.last, None)
+        return full.to(hidden.device)
+
+    def _follow(self, hidden: Tensor) -> None:
+        """Move to the device of the hidden states what is carried from layer to layer."""
+        if self._full.device != hidden.device:
+            self._full, self._owns_full = self._full.to(hidden.device), True
+            self._sequence.hidden = hidden
+            self._sequence = self._sequence.to(hidden.device)
 
     def _write_back(self, hidden: Tensor) -> None:
+        self._follow(hidden)
         # The hidden states at the first decision belong to the model (hooks may hold them): never write there.
         if not self._owns_full:
             self._full, self._owns_full = self._full.clone(), True
@@ -176,8 +195,10 @@ class RoutedForward:
         Returns:
             The sum, of the shape of `hidden`.
         """
+        addition = addition.to(hidden.device)
         if self._sequence is None:
             return hidden + addition
+        self._follow(hidden)
         self._full, self._owns_full = self._full + addition, True
         (compact,) = ops.gather_tokens(self._sequence.kept, addition)
         return hidden + compact
@@ -191,8 +212,9 @@ class RoutedForward:
         self._write_back(hidden)
         full, prompt = self._full, self.prompt
         if prompt.right_padded:
-            trailing = torch.arange(prompt.length, device=full.device) > prompt.last[:, None]
-            last_row = full.gather(1, prompt.last.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
+            last = prompt.last.to(full.device)
+            trailing = torch.arange(prompt.length, device=full.device) > last[:, None]
+            last_row = full.gather(1, last.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
             full = torch.where(trailing[:, :, None], last_row, full)
         return full
 
@@ -290,4 +312,4 @@ class CachedPrompt:
             cached = cached.repeat_interleave(batch // cached.shape[0], dim=0)
         if added is None:
             added = torch.ones(batch, new_tokens, dtype=torch.bool, device=device)
-        return torch.cat([cached, added], dim=1)
+        return torch.cat([cached, added.to(cached.device)], dim=1)
