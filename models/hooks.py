@@ -17,6 +17,7 @@ from ..routing import CachedPrompt, Prompt, RoutedForward, Trace
 from .adapter import Adapter
 from .devices import loaded, to_layer
 from .masks import IMPLEMENTATIONS, causal_mask
+from .parallel import check_heads, head_group, over_all_heads
 
 # The attribute of a cache object that holds its CachedPrompt: it lives, is copied and dies with the cache.
 _CACHE_ATTRIBUTE = "_reroute_kernels_prompt"
@@ -70,6 +71,7 @@ class Routing:
         self.trace: Trace | None = None
         self._adapter = adapter
         self._config = adapter.decoder.config
+        self._head_group = head_group(adapter.model)
         self._local = threading.local()  # one forward per thread; `call` is what it is
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._check_model()
@@ -106,8 +108,6 @@ class Routing:
                     f"layers from the first decision on must have full attention, got {layer_types[number]!r} "
                     f"at layer {number} of this {type(model).__name__}"
                 )
-        if getattr(model, "_tp_size", None) not in (None, 1):
-            raise NotImplementedError(f"model must not be split by tensor parallelism, got tp_size {model._tp_size}")
         dtype = getattr(model, "dtype", None)
         if dtype not in FLOATING:
             raise NotImplementedError(f"model must be of dtype {', '.join(map(str, FLOATING))}, got {dtype}")
@@ -223,7 +223,8 @@ class Routing:
         layer = self._adapter.layers[self.policy.schedule[0].layer]
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise NotImplementedError("gradient checkpointing must be off for a routed prompt, got it on")
-        return _Prefill(RoutedForward(self.policy, prompt))
+        combine = None if self._head_group is None else partial(over_all_heads, self._head_group)
+        return _Prefill(RoutedForward(self.policy, prompt, combine))
 
     def _packing_positions(self, cache, arguments: dict) -> Tensor | None:
         """The positions, (B or 1, L), of a call in which transformers would look for packed sequences in them."""
@@ -417,7 +418,9 @@ class Routing:
     @torch.no_grad()
     def _ranking(self, layer: nn.Module, hidden: Tensor, tables: tuple, valid: Tensor | None, last: Tensor | None):
         with loaded(layer):
-            return self._adapter.ranking(layer, hidden, *tables[:2], valid, last)
+            ranking = self._adapter.ranking(layer, hidden, *tables[:2], valid, last)
+        check_heads(ranking, self._config, self._head_group)
+        return ranking
 
     def _prefill_mask(self, call: _Prefill, stage: int, hidden: Tensor) -> Tensor | None:
         # Rows without a token stand after all others, so that causality alone keeps them out.

@@ -19,6 +19,9 @@ from .policy import Policy
 # each sample or None).
 Ranking = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | None"], "dict[str, object]"]
 
+# Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
+Combine = Callable[[Tensor, str], Tensor]
+
 
 class Prompt:
     """Where the visual and text tokens of a batch stand, and how many there are.
@@ -93,11 +96,13 @@ class RoutedForward:
     Args:
         policy: what to route.
         prompt: the batch that is prefilled.
+        combine: completes the scores where heads are split over processes; None where each has all heads.
     """
 
-    def __init__(self, policy: Policy, prompt: Prompt):
+    def __init__(self, policy: Policy, prompt: Prompt, combine: Combine | None = None):
         self.policy = policy
         self.prompt = prompt
+        self.combine = combine
         per_sample = [
             policy.selected_counts(visual, pool)
             for visual, pool in zip(prompt.visual_counts, prompt.pool_counts, strict=True)
@@ -142,8 +147,8 @@ class RoutedForward:
         carried = (source.pool, source.pinned) if removes else ()
         if source.kept is not None:
             carried += (source.kept,)
-        index, (compact, *rows) = ops.route_tokens(
-            **rank(source.hidden, source.tables, source.valid, source.last),
+        index, (compact, *rows) = self._route(
+            rank(source.hidden, source.tables, source.valid, source.last),
             pool=source.pool,
             pinned=source.pinned,
             keep=self.keep[stage].to(hidden.device),
@@ -157,6 +162,14 @@ class RoutedForward:
         valid, last = (kept >= 0, self.last[stage].to(kept.device)) if self.is_ragged(stage) else (None, None)
         self._sequence = Sequence(compact, tables, pool, pinned, valid, last, kept)
         return compact
+
+    def _route(self, ranking: dict[str, object], pool, pinned, keep, length, tensors):
+        """`ops.route_tokens`, in steps where scores must be combined."""
+        if self.combine is None:
+            return ops.route_tokens(**ranking, pool=pool, pinned=pinned, keep=keep, length=length, tensors=tensors)
+        scores = self.combine(ops.rank_tokens(**ranking), ranking.get("head_reduction", "mean"))
+        index = ops.select_tokens(scores, pool, pinned, keep, length)
+        return index, ops.gather_tokens(index, *tensors)
 
     def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> Sequence:
         """The sequence to select from: all tokens under `reroute`, the survivors under `remove`."""
