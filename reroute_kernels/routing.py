@@ -23,6 +23,11 @@ Ranking = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | Non
 Combine = Callable[[Tensor, str], Tensor]
 
 
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    """The tensor on a device; nothing is called where it is there already."""
+    return tensor if tensor is None or tensor.device == device else tensor.to(device)
+
+
 class Prompt:
     """Where the visual and text tokens of a batch stand, and how many there are.
 
@@ -82,9 +87,9 @@ class Sequence:
     def to(self, device: torch.device) -> Sequence:
         flags = (self.pool, self.pinned, self.valid, self.last, self.kept)
         return Sequence(
-            self.hidden.to(device),
-            tuple(table.to(device) for table in self.tables),
-            *(None if tensor is None else tensor.to(device) for tensor in flags),
+            _on(device, self.hidden),
+            tuple(_on(device, table) for table in self.tables),
+            *(_on(device, tensor) for tensor in flags),
         )
 
 
@@ -151,7 +156,7 @@ class RoutedForward:
             rank(source.hidden, source.tables, source.valid, source.last),
             pool=source.pool,
             pinned=source.pinned,
-            keep=self.keep[stage].to(hidden.device),
+            keep=_on(hidden.device, self.keep[stage]),
             length=self.lengths[stage],
             tensors=(source.hidden, *source.tables, *carried),
         )
@@ -159,7 +164,7 @@ class RoutedForward:
         pool, pinned = carried[:2] if removes else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
-        valid, last = (kept >= 0, self.last[stage].to(kept.device)) if self.is_ragged(stage) else (None, None)
+        valid, last = (kept >= 0, _on(kept.device, self.last[stage])) if self.is_ragged(stage) else (None, None)
         self._sequence = Sequence(compact, tables, pool, pinned, valid, last, kept)
         return compact
 
@@ -208,7 +213,7 @@ class RoutedForward:
         Returns:
             The sum, of the shape of `hidden`.
         """
-        addition = addition.to(hidden.device)
+        addition = _on(hidden.device, addition)
         if self._sequence is None:
             return hidden + addition
         self._follow(hidden)
@@ -225,7 +230,7 @@ class RoutedForward:
         self._write_back(hidden)
         full, prompt = self._full, self.prompt
         if prompt.right_padded:
-            last = prompt.last.to(full.device)
+            last = _on(full.device, prompt.last)
             trailing = torch.arange(prompt.length, device=full.device) > last[:, None]
             last_row = full.gather(1, last.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
             full = torch.where(trailing[:, :, None], last_row, full)
@@ -325,4 +330,4 @@ class CachedPrompt:
             cached = cached.repeat_interleave(batch // cached.shape[0], dim=0)
         if added is None:
             added = torch.ones(batch, new_tokens, dtype=torch.bool, device=device)
-        return torch.cat([cached, added.to(cached.device)], dim=1)
+        return torch.cat([cached, _on(cached.device, added)], dim=1)
