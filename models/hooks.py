@@ -16,8 +16,10 @@ from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import CachedPrompt, Past, Prompt, RoutedForward, Trace
 from .adapter import Adapter
+from .devices import loaded, to_layer
 from .generation import prompt_call
 from .masks import IMPLEMENTATIONS, attention_mask
+from .parallel import check_heads, head_group, over_all_heads
 
 # The attribute of a cache object that holds its CachedPrompt: it lives, is copied and dies with the cache.
 _CACHE_ATTRIBUTE = "_reroute_kernels_prompt"
@@ -88,6 +90,7 @@ class Routing:
         self._adapter = adapter
         self._config = adapter.decoder.config
         self._window = getattr(self._config, "sliding_window", None)
+        self._head_group = head_group(adapter.model)
         self._local = threading.local()  # one forward per thread; `call` is what it is
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._check_model()
@@ -125,11 +128,6 @@ class Routing:
                     f"layers from the first decision on must be of type {', '.join(_LAYER_TYPES)}, got "
                     f"{kinds[number]!r} at layer {number} of this {type(model).__name__}"
                 )
-        devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
-        if len(devices) > 1:
-            raise NotImplementedError(f"model must be on one device, got hf_device_map over {', '.join(devices)}")
-        if getattr(model, "_tp_size", None) not in (None, 1):
-            raise NotImplementedError(f"model must not be split by tensor parallelism, got tp_size {model._tp_size}")
         dtype = getattr(model, "dtype", None)
         if dtype not in FLOATING:
             raise NotImplementedError(f"model must be of dtype {', '.join(map(str, FLOATING))}, got {dtype}")
@@ -291,7 +289,8 @@ class Routing:
         layer = self._adapter.layers[self.policy.schedule[0].layer]
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise NotImplementedError("gradient checkpointing must be off for a routed prompt, got it on")
-        return _Prefill(RoutedForward(self.policy, prompt, self._fill_front), past)
+        combine = None if self._head_group is None else partial(over_all_heads, self._head_group)
+        return _Prefill(RoutedForward(self.policy, prompt, self._fill_front, combine), past)
 
     def _check_past(self, cache) -> None:
         """Whether a routed prompt can follow on what the cache holds."""
@@ -514,6 +513,7 @@ class Routing:
 
     def _decide(self, call: _Prefill, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         call.cache = kwargs.get("past_key_values")
+        hidden = to_layer(layer, hidden)
         tables = self._adapter.rotary(layer, kwargs["position_embeddings"])
         tables = tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in tables)
         hidden = call.forward.decide(hidden, tables, partial(self._ranking, call, number, layer))
@@ -532,11 +532,17 @@ class Routing:
         ranked: Tensor | None,
         last: Tensor | None,
     ) -> dict[str, object]:
-        arguments = self._adapter.ranking(layer, hidden, *tables, ranked, last)
+        with loaded(layer):
+            arguments = self._adapter.ranking(layer, hidden, *tables, ranked, last)
+        check_heads(arguments, self._config, self._head_group)
         if call.past is not None:
             stage = len(call.forward.kept)
             keys = self._adapter.cached_keys(call.cache, number)[:, :, : call.past.lengths[stage]]
-            arguments |= {"past_key": keys.transpose(1, 2), "past_mask": call.past.valid[stage]}
+            valid = call.past.valid[stage]
+            arguments |= {
+                "past_key": keys.to(hidden.device).transpose(1, 2),
+                "past_mask": None if valid is None else valid.to(hidden.device).expand(hidden.shape[0], -1),
+            }
         return arguments
 
     def _prefill_mask(self, call: _Prefill, stage: int, number: int, hidden: Tensor) -> object:
@@ -552,13 +558,14 @@ class Routing:
                 own = torch.ones_like(forward.kept[stage], dtype=torch.bool) if valid is None else valid
                 earlier = past.valid[stage]
                 earlier = own.new_ones(own.shape[0], before) if earlier is None else earlier.expand(own.shape[0], -1)
-                valid = torch.cat([earlier, own], dim=1)
+                valid = torch.cat([earlier.to(own.device), own], dim=1)
 
         def positions() -> Tensor:
             kept = forward.kept[stage]
             if past is None:
                 return kept
-            return torch.cat([past.positions[stage].expand(kept.shape[0], -1), kept + past.length], dim=1)
+            earlier = past.positions[stage].to(kept.device).expand(kept.shape[0], -1)
+            return torch.cat([earlier, kept + past.length], dim=1)
 
         return self._mask(call.cache, number, queries, before, total, valid, positions, hidden)
 

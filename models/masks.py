@@ -36,6 +36,8 @@ def attention_mask(
     sees_all = valid is None and window is None and keys == past + queries
     if sees_all and (queries == 1 or (implementation == "sdpa" and past == 0)):
         return None
+    valid = valid.to(like.device) if valid is not None else None
+    positions = positions.to(like.device) if positions is not None else None
     if keys > past + queries:
         room = (0, keys - past - queries)
         valid = torch.nn.functional.pad(valid, room) if valid is not None else None

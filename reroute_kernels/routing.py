@@ -19,6 +19,14 @@ from .policy import Policy
 # each sample or None).
 Ranking = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | None"], "dict[str, object]"]
 
+# Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
+Combine = Callable[[Tensor, str], Tensor]
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    """The tensor on a device; nothing is called where it is there already."""
+    return tensor if tensor is None or tensor.device == device else tensor.to(device)
+
 
 class Prompt:
     """Where the visual and text tokens of a batch stand, and how many there are.
@@ -85,21 +93,33 @@ class TokenSequence:
     last: Tensor | None
     kept: Tensor | None
 
+    def to(self, device: torch.device) -> TokenSequence:
+        flags = (self.pool, self.pinned, self.ranked, self.last, self.kept)
+        return TokenSequence(
+            _on(device, self.hidden),
+            tuple(_on(device, table) for table in self.tables),
+            *(_on(device, tensor) for tensor in flags),
+        )
+
 
 class RoutedForward:
     """The state of one routed prefill, from its first decision until the full sequence is restored.
+
+    It follows the hidden states from device to device.
 
     Args:
         policy: what to route.
         prompt: the batch that is prefilled.
         fill_front: rows of shorter samples are filled up at their front, for layers in which what stands last counts
             (sliding windows, recurrent states); otherwise at their end, where causality alone keeps the fill out.
+        combine: completes the scores where heads are split over processes; None where each has all heads.
     """
 
-    def __init__(self, policy: Policy, prompt: Prompt, fill_front: bool = False):
+    def __init__(self, policy: Policy, prompt: Prompt, fill_front: bool = False, combine: Combine | None = None):
         self.policy = policy
         self.prompt = prompt
         self.fill_front = fill_front
+        self.combine = combine
         per_sample = [
             policy.selected_counts(visual, pool)
             for visual, pool in zip(prompt.visual_counts, prompt.pool_counts, strict=True)
@@ -146,29 +166,37 @@ class RoutedForward:
         carried = (source.pool, source.pinned) if removes else ()
         if source.kept is not None:
             carried += (source.kept,)
-        index, rows = ops.route_tokens(
-            **rank(source.hidden, source.tables, source.ranked, source.last),
+        index, rows = self._route(
+            rank(source.hidden, source.tables, source.ranked, source.last),
             pool=source.pool,
             pinned=source.pinned,
-            keep=self._keep[stage],
+            keep=_on(hidden.device, self._keep[stage]),
             length=self.lengths[stage],
             tensors=(source.hidden, *source.tables, *carried),
         )
         ragged = self.is_ragged(stage)
         if ragged and self.fill_front:
-            index, rows = self._move_to_end(index, rows, self._rows[stage])
+            index, rows = self._move_to_end(index, rows, _on(index.device, self._rows[stage]))
         compact, tables, carried = rows[0], tuple(rows[1 : 1 + len(source.tables)]), rows[1 + len(source.tables) :]
         pool, pinned = carried[:2] if removes else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
         ranked, last = None, None
         if self.prompt.guessed:
-            last = self._last[stage]
+            last = _on(kept.device, self._last[stage])
             ranked = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
         elif ragged:
-            last, ranked = None if self.fill_front else self._last[stage], kept >= 0
+            last, ranked = None if self.fill_front else _on(kept.device, self._last[stage]), kept >= 0
         self._sequence = TokenSequence(compact, tables, pool, pinned, ranked, last, kept)
         return compact
+
+    def _route(self, ranking: dict[str, object], pool, pinned, keep, length, tensors):
+        """`ops.route_tokens`, in steps where scores must be combined."""
+        if self.combine is None:
+            return ops.route_tokens(**ranking, pool=pool, pinned=pinned, keep=keep, length=length, tensors=tensors)
+        scores = self.combine(ops.rank_tokens(**ranking), ranking.get("head_reduction", "mean"))
+        index = ops.select_tokens(scores, pool, pinned, keep, length)
+        return index, ops.gather_tokens(index, *tensors)
 
     @staticmethod
     def _move_to_end(index: Tensor, rows: list[Tensor], lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -189,9 +217,18 @@ class RoutedForward:
                 self._sequence.hidden = hidden
                 return self._sequence
         prompt = self.prompt
-        return TokenSequence(self._full, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None)
+        full = TokenSequence(self._full, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None)
+        return full.to(hidden.device)
+
+    def _follow(self, hidden: Tensor) -> None:
+        """Move to the device of the hidden states what is carried from layer to layer."""
+        if self._full.device != hidden.device:
+            self._full, self._owns_full = self._full.to(hidden.device), True
+            self._sequence.hidden = hidden
+            self._sequence = self._sequence.to(hidden.device)
 
     def _write_back(self, hidden: Tensor) -> None:
+        self._follow(hidden)
         # The hidden states at the first decision belong to the model (hooks may hold them): never write there.
         if not self._owns_full:
             self._full, self._owns_full = self._full.clone(), True
@@ -207,8 +244,10 @@ class RoutedForward:
         Returns:
             The sum, of the shape of `hidden`.
         """
+        addition = _on(hidden.device, addition)
         if self._sequence is None:
             return hidden + addition
+        self._follow(hidden)
         self._full, self._owns_full = self._full + addition, True
         (compact,) = ops.gather_tokens(self._sequence.kept, addition)
         return hidden + compact
@@ -222,8 +261,9 @@ class RoutedForward:
         self._write_back(hidden)
         full, prompt = self._full, self.prompt
         if prompt.right_padded:
-            trailing = torch.arange(prompt.length, device=full.device) > prompt.end[:, None]
-            last_row = full.gather(1, prompt.end.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
+            end = _on(full.device, prompt.end)
+            trailing = torch.arange(prompt.length, device=full.device) > end[:, None]
+            last_row = full.gather(1, end.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
             full = torch.where(trailing[:, :, None], last_row, full)
         return full
 
@@ -318,7 +358,7 @@ class CachedPrompt:
             places = kept
             if before:
                 valid = _joined(before.valid[stage], before.lengths[stage], valid, length, kept, len(kept))
-                earlier = before.positions[stage].to(kept.device).expand(len(kept), -1)
+                earlier = _on(kept.device, before.positions[stage]).expand(len(kept), -1)
                 places = torch.cat([earlier, kept + offset], dim=1)
                 length += before.lengths[stage]
             lengths.append(length)
@@ -375,7 +415,7 @@ def _joined(
     parts = [
         torch.ones(batch, length, dtype=torch.bool, device=like.device)
         if mask is None
-        else mask.to(like.device).expand(batch, -1)
+        else _on(like.device, mask).expand(batch, -1)
         for mask, length in ((first, first_length), (second, second_length))
     ]
     return torch.cat(parts, dim=1)

@@ -120,13 +120,6 @@ def test_attention_implementation(model, inputs):
             model.set_attn_implementation("sdpa")
 
 
-def test_model_on_several_devices(model):
-    other = copy.deepcopy(model)
-    other.hf_device_map = {"model.language_model": "cpu", "lm_head": "disk"}
-    with pytest.raises(NotImplementedError, match="on one device, got hf_device_map over cpu, disk"):
-        rk.apply(other, policy())
-
-
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 @torch.no_grad()
 def test_captured_outputs(model, inputs, name):

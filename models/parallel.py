@@ -1,0 +1,69 @@
+"""Attention heads split over several processes: tensor parallelism as transformers sets it up.
+
+`from_pretrained(tp_plan="auto")` under torchrun gives each rank some of the heads of every layer, and the same hidden
+states. What the heads of one rank score would let each rank select tokens of its own, so scores are reduced over all
+ranks before anything is selected. All supported versions of transformers keep the number of ranks in `model._tp_size`
+and their mesh in `model._device_mesh`: of one axis in 5.4, with further axes beside the one named `tp` later.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+def head_group(model: nn.Module):
+    """The process group over which transformers splits the heads of a model, or None where it does not."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or getattr(model, "_tp_size", None) in (None, 1):
+        return None
+    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+
+
+def check_heads(ranking: dict[str, object], config, group) -> None:
+    """Make sure that the heads of all ranks are those of the model.
+
+    Args:
+        ranking: of a decision layer, as `Adapter.ranking` gives it.
+        config: of the decoder.
+        group: of `head_group`.
+
+    Raises:
+        NotImplementedError: some heads are missing.
+    """
+    got = ranking["query"].shape[2], ranking["key"].shape[2]
+    expected = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if got == expected:
+        return
+    if group is None:
+        raise NotImplementedError(
+            f"model must have all {expected[0]} query and {expected[1]} key heads on each process, or be split by "
+            f"transformers (from_pretrained with a tp_plan), got {got[0]} query and {got[1]} key heads"
+        )
+    if tuple(heads * group.size() for heads in got) != expected:
+        raise NotImplementedError(
+            f"model must have its {expected[0]} query and {expected[1]} key heads split evenly over {group.size()} "
+            f"tensor-parallel ranks, got {got[0]} query and {got[1]} key heads on this one"
+        )
+
+
+def over_all_heads(group, scores: Tensor, reduction: str) -> Tensor:
+    """Scores by all heads, from scores by the heads of each rank.
+
+    The scores of all ranks are gathered, and reduced in the same order everywhere: no rank may select otherwise
+    because of another rounding.
+
+    Args:
+        group: of `head_group`.
+        scores: (B, L) float32, by the heads of this rank.
+        reduction: over heads, `"mean"` or `"max"`.
+
+    Returns:
+        (B, L) float32, the same on every rank.
+    """
+    scores = scores.contiguous()
+    of_ranks = [torch.empty_like(scores) for _ in range(group.size())]
+    torch.distributed.all_gather(of_ranks, scores, group=group)
+    of_ranks = torch.stack(of_ranks)
+    return of_ranks.amax(dim=0) if reduction == "max" else of_ranks.mean(dim=0)

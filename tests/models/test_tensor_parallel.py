@@ -1,0 +1,92 @@
+"""Heads split over two processes by transformers: both select what one process selects."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import reroute_kernels as rk
+from reroute_kernels.models import hooks
+from tests.models.prompts import ACTIONS, policy
+from tests.models.tensor_parallel_worker import prompts, run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(family, tmp_path_factory):
+    """What tests/models/tensor_parallel_worker.py wrote on each of two ranks."""
+    folder = tmp_path_factory.mktemp(family)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.models.tensor_parallel_worker", family, str(folder)]
+    on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | on_cpu, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_equals_one_process(family, model, ranks, action):
+    first, second = (rank[action] for rank in ranks)
+    assert first == second
+    expected = run(model, prompts(family), policy(action))
+    assert first["selected"] == expected["selected"]
+    assert first["tokens"] == expected["tokens"]
+    torch.testing.assert_close(torch.tensor(first["logits"]), torch.tensor(expected["logits"]), atol=1e-4, rtol=0)
+
+
+def test_reductions(ranks):
+    for rank in ranks:
+        assert rank["over_all_heads"] == {"mean": [[2.0, 2.0, 2.0]], "max": [[4.0, 3.0, 2.0]]}
+
+
+def test_ranks_would_select_apart(ranks):
+    """What shows that the tests above would see scores that are not combined."""
+    first, second = (rank["each rank by its own heads"]["selected"] for rank in ranks)
+    assert first != second
+
+
+def test_heads_without_their_process_group(ranks):
+    for rank in ranks:
+        assert "model must have all" in rank["without a process group"]
+
+
+@pytest.fixture
+def half(model):
+    """A model with the first half of the heads, as if it were one rank of two."""
+    model = copy.deepcopy(model)
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            projection = getattr(attention, name)
+            for parameter in projection.parameters():
+                parameter.data = parameter.data[: len(parameter) // 2]
+        attention.o_proj.weight.data = attention.o_proj.weight.data[:, : attention.o_proj.weight.shape[1] // 2]
+    return model
+
+
+@torch.no_grad()
+def test_heads_split_by_hand(family, half, monkeypatch):
+    inputs = prompts(family)
+    half(**inputs)
+    config = half.config.text_config
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    expected = (
+        f"model must have all {heads} query and {key_heads} key heads .* got {heads // 2} query and {key_heads // 2}"
+    )
+    with rk.apply(half, policy()) as routing:
+        with pytest.raises(NotImplementedError, match=expected):
+            half(**inputs)
+        assert routing.trace is None
+    monkeypatch.setattr(hooks, "head_group", lambda model: SimpleNamespace(size=lambda: 3))
+    with (
+        rk.apply(half, policy()),
+        pytest.raises(NotImplementedError, match=r"split evenly over 3 tensor-parallel ranks, got"),
+    ):
+        half(**inputs)
