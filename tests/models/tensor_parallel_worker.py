@@ -1,7 +1,12 @@
-"""One rank of tests/models/test_tensor_parallel.py: routes a batch on a model whose heads are split, as JSON."""
+"""One rank of two: routes prompts on models whose heads are split, and writes what came out as JSON.
+
+`<family> <folder>` is what test_tensor_parallel.py asks of a golden model, `<folder>` alone what test_ways.py asks of
+every checkpoint in it.
+"""
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,16 +29,26 @@ def run(model, inputs, this) -> dict[str, list]:
     with rk.apply(model, this) as routing:
         logits = model(**inputs).logits[:, -1]
         selected = [selections(routing.trace, row) for row in range(len(logits))]
-        tokens = model.generate(**inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False)
+        tokens = model.generate(**inputs, max_new_tokens=STEPS, eos_token_id=None, pad_token_id=0, do_sample=False)
     return {"selected": selected, "logits": logits.tolist(), "tokens": tokens[:, -STEPS:].tolist()}
 
 
-def main(family: str, folder: str) -> None:
-    make_importable()
+def on_two_ranks(folder: Path, *arguments: str) -> list[dict[str, object]]:
+    """What two ranks of this file wrote into a folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", __name__, *arguments]
+    on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | on_cpu, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def of_one_family(family: str, folder: str) -> dict[str, object]:
     hooks, parallel = rk.models.hooks, rk.models.parallel
     model = AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float32, tp_plan="auto").eval()
     inputs, rank = prompts(family), torch.distributed.get_rank()
-    results = {action: run(model, inputs, policy(action)) for action in ACTIONS}
+    results: dict[str, object] = {action: run(model, inputs, policy(action)) for action in ACTIONS}
 
     scores = torch.tensor([[0.0, 1.0, 2.0], [4.0, 3.0, 2.0]])[rank][None]
     results["over_all_heads"] = {
@@ -49,7 +64,36 @@ def main(family: str, folder: str) -> None:
         run(model, inputs, policy())
     except NotImplementedError as error:
         results["without a process group"] = str(error)
-    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    return results
+
+
+def of_every_checkpoint(folder: str) -> dict[str, object]:
+    results = {}
+    for checkpoint in sorted(Path(folder).iterdir()):
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, tp_plan="auto").eval()
+        except (RuntimeError, ValueError) as error:
+            results[checkpoint.name] = {"error": str(error).splitlines()[0]}
+            continue
+        job = torch.load(checkpoint / "job.pt", weights_only=True)
+        layer = rk.models.ADAPTERS[model.config.model_type](model).layers[job["layers"][0]]
+        width = layer.self_attn.k_proj(torch.zeros(1, 1, model.config.text_config.hidden_size)).shape[-1]
+        stages = [rk.Stage(number, keep) for number, keep in zip(job["layers"], job["keeps"], strict=True)]
+        results[checkpoint.name] = {
+            "key_heads": width // layer.self_attn.head_dim,
+            **{action: run(model, job["inputs"], rk.Policy(stages, action)) for action in ACTIONS},
+        }
+    return results
+
+
+def main(*arguments: str) -> None:
+    make_importable()
+    if len(arguments) == 1:
+        torch.distributed.init_process_group("gloo")
+    results = of_one_family(*arguments) if len(arguments) == 2 else of_every_checkpoint(*arguments)
+    folder = Path(arguments[-1])
+    folder = folder if len(arguments) == 2 else folder.parent
+    Path(folder, f"{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
     os._exit(0)  # after gloo the interpreter now and then aborts while it is torn down
 

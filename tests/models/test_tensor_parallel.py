@@ -1,11 +1,6 @@
 """Heads split over two processes by transformers: both select what one process selects."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,21 +9,13 @@ import torch
 import reroute_kernels as rk
 from reroute_kernels.models import hooks
 from tests.models.prompts import ACTIONS, policy
-from tests.models.tensor_parallel_worker import prompts, run
-
-ROOT = Path(__file__).parents[2]
+from tests.models.tensor_parallel_worker import on_two_ranks, prompts, run
 
 
 @pytest.fixture(scope="module")
 def ranks(family, tmp_path_factory):
-    """What tests/models/tensor_parallel_worker.py wrote on each of two ranks."""
     folder = tmp_path_factory.mktemp(family)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.models.tensor_parallel_worker", family, str(folder)]
-    on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | on_cpu, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return on_two_ranks(folder, family, str(folder))
 
 
 @pytest.mark.parametrize("action", ACTIONS)

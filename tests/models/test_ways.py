@@ -6,8 +6,12 @@ them all, and what happened is the table of docs/models.md.
 
 import contextlib
 import copy
+import tempfile
+from functools import cache
+from pathlib import Path
 from unittest import mock
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -16,6 +20,7 @@ import reroute_kernels as rk
 from tests.models.families import MODELS, load
 from tests.models.prompts import ACTIONS, IMAGE, Prompt, selections
 from tests.models.slow_way import SlowWay, decoder_of, layer_types
+from tests.models.tensor_parallel_worker import on_two_ranks
 
 GREEDY = {
     "max_new_tokens": 8,
@@ -560,6 +565,66 @@ def _(case):
             optimizer.step()
             later, _ = gradients()
     assert later < loss
+
+
+def offloaded(case, put):
+    model, inputs = put(copy.deepcopy(case.model)), case.batch([two_images(case)])
+    assert any(weight.is_meta for weight in decoder_of(model).layers[1].mlp.parameters())
+    try:
+        offered(lambda: model.generate(**inputs, **GREEDY))
+        calls = [lambda each=each: each.generate(**inputs, **GREEDY) for each in (case.model, model)]
+    except NotOffered:  # some encode images outside of any forward, where nothing loads weights
+        model = put(copy.deepcopy(case.model))
+        offered(lambda: model(**inputs))
+        calls = [lambda each=each: each(**inputs) for each in (case.model, model)]
+    compare(case, calls[0], routed=model, routed_call=calls[1])
+
+
+@way("CPU offload")
+def _(case):
+    offloaded(case, lambda model: accelerate.cpu_offload(model, "cpu"))
+
+
+@way("disk offload")
+def _(case):
+    with tempfile.TemporaryDirectory() as folder:
+        offloaded(case, lambda model: accelerate.disk_offload(model, folder, "cpu"))
+
+
+@cache
+def split_over_two_ranks(names):
+    """What two ranks of tensor parallelism make of one prompt on each model."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Path(folder, "checkpoints")
+        for name in names:
+            case, stages = load(name), schedule(load(name))
+            case.model.save_pretrained(checkpoints / name)
+            job = {
+                "inputs": case.batch([two_images(case)]),
+                "layers": [stage.layer for stage in stages],
+                "keeps": [stage.keep for stage in stages],
+            }
+            torch.save(job, checkpoints / name / "job.pt")
+        return on_two_ranks(Path(folder), str(checkpoints))
+
+
+@way("tensor parallelism")
+def _(case):
+    names = MODELS_IN_EVERY_WAY if case.name in MODELS_IN_EVERY_WAY else tuple(MODELS)
+    first, second = (rank[case.name] for rank in split_over_two_ranks(names))
+    if "error" in first:
+        raise NotOffered(f"transformers: {first['error']}")
+    if first["key_heads"] == case.model.config.get_text_config().num_key_value_heads:
+        raise NotOffered("transformers: no plan that splits its heads")
+    assert first == second
+    inputs = case.batch([two_images(case)])
+    for this in policies(case):
+        with SlowWay(case.model, this) as slow, torch.no_grad():
+            logits = case.model(**inputs).logits[:, -1]
+            tokens = case.model.generate(**inputs, **GREEDY).sequences[:, -8:].tolist()
+        assert first[this.action]["selected"] == [slow.selected]
+        assert first[this.action]["tokens"] == tokens
+        torch.testing.assert_close(torch.tensor(first[this.action]["logits"]), logits, atol=1e-4, rtol=0)
 
 
 @way("gradient checkpointing")
