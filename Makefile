@@ -1,12 +1,11 @@
 # Every target sets up what it needs: an environment is made when it is missing or older than its pins, else reused.
 PYTHON ?= python3
 BIN := .venv/bin
-OLDEST_BIN := .venv-oldest/bin
 SEED ?= 0
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: help test test-oldest fuzz compile-matrix gpu-report demo bench lint format clean
+.PHONY: help test test-oldest test-matrix fuzz compile-matrix gpu-report demo bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -15,7 +14,14 @@ test: .venv/ready lint  ## check the style and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest supported transformers
-	OMP_NUM_THREADS=1 $(OLDEST_BIN)/python -m pytest -q $(PARALLEL) tests/models
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) tests/models
+
+test-matrix: .venv-oldest/ready .venv-middle/ready .venv/ready  ## call every model in every way under three transformers; rewrites docs/models.md
+	@set -e; for environment in .venv-oldest .venv-middle .venv; do \
+	  OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -q $(PARALLEL:loadfile=load) \
+	    --support-record bench/results/models tests/models; \
+	done
+	$(BIN)/python -m bench.report
 
 fuzz: .venv/ready  ## run 5,000 random cases, kernel against reference; SEED=N begins at another seed
 	$(BIN)/python -m pytest $(PARALLEL:loadfile=load) tests/test_fuzz.py --fuzz-cases 5000 --fuzz-seed $(SEED)
@@ -52,11 +58,12 @@ format: .venv/ready  ## format the code
 	$(BIN)/ruff format -q .
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-oldest .triton build *.egg-info .benchmarks
+	rm -rf .venv .venv-middle .venv-oldest .triton build *.egg-info .benchmarks
 
 .venv/ready: requirements/dev.txt pyproject.toml
+.venv-middle/ready: requirements/middle.txt pyproject.toml
 .venv-oldest/ready: requirements/oldest.txt pyproject.toml
-.venv/ready .venv-oldest/ready:
+.venv/ready .venv-middle/ready .venv-oldest/ready:
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .

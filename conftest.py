@@ -1,5 +1,7 @@
 """`pytest` runs the tests, `pytest --benchmark` the benchmarks."""
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 
 from bench.source_tree import make_importable
@@ -15,8 +17,39 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first random case (0)")
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
     parser.addoption(
-        "--every-model", action="store_true", help="call every model in every way (tests/models/test_ways.py)"
+        "--support-record", metavar="FOLDER", help="call every model in every way, and keep what happened, as JSON"
     )
+
+
+def pytest_configure(config):
+    if config.getoption("support_record") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SupportRecord(Path(config.getoption("support_record"))))
+
+
+class SupportRecord:
+    """Writes what tests/models/test_ways.py found out, under any number of processes."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.cells: dict[str, dict[str, str]] = {}
+        self.ways: dict[int, tuple[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed and (cell := dict(report.user_properties).get("cell")):
+            model, number, way, description, outcome = cell
+            self.ways[number] = way, description
+            self.cells.setdefault(model, {})[way] = outcome
+
+    def pytest_sessionfinish(self):
+        versions = {name: version(name) for name in ("transformers", "torch", "accelerate", "peft")}
+        ways = [self.ways[number] for number in sorted(self.ways)]
+        cells = {
+            model: {way: outcomes[way] for way, _ in ways if way in outcomes} for model, outcomes in self.cells.items()
+        }
+        record = {"versions": versions, "ways": dict(ways), "cells": dict(sorted(cells.items()))}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"transformers-{versions['transformers']}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter, config):

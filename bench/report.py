@@ -1,7 +1,8 @@
 """Write every table that comes from measurements: `python -m bench.report`.
 
 README.md has the CPU figures of bench/results/cpu, docs/kernels.md what compilers made of the kernels
-(bench/results/compile), docs/performance.md the figures of every GPU that has results.
+(bench/results/compile), docs/models.md what tests found models to do (bench/results/models), docs/performance.md the
+figures of every GPU that has results.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 NAMES = ("tests", "sanitizer", "floors", "operations", "copies", "eager")
 DECODERS = ("llava", "qwen2_5_vl")
+SIGNS = {"works": "works", "refused": "refused", "not offered": "--"}
 
 
 def main() -> None:
     replace_between(ROOT / "README.md", "benchmarks", cpu_tables(_read(RESULTS / "cpu" / "benchmarks.json")))
     compiled = [_read(path) for path in sorted((RESULTS / "compile").glob("triton-*.json"))]
     replace_between(ROOT / "docs" / "kernels.md", "compiled", compile_tables(compiled))
+    supported = [_read(path) for path in (RESULTS / "models").glob("transformers-*.json")]
+    replace_between(ROOT / "docs" / "models.md", "support", support_tables(supported))
     performance_page(gpu_folders(), ROOT / "docs")
 
 
@@ -165,6 +169,48 @@ def compile_tables(records: list[dict]) -> str:
 
 
 # docs/performance.md
+
+
+def support_tables(records: list[dict]) -> str:
+    """A table of models and ways of calling, with a note for every cell that is not the same everywhere or refused."""
+    records = sorted(records, key=lambda record: [int(part) for part in record["versions"]["transformers"].split(".")])
+    newest, versions = records[-1], [record["versions"]["transformers"] for record in records]
+    models, ways = list(newest["cells"]), newest["ways"]
+    notes: list[str] = []
+
+    def cell(model: str, way: str) -> str:
+        outcomes = [record["cells"][model][way] for record in records]
+        marks = []
+        for outcome in dict.fromkeys(reversed(outcomes)):
+            word, _, reason = outcome.partition(": ")
+            if reason and reason not in notes:
+                notes.append(reason)
+            note = f" [{notes.index(reason) + 1}]" if reason else ""
+            others = [version for version, each in zip(versions, outcomes, strict=True) if each == outcome]
+            where = "" if len(others) == len(versions) else f" ({', '.join(others)})"
+            marks.append(f"{SIGNS[word]}{note}{where}")
+        return "<br>".join(marks)
+
+    software = {name: version for name, version in newest["versions"].items() if name != "transformers"}
+    lines = [
+        f"Written by `make test-matrix` from the tests that ran under transformers {', '.join(versions)} "
+        f"({', '.join(f'{name} {version}' for name, version in software.items())}).",
+        "",
+        *table(["way of calling", *models], ([f"**{way}**", *(cell(model, way) for model in models)] for way in ways)),
+        "",
+        "Notes:",
+        "",
+        *(f"{number}. {_escaped(note)}" for number, note in enumerate(notes, start=1)),
+        "",
+        "What each row calls:",
+        "",
+        *table(["way of calling", "call"], ways.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _escaped(note: str) -> str:
+    return note.replace("|", "\\|").replace("<", "&lt;").replace("_", "\\_")
 
 
 def performance_page(folders: list[Path], target: Path) -> None:

@@ -154,6 +154,8 @@ class Routing:
 
     def _install(self) -> None:
         adapter, schedule = self._adapter, self.policy.schedule
+        # The frames that it reads are no matter of torch.compile, which would warn.
+        self._prompt_call = torch.compiler.disable(prompt_call)
         ends = [*(stage.layer for stage in schedule[1:]), len(adapter.layers)]
         self._stages = [range(stage.layer, end) for stage, end in zip(schedule, ends, strict=True)]
         kinds = adapter.layer_types
@@ -216,7 +218,7 @@ class Routing:
         if tokens is None:
             return  # the model says what is missing
         filled = cache is not None and _cached_tokens(cache) > 0
-        generation = prompt_call() if not filled or tokens.shape[1] > 1 else None
+        generation = self._prompt_call() if not filled or tokens.shape[1] > 1 else None
         if (
             generation is not None
             and generation.chunked_ids is not None

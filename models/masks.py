@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("eager", "flex_attention", "sdpa")
+IMPLEMENTATIONS = ("eager", "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa")
 
 
 def attention_mask(
@@ -30,9 +30,19 @@ def attention_mask(
         window: a query sees keys less than this many positions back; None for all.
 
     Returns:
-        (B or 1, 1, queries, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention. None where the
-        implementation needs none.
+        (B or 1, 1, queries, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention; (B, keys) for
+        flash attention, which is causal by itself. None where the implementation needs none.
+
+    Raises:
+        NotImplementedError: flash attention with a window, or with room left in the cache.
     """
+    if implementation.startswith("flash"):
+        if window is not None or keys > past + queries:
+            raise NotImplementedError(
+                "attn_implementation must not be flash attention where a window is one of positions or a cache has "
+                f"room left, got {implementation!r}"
+            )
+        return valid.to(like.device) if valid is not None else None
     sees_all = valid is None and window is None and keys == past + queries
     if sees_all and (queries == 1 or (implementation == "sdpa" and past == 0)):
         return None

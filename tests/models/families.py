@@ -331,5 +331,6 @@ class Family:
 @cache
 def load(name: str) -> Family:
     """One model for all tests of a process; they leave it as it was."""
-    torch.manual_seed(0)
+    # With seed 0 a token of qwen3_vl_moe ranks two experts within 1e-7, and any rounding decides between them.
+    torch.manual_seed(1 if name == "qwen3_vl_moe" else 0)
     return Family(name, MODELS[name]().eval())

@@ -72,3 +72,14 @@ def test_flex_attention_sees_what_sdpa_sees(valid, queries, past, keys):
         for query in range(queries):
             seen = [bool(block.mask_mod(*map(torch.tensor, (sample, 0, query, key)))) for key in range(keys)]
             assert seen == expected.expand(2, 1, queries, keys)[sample, 0, query].tolist()
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_takes_the_valid_keys(implementation):
+    assert attention_mask(implementation, 5, 0, 5, LIKE) is None
+    assert attention_mask(implementation, 1, 4, 5, LIKE) is None
+    assert torch.equal(attention_mask(implementation, 2, 3, 5, LIKE, VALID), VALID)
+    with pytest.raises(NotImplementedError, match="attn_implementation must not be flash attention where"):
+        attention_mask(implementation, 2, 3, 5, LIKE, None, torch.arange(5)[None], window=3)
+    with pytest.raises(NotImplementedError, match="attn_implementation must not be flash attention where"):
+        attention_mask(implementation, 2, 3, 8, LIKE)

@@ -1,11 +1,12 @@
 """Every way of calling on every model, against the same call done the slow way.
 
-By default the three families that differ most are called in every way, the others in three; `--every-model` calls
-them all, and what happened is the table of docs/models.md.
+By default the three families that differ most are called in every way, the others in three. With `--support-record`
+all of them are, and what happened becomes the table of docs/models.md.
 """
 
 import contextlib
 import copy
+import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -32,12 +33,14 @@ GREEDY = {
 }
 MODELS_IN_EVERY_WAY = ("llava", "qwen2_5_vl", "qwen3_vl")
 WAYS_OF_EVERY_MODEL = ("prompt", "padding left", "greedy")
+RECORDS = sorted((Path(__file__).parents[2] / "bench" / "results" / "models").glob("*.json"))
 WAYS = {}
+DESCRIPTIONS = {}
 
 
-def way(title):
+def way(title, description):
     def add(function):
-        WAYS[title] = function
+        WAYS[title], DESCRIPTIONS[title] = function, description
         return function
 
     return add
@@ -53,7 +56,7 @@ class NotOffered(Exception):
 
 def pytest_generate_tests(metafunc):
     if {"name", "title"} <= set(metafunc.fixturenames):
-        every = metafunc.config.getoption("--every-model")
+        every = metafunc.config.getoption("--support-record")
         cells = [
             (name, title)
             for name in MODELS
@@ -73,8 +76,16 @@ def test_way_of_calling(name, title, record_property):
         said = f"not offered: {reason}"
     finally:
         torch._dynamo.reset()
-    for key, value in (("model", name), ("way", title), ("outcome", said)):
-        record_property(key, value)
+    record_property("cell", (name, list(WAYS).index(title), title, DESCRIPTIONS[title], said))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
+def test_committed_record_has_every_cell(record):
+    """What `make test-matrix` wrote is of these models and ways, and nothing failed."""
+    cells = json.loads(record.read_text())["cells"]
+    assert {name: set(ways) for name, ways in cells.items()} == {name: set(WAYS) for name in MODELS}
+    outcomes = {outcome.split(":")[0] for ways in cells.values() for outcome in ways.values()}
+    assert outcomes == {"works", "refused", "not offered"}
 
 
 # What the ways share
@@ -166,13 +177,13 @@ def generate(case, prompts, **settings):
     return lambda: case.model.generate(**case.batch(prompts), **{**GREEDY, **settings})
 
 
-def compare_batch(case, side="left", routed_call=None, **settings):
+def compare_batch(case, side="left", routed_in=lambda case: contextlib.nullcontext(), **settings):
     """A batch of different prompts against each of them alone, through a call and through generate."""
     prompts = [one_image(case), two_images(case), text_only(case)]
     together = case.batch(prompts, side)
     length = together["input_ids"].shape[1]
     for this in policies(case):
-        with rk.apply(case.model, this) as routing, torch.no_grad():
+        with rk.apply(case.model, this) as routing, torch.no_grad(), routed_in(case):
             logits = case.model(**together).logits
             trace = routing.trace
             answers = case.model.generate(**together, **{**GREEDY, **settings})
@@ -220,7 +231,7 @@ def decode(case, output, position, steps=4):
 # The ways
 
 
-@way("prompt")
+@way("prompt", "one forward call: decisions at several layers, at the first that may decide, and at all of them")
 def _(case):
     kinds = layer_types(decoder_of(case.model))
     layers = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
@@ -238,12 +249,12 @@ def _(case):
             assert selections(routing.trace) == slow.selected
 
 
-@way("padding left")
+@way("padding left", "three prompts (one image, two, none) in one batch: a forward call and `generate`")
 def _(case):
     compare_batch(case, "left")
 
 
-@way("padding right")
+@way("padding right", "the same, padded on the other side")
 def _(case):
     if hybrid(case):
         inputs = case.batch([one_image(case), two_images(case)], "right")
@@ -252,12 +263,12 @@ def _(case):
     compare_batch(case, "right")
 
 
-@way("several images")
+@way("several images", "two images of different sizes in a prompt")
 def _(case):
     compare(case, generate(case, [two_images(case)]))
 
 
-@way("video")
+@way("video", "a video in a prompt")
 def _(case):
     if not case.has_video:
         raise NotOffered(
@@ -268,7 +279,7 @@ def _(case):
     compare(case, generate(case, [case.prompt(0, 6, 15, seed=1, video=True)]))
 
 
-@way("inputs_embeds")
+@way("inputs_embeds", "embeddings and pixel values in place of ids")
 def _(case):
     inputs = case.batch([two_images(case)])
     ids = inputs.pop("input_ids")
@@ -283,17 +294,17 @@ def _(case):
         case.model(**inputs)  # nothing tells what is visual
 
 
-@way("greedy")
+@way("greedy", "`generate`")
 def _(case):
     compare(case, generate(case, [one_image(case)]))
 
 
-@way("sampling")
+@way("sampling", "`generate(do_sample=True)`, with the same random numbers")
 def _(case):
     compare(case, generate(case, [one_image(case)], do_sample=True, temperature=0.8, top_k=20))
 
 
-@way("beam search")
+@way("beam search", "`generate(num_beams=3)`, also of a batch")
 def _(case):
     compare(case, generate(case, [one_image(case)], num_beams=3))
     prompts = [one_image(case), two_images(case)]
@@ -302,13 +313,13 @@ def _(case):
         assert together == [generate(case, [each], num_beams=3)().sequences[0, -8:].tolist() for each in prompts]
 
 
-@way("num_return_sequences")
+@way("num_return_sequences", "three samples, and two of four beams")
 def _(case):
     compare(case, generate(case, [one_image(case)], do_sample=True, num_return_sequences=3))
     compare(case, generate(case, [one_image(case)], num_beams=4, num_return_sequences=2))
 
 
-@way("later turn of text")
+@way("later turn of text", "more text on the cache that `generate` returned")
 def _(case):
     first, text = one_image(case), torch.randint(3, 400, (1, 7), generator=torch.Generator().manual_seed(0))
 
@@ -324,7 +335,7 @@ def _(case):
     compare(case, call)
 
 
-@way("later turn with an image")
+@way("later turn with an image", "a prompt with an image on the cache of one with text, and of one with an image")
 def _(case):
     for begin in (text_only(case), one_image(case)):
         second = case.prompt(1, 3, 8, seed=7)
@@ -349,7 +360,7 @@ def _(case):
         compare(case, call)
 
 
-@way("several tokens on a cache")
+@way("several tokens on a cache", "five new tokens at once, one, five")
 def _(case):
     tokens = torch.randint(3, 400, (1, 5), generator=torch.Generator().manual_seed(0))
 
@@ -363,7 +374,7 @@ def _(case):
     compare(case, call)
 
 
-@way("assisted decoding")
+@way("assisted decoding", "`generate(prompt_lookup_num_tokens=3)`, whose first call holds guesses")
 def _(case):
     prompt = one_image(case)
     prompt.ids[-6:] = torch.tensor([7, 8, 9, 7, 8, 9])  # what stood there before is guessed again
@@ -396,7 +407,7 @@ def _(case):
     assert any(1 < length < len(prompt) for length in lengths)  # and later ones
 
 
-@way("static cache")
+@way("static cache", '`generate(cache_implementation="static")`, also of a padded batch')
 def _(case):
     call = generate(case, [one_image(case)], cache_implementation="static")
     if (kind := type(offered(call).past_key_values).__name__) != "StaticCache":
@@ -408,7 +419,7 @@ def _(case):
     compare_batch(case, "left", cache_implementation="static")
 
 
-@way("offloaded cache")
+@way("offloaded cache", '`generate(cache_implementation="offloaded")`; on a CPU with stand-ins for the streams')
 def _(case):
     """Without a GPU its streams are stand-ins, and what it offloads stays where it is."""
     call = generate(case, [one_image(case)])
@@ -432,19 +443,59 @@ def attention(case, implementation):
         case.model.set_attn_implementation("sdpa")
 
 
-@way("eager attention")
+@way("eager attention", '`attn_implementation="eager"`: `generate`, also of a padded batch')
 def _(case):
     with attention(case, "eager"):
         compare(case, generate(case, [one_image(case)]))
         compare_batch(case)
 
 
-@way("flex attention")
+@way("flex attention", '`attn_implementation="flex_attention"`, the same')
 def _(case):
     with torch.compiler.set_stance("force_eager"), attention(case, "flex_attention"):
         offered(lambda: case.model(**case.batch([one_image(case)])))
         compare(case, generate(case, [one_image(case)]))
         compare_batch(case)
+
+
+def flash_attention_stand_in(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """What flash attention computes: causal from the last key on, among keys that a mask (B, K) lets through."""
+    positions = kwargs.get("position_ids")
+    if positions is not None and query.shape[0] == 1:  # taken for several packed sequences if they do not count by one
+        assert (positions.diff() == 1).all()
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    queries, keys = query.shape[2], key.shape[2]
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+    if attention_mask is not None:
+        assert attention_mask.shape == (query.shape[0], keys)
+        seen = seen & attention_mask[:, None, None].bool()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    weights = (query @ key.transpose(2, 3) * scaling + mask).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2), None
+
+
+@contextlib.contextmanager
+def flash_attention(case):
+    """In the decoder; its kernels run on GPUs only, so that a stand-in takes their place."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = decoder_of(case.model).config
+    ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = flash_attention_stand_in
+    config._attn_implementation = "flash_attention_2"
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+        del ALL_ATTENTION_FUNCTIONS["flash_attention_2"]
+
+
+@way("flash attention", '`attn_implementation="flash_attention_2"`, the same; with a stand-in for its kernels')
+def _(case):
+    this = policies(case)[0]
+    if "sliding_attention" in layer_types(decoder_of(case.model)):
+        with rk.apply(case.model, this), flash_attention(case):
+            refusal("must not be flash attention where a window", lambda: case.model(**case.batch([one_image(case)])))
+    compare_batch(case, routed_in=flash_attention)
 
 
 def in_dtype(case, dtype):
@@ -454,17 +505,17 @@ def in_dtype(case, dtype):
     compare(case, lambda: model.generate(**inputs, **GREEDY), model=model)
 
 
-@way("float16")
+@way("float16", "`generate` in float16")
 def _(case):
     in_dtype(case, torch.float16)
 
 
-@way("bfloat16")
+@way("bfloat16", "`generate` in bfloat16")
 def _(case):
     in_dtype(case, torch.bfloat16)
 
 
-@way("torch.compile")
+@way("torch.compile", "the forward of a model that was compiled before it was routed")
 def _(case):
     inputs = case.batch([one_image(case)])
     compiled = torch.compile(case.model, backend="eager")
@@ -478,17 +529,17 @@ def asks_for(case, name):
         refusal(f"{name} must be off", lambda: case.model(**case.batch([one_image(case)]), **{name: True}))
 
 
-@way("output_hidden_states")
+@way("output_hidden_states", "asked for in a routed prompt")
 def _(case):
     asks_for(case, "output_hidden_states")
 
 
-@way("output_attentions")
+@way("output_attentions", "asked for in a routed prompt")
 def _(case):
     asks_for(case, "output_attentions")
 
 
-@way("logits_to_keep")
+@way("logits_to_keep", "the last, the last five, and a tensor of places")
 def _(case):
     inputs = case.batch([one_image(case)])
     for keep in (1, 5, torch.tensor([3, 40])):
@@ -508,7 +559,7 @@ def with_lora(case):
     return model
 
 
-@way("PEFT")
+@way("PEFT", "a model with LoRA layers, wrapped by PEFT: `generate`")
 def _(case):
     model, inputs = with_lora(case), case.batch([one_image(case)])
     compare(case, lambda: model.generate(**inputs, **GREEDY), model=model.get_base_model(), routed=model)
@@ -528,7 +579,7 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.packed * self.scale, self.bias)
 
 
-@way("quantized")
+@way("quantized", "modules without floating-point weights in place of all linear layers: `generate`")
 def _(case):
     model = copy.deepcopy(case.model)
     for layer in decoder_of(model).layers:
@@ -540,7 +591,7 @@ def _(case):
     compare(case, lambda: model.generate(**case.batch([one_image(case)]), **GREEDY), model=model)
 
 
-@way("training")
+@way("training", "gradients of LoRA weights, and steps that lower the loss")
 def _(case):
     model, inputs = with_lora(case).train(), case.batch([one_image(case)])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
@@ -580,12 +631,12 @@ def offloaded(case, put):
     compare(case, calls[0], routed=model, routed_call=calls[1])
 
 
-@way("CPU offload")
+@way("CPU offload", "`accelerate.cpu_offload`: `generate`, or a call where transformers does not do that")
 def _(case):
     offloaded(case, lambda model: accelerate.cpu_offload(model, "cpu"))
 
 
-@way("disk offload")
+@way("disk offload", "`accelerate.disk_offload`, the same")
 def _(case):
     with tempfile.TemporaryDirectory() as folder:
         offloaded(case, lambda model: accelerate.disk_offload(model, folder, "cpu"))
@@ -608,7 +659,7 @@ def split_over_two_ranks(names):
         return on_two_ranks(Path(folder), str(checkpoints))
 
 
-@way("tensor parallelism")
+@way("tensor parallelism", '`from_pretrained(tp_plan="auto")` on two processes: a call and `generate`')
 def _(case):
     names = MODELS_IN_EVERY_WAY if case.name in MODELS_IN_EVERY_WAY else tuple(MODELS)
     first, second = (rank[case.name] for rank in split_over_two_ranks(names))
@@ -627,7 +678,7 @@ def _(case):
         torch.testing.assert_close(torch.tensor(first[this.action]["logits"]), logits, atol=1e-4, rtol=0)
 
 
-@way("gradient checkpointing")
+@way("gradient checkpointing", "in training")
 def _(case):
     model = copy.deepcopy(case.model).train()
     model.gradient_checkpointing_enable()
@@ -635,7 +686,7 @@ def _(case):
         refusal("gradient checkpointing must be off", lambda: model(**case.batch([one_image(case)])))
 
 
-@way("prefill in chunks")
+@way("prefill in chunks", "`generate(prefill_chunk_size=16)`")
 def _(case):
     call = generate(case, [one_image(case)], prefill_chunk_size=16)
     offered(call)
