@@ -17,11 +17,13 @@ class PromptCall:
 
     Attributes:
         guessed: tokens at the end of the call that an assistant guessed, in assisted decoding.
-        chunked_ids: the whole prompt where it is prefilled in chunks, else None.
+        chunked_ids: (B, L), the whole conversation where it is prefilled in chunks, else None.
+        chunk_size: of these, else None.
     """
 
     guessed: int = 0
     chunked_ids: Tensor | None = None
+    chunk_size: int | None = None
 
 
 def prompt_call() -> PromptCall:
@@ -41,5 +43,5 @@ def prompt_call() -> PromptCall:
     config, ids = values.get("generation_config"), values.get("input_ids")
     chunk = getattr(config, "prefill_chunk_size", None)
     if frame.f_code.co_name == "_prefill" and chunk is not None and ids.shape[1] > chunk:
-        return PromptCall(chunked_ids=ids)
+        return PromptCall(chunked_ids=ids, chunk_size=chunk)
     return PromptCall()

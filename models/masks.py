@@ -34,14 +34,11 @@ def attention_mask(
         flash attention, which is causal by itself. None where the implementation needs none.
 
     Raises:
-        NotImplementedError: flash attention with a window, or with room left in the cache.
+        ValueError: flash attention with a window, or with room left in the cache.
     """
     if implementation.startswith("flash"):
         if window is not None or keys > past + queries:
-            raise NotImplementedError(
-                "attn_implementation must not be flash attention where a window is one of positions or a cache has "
-                f"room left, got {implementation!r}"
-            )
+            raise ValueError(f"flash attention takes no window and no room in the cache, got {window} and {keys} keys")
         return valid.to(like.device) if valid is not None else None
     sees_all = valid is None and window is None and keys == past + queries
     if sees_all and (queries == 1 or (implementation == "sdpa" and past == 0)):

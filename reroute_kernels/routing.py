@@ -5,7 +5,7 @@ Nothing here knows a model: tensors come in, a ranking is a callable, and the ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -37,13 +37,16 @@ class Prompt:
         visual: (B, L) bool, positions that hold image or video features.
         valid: (B, L) bool, False at padding; None where there is none.
         guessed: tokens at the end of every row that a draft model guessed. They run, and do not rank.
-        asked: integer tensors without dimensions, to be read in the same transfer.
+        asked: integer tensors without dimensions, by name, to be read in the same transfer.
 
     Attributes:
-        answers: the numbers asked for.
+        answers: the numbers asked for, by name.
     """
 
-    def __init__(self, visual: Tensor, valid: Tensor | None, guessed: int = 0, asked: Sequence[Tensor] = ()):
+    def __init__(
+        self, visual: Tensor, valid: Tensor | None, guessed: int = 0, asked: Mapping[str, Tensor] | None = None
+    ):
+        asked = asked or {}
         self.length = visual.shape[1]
         self.guessed = guessed
         places = torch.arange(self.length, device=visual.device)
@@ -59,10 +62,10 @@ class Prompt:
         self.visual = visual
         counts = torch.stack(
             [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end]
-            + [number.to(end.device, end.dtype).expand_as(end) for number in asked]
+            + [number.to(end.device, end.dtype).expand_as(end) for number in asked.values()]
         ).tolist()
         self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *answers = counts
-        self.answers = [number for number, *_ in answers]
+        self.answers = {name: numbers[0] for name, numbers in zip(asked, answers, strict=True)}
         self.padded = min(self.valid_counts) < self.length
         self.right_padded = max(trailing) > 0
         self.valid = valid if self.padded else None
@@ -327,8 +330,24 @@ class Past:
     positions: list[Tensor]
     """(B or 1, P) positions in the full sequence."""
 
+    def extended(self, stage: int, kept: Tensor, ragged: bool) -> tuple[Tensor | None, Tensor]:
+        """Which keys of a stage count, and their positions, once a prompt's rows are cached behind them.
+
+        Args:
+            stage: number of the stage.
+            kept: (B, M) positions in the prompt, -1 at rows that hold no token.
+            ragged: whether there are such rows.
+
+        Returns:
+            (B, P + M) bool, or None where all do; and (B, P + M).
+        """
+        batch, length = kept.shape
+        valid = _joined(self.valid[stage], self.lengths[stage], kept >= 0 if ragged else None, length, kept, batch)
+        earlier = _on(kept.device, self.positions[stage]).expand(batch, -1)
+        return valid, torch.cat([earlier, kept + self.length], dim=1)
+
     @classmethod
-    def plain(cls, length: int, valid: Tensor | None, stages: int, device: torch.device) -> Past:
+    def unrouted(cls, length: int, valid: Tensor | None, stages: int, device: torch.device) -> Past:
         """Of a cache that no routed prompt filled: all layers hold the same `length` tokens; valid: (B, length)."""
         positions = torch.arange(length, device=device)[None]
         return cls(length, [length] * stages, [valid] * stages, [positions] * stages)
@@ -349,22 +368,19 @@ class CachedPrompt:
     def of(cls, forward: RoutedForward, before: Past | None, last_position: Tensor | None) -> CachedPrompt:
         """From a finished forward on a cache that held `before`. Guesses may go again: the prompt ends before."""
         prompt = forward.prompt
-        offset = before.length if before else 0
         lengths, all_valid, positions = [], [], []
         for stage, kept in enumerate(forward.kept):
-            length = forward.lengths[stage] - prompt.guessed
+            length, ragged = forward.lengths[stage] - prompt.guessed, forward.is_ragged(stage)
             kept = kept[:, :length]
-            valid = kept >= 0 if forward.is_ragged(stage) else None
-            places = kept
+            valid, places = (kept >= 0 if ragged else None), kept
             if before:
-                valid = _joined(before.valid[stage], before.lengths[stage], valid, length, kept, len(kept))
-                earlier = _on(kept.device, before.positions[stage]).expand(len(kept), -1)
-                places = torch.cat([earlier, kept + offset], dim=1)
+                valid, places = before.extended(stage, kept, ragged)
                 length += before.lengths[stage]
             lengths.append(length)
             all_valid.append(valid)
             positions.append(places)
-        past = Past(offset + prompt.length - prompt.guessed, lengths, all_valid, positions)
+        length = (before.length if before else 0) + prompt.length - prompt.guessed
+        past = Past(length, lengths, all_valid, positions)
         return cls(forward.policy, prompt.visual.shape[0], past, last_position, prompt.right_padded)
 
     def valid_keys(self, stage: int, batch: int, added: Tensor | None, count: int) -> Tensor | None:

@@ -45,7 +45,7 @@ def on_two_ranks(folder: Path, *arguments: str) -> list[dict[str, object]]:
 
 
 def of_one_family(family: str, folder: str) -> dict[str, object]:
-    hooks, parallel = rk.models.hooks, rk.models.parallel
+    calls, parallel = rk.models.calls, rk.models.parallel
     model = AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float32, tp_plan="auto").eval()
     inputs, rank = prompts(family), torch.distributed.get_rank()
     results: dict[str, object] = {action: run(model, inputs, policy(action)) for action in ACTIONS}
@@ -55,9 +55,9 @@ def of_one_family(family: str, folder: str) -> dict[str, object]:
         name: parallel.over_all_heads(parallel.head_group(model), scores, name).tolist() for name in ("mean", "max")
     }
 
-    hooks.over_all_heads = lambda group, scores, reduction: scores
+    calls.over_all_heads = lambda group, scores, reduction: scores
     results["each rank by its own heads"] = run(model, inputs, policy())
-    hooks.over_all_heads = parallel.over_all_heads
+    calls.over_all_heads = parallel.over_all_heads
 
     model._tp_size = None
     try:

@@ -240,7 +240,9 @@ def test_batch_that_does_not_fit_the_cache(model, prompt):
     inputs = batch([prompt(1, 5, 12, seed=1), prompt(1, 5, 12, seed=2)])
     with rk.apply(model, policy()):
         cache = model(**inputs, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="the batch must be 2 or a multiple of it"):
+        with pytest.raises(
+            ValueError, match="input_ids must hold 2 samples or a multiple of it, as the cached prompt, got 3"
+        ):
             model(input_ids=torch.tensor([[7]] * 3), past_key_values=cache)
 
 

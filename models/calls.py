@@ -1,0 +1,487 @@
+"""What a call of a routed model is: a routed prompt, new tokens on a routed cache, or nothing to route."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from ..policy import Policy
+from ..routing import CachedPrompt, Past, Prompt, RoutedForward
+from .adapter import Adapter
+from .generation import prompt_call
+from .layers import RoutedLayers
+from .parallel import over_all_heads
+
+# The attribute of a cache object that holds its CachedPrompt: it lives, is copied and dies with the cache.
+_CACHE_ATTRIBUTE = "_reroute_kernels_prompt"
+
+# Arguments that bring image or video features.
+_FEATURES = ("pixel_values", "pixel_values_videos", "image_hidden_states", "mm_encoder_outputs")
+
+
+class Prefill:
+    """A routed prompt on its way through the layers.
+
+    Args:
+        layers: of the decoder.
+        forward: what is routed.
+        past: what the cache held before, if anything.
+    """
+
+    def __init__(self, layers: RoutedLayers, forward: RoutedForward, past: Past | None):
+        self.forward = forward
+        self.past = past
+        self.cache = None
+        self.finished = False
+        self.layer_features: list[Tensor] = []  # (B, L, d), added after the first layers
+        self.position_embeddings: object = None  # of the stage
+        self._layers = layers
+        self._last_position: Tensor | None = None
+        self._masks: dict[tuple[int, str], object] = {}
+
+    @property
+    def stage(self) -> int:
+        """The number of the stage that runs, or of the next one before its decision is made."""
+        return len(self.forward.kept)
+
+    def mask(self, stage: int, number: int, hidden: Tensor, kwargs: dict) -> object:
+        """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
+        key = (stage, self._layers.kinds[number])
+        if key not in self._masks:
+            self._masks[key] = self._new_mask(stage, number, hidden)
+        return self._masks[key]
+
+    def _new_mask(self, stage: int, number: int, hidden: Tensor) -> object:
+        forward, past, layers = self.forward, self.past, self._layers
+        kept, ragged = forward.kept[stage], forward.is_ragged(stage)
+        # Rows without a token that stand after all others are kept out by causality alone.
+        own = kept >= 0 if ragged and layers.fill_front else None
+        if layers.kinds[number] == "linear_attention":
+            return own
+        queries, total = hidden.shape[1], forward.prompt.length
+        if past is None:
+            return layers.mask(number, self.cache, queries, 0, total, own, lambda: kept, hidden)
+        valid, positions = past.extended(stage, kept, ragged)
+        before = past.lengths[stage]
+        return layers.mask(number, self.cache, queries, before, past.length + total, valid, lambda: positions, hidden)
+
+    def note_positions(self, positions: Tensor | None) -> None:
+        """Keep the position of the last token, where later calls cannot tell it.
+
+        They cannot where the cache that transformers counts by is routed, or where rows end in padding.
+
+        Args:
+            positions: position_ids of the decoder, (..., B or 1, L), or None where they count from its cache on.
+        """
+        prompt = self.forward.prompt
+        if not prompt.right_padded and not self._layers.length_is_routed:
+            return
+        batch, device = prompt.visual.shape[0], prompt.visual.device
+        if positions is None:
+            positions = torch.arange(prompt.length, device=device)[None] + (self.past.length if self.past else 0)
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
+        if prompt.end is None:
+            last = positions[..., -1:]
+        else:
+            index = prompt.end.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
+            last = positions.gather(-1, index)
+        if positions.ndim == 3 and not prompt.right_padded:
+            # Of three axes, what follows stands behind the furthest one; a fourth counts the tokens.
+            axes = positions[-3:]
+            if prompt.valid is not None:
+                axes = axes.masked_fill(~prompt.valid, 0)
+            furthest = axes.amax(dim=(0, 2))[None, :, None].expand(3, -1, -1)
+            last = torch.cat([last[:-3], furthest])
+        self._last_position = last
+
+    def record(self) -> None:
+        """Leave with the cache what later calls on it must know."""
+        self.finished = True
+        if self.cache is not None:
+            setattr(self.cache, _CACHE_ATTRIBUTE, CachedPrompt.of(self.forward, self.past, self._last_position))
+
+
+class Continuation:
+    """New tokens on a cache that a routed prompt filled.
+
+    Args:
+        layers: of the decoder.
+        prompt: what the cache holds.
+        batch: samples of the call.
+        queries: new tokens of the call.
+        new_tokens: after the prompt, those of the call included.
+        mask: (batch, all tokens), False at padding; None where there is none.
+        has_positions: whether the caller gave position_ids.
+    """
+
+    def __init__(
+        self,
+        layers: RoutedLayers,
+        prompt: CachedPrompt,
+        batch: int,
+        queries: int,
+        new_tokens: int,
+        mask: Tensor | None,
+        has_positions: bool,
+    ):
+        self._layers = layers
+        self._prompt = prompt
+        self._batch = batch
+        self._queries = queries
+        self._new_tokens = new_tokens
+        self._mask = mask
+        self._has_positions = has_positions
+        self._masks: dict[tuple[int, str], object] = {}
+
+    @cached_property
+    def _later_valid(self) -> Tensor | None:
+        """(batch, new tokens) bool, False at padding; None where there is none. Most calls do not need it."""
+        return None if self._mask is None else self._mask[:, self._prompt.past.length :].bool()
+
+    def mask(self, stage: int, number: int, hidden: Tensor, kwargs: dict) -> object:
+        """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
+        kind = self._layers.kinds[number]
+        if kind == "linear_attention":
+            return kwargs.get("attention_mask")  # of the new tokens alone
+        key = (stage, kind)
+        if key not in self._masks:
+            if kwargs.get("attention_mask") is None and not self._layers.length_is_routed:
+                self._mask = None  # the model looked for padding and found none
+            past = self._prompt.past
+            self._masks[key] = self._layers.mask(
+                number,
+                kwargs.get("past_key_values"),
+                self._queries,
+                past.lengths[stage] + self._new_tokens - self._queries,
+                past.length + self._new_tokens,
+                self._prompt.valid_keys(stage, self._batch, self._later_valid, self._new_tokens),
+                partial(self._prompt.key_positions, stage, self._batch, self._new_tokens),
+                hidden,
+            )
+        return self._masks[key]
+
+    def position_ids(self, given: Tensor | None) -> Tensor | None:
+        """Positions of the new tokens, (..., batch, queries), where those that the model was given must be replaced."""
+        last = self._prompt.last_position
+        if last is None or (self._has_positions and not self._prompt.right_padded):
+            return None
+        last = last.repeat_interleave(self._batch // self._prompt.batch, dim=-2)
+        if given is not None and given.ndim == last.ndim == 3:
+            last = last[last.shape[0] - given.shape[0] :]
+        valid = self._later_valid
+        if valid is None:
+            offsets = torch.arange(self._new_tokens, device=last.device)
+        else:
+            offsets = (valid.cumsum(dim=1) - 1).clamp(min=0)
+        return last + 1 + offsets[..., -self._queries :]
+
+
+class CallReader:
+    """Tells what a call is, and refuses what cannot be routed, before the first layer runs.
+
+    Args:
+        adapter: of the model.
+        policy: of the routing.
+        layers: of the decoder.
+        head_group: the process group over which heads are split, or None.
+    """
+
+    def __init__(self, adapter: Adapter, policy: Policy, layers: RoutedLayers, head_group):
+        self._adapter = adapter
+        self._policy = policy
+        self._layers = layers
+        self._config = adapter.decoder.config
+        self._combine = None if head_group is None else partial(over_all_heads, head_group)
+        self._signature = inspect.signature(adapter.core.forward)
+        # The frames that it reads are no matter of torch.compile, which would warn.
+        self._prompt_call = torch.compiler.disable(prompt_call)
+
+    def read(self, args: tuple, kwargs: dict) -> Prefill | Continuation | None:
+        """From the arguments of the model inside the head.
+
+        Raises:
+            ValueError, NotImplementedError: the call cannot be routed, for a reason that is named.
+        """
+        arguments = by_name(self._signature, args, kwargs)
+        cache = arguments.get("past_key_values")
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        if tokens is None:
+            return None  # the model says what is missing
+        held = _cached_tokens(cache, [0])[0] if cache is not None else 0
+        guessed = 0
+        if held == 0 or tokens.shape[1] > 1:
+            generation = self._prompt_call()
+            guessed = generation.guessed
+            self._check_chunks(generation.chunked_ids, held, generation.chunk_size)
+        if held:
+            return self._on_cache(cache, tokens, arguments, guessed)
+        if cache is not None and hasattr(cache, _CACHE_ATTRIBUTE):
+            delattr(cache, _CACHE_ATTRIBUTE)  # the cache was reset since
+            lengths = set(_cached_tokens(cache, self._layers.attention))
+            if lengths != {0}:
+                raise ValueError(
+                    "past_key_values must hold the whole routed prompt or nothing, got layers of "
+                    f"{sorted(lengths)} cached tokens"
+                )
+        return self._prompt(cache, arguments, None, guessed)
+
+    def _check_chunks(self, ids: Tensor | None, held: int, size: int | None) -> None:
+        if ids is None:
+            return
+        new = ids[:, held:] if ids.shape[1] > held else ids
+        if bool(self._visual_tokens({"input_ids": new}).any()):
+            raise NotImplementedError(
+                "prefill_chunk_size must be None for a routed prompt, or not below its length, because a chunk without "
+                f"the prompt's last token cannot rank by it; got {size} for {ids.shape[1]} tokens"
+            )
+
+    def _prompt(self, cache, arguments: dict, past: Past | None, guessed: int) -> Prefill | None:
+        """A prompt, which is routed if it holds visual tokens."""
+        visual = self._visual_tokens(arguments)
+        queries = visual.shape[1]
+        expected = (visual.shape[0], queries + (past.length if past else 0))
+        mask, unlike_causal = _padding_mask(arguments.get("attention_mask"), queries, expected[1])
+        is_padding_mask = isinstance(mask, Tensor) and tuple(mask.shape) == expected
+        valid = mask[:, -queries:].to(visual.device, torch.bool) if is_padding_mask else None
+        jumps = self._position_jumps(cache, arguments)
+        asked = {"jumps": jumps, "unlike_causal": unlike_causal}
+        asked = {name: number for name, number in asked.items() if number is not None}
+        prompt = Prompt(visual, valid, guessed, asked)
+        if not prompt.has_visual_tokens:
+            return None
+        self._layers.check_attention()
+        self._check_cache(cache)
+        if past is not None:
+            self._check_past(cache)
+        if guessed and self._layers.length_is_routed:
+            raise NotImplementedError(
+                "schedule must begin after the first attention layer for assisted decoding, which cuts the cache by "
+                f"that layer's length; got a decision at layer {self._policy.schedule[0].layer}"
+            )
+        if mask is not None and not is_padding_mask:
+            raise NotImplementedError(
+                f"attention_mask must be None or of shape {expected} for a routed prompt, got {_shape(mask)}"
+            )
+        if differences := prompt.answers.get("unlike_causal"):
+            raise NotImplementedError(
+                "attention_mask of four dimensions must be causal with padding for a routed prompt, got one that "
+                f"differs from that in {differences} places"
+            )
+        if jumps := prompt.answers.get("jumps"):
+            raise NotImplementedError(
+                "position_ids of a routed prompt without cache and mask must count by one, because transformers takes "
+                f"others for several packed sequences; got {jumps} that do not"
+            )
+        if prompt.right_padded and self._layers.fill_front:
+            raise NotImplementedError(
+                "attention_mask must put padding on the left for a text model with layers of "
+                f"{', '.join(sorted(set(self._layers.kinds)))}, got padding on the right"
+            )
+        for name in ("output_hidden_states", "output_attentions"):
+            if arguments.get(name, getattr(self._config, name, False)):
+                raise NotImplementedError(f"{name} must be off for a routed prompt, got {arguments.get(name, True)}")
+        layer = self._adapter.layers[self._policy.schedule[0].layer]
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            raise NotImplementedError("gradient checkpointing must be off for a routed prompt, got it on")
+        forward = RoutedForward(self._policy, prompt, self._layers.fill_front, self._combine)
+        return Prefill(self._layers, forward, past)
+
+    def _check_cache(self, cache) -> None:
+        if cache is None:
+            return
+        from transformers import DynamicCache, StaticCache
+
+        fixed_size = not (self._layers.fill_front or self._layers.length_is_routed or self._layers.uses_flash_attention)
+        accepted = [DynamicCache, StaticCache] if fixed_size else [DynamicCache]
+        if type(cache) not in accepted and type(cache).__name__ not in self._adapter.cache_types:
+            names = " or ".join([kind.__name__ for kind in accepted] + list(self._adapter.cache_types))
+            reason = ""
+            if type(cache) is StaticCache:
+                reason = (
+                    " (a StaticCache needs full attention in all layers from the first decision on, that decision after "
+                    "the first attention layer, and no flash attention)"
+                )
+            raise NotImplementedError(f"past_key_values must be a {names}, got {type(cache).__name__}{reason}")
+
+    def _check_past(self, cache) -> None:
+        """Whether a routed prompt can follow on what the cache holds."""
+        before: CachedPrompt | None = getattr(cache, _CACHE_ATTRIBUTE, None)
+        if self._layers.length_is_routed:
+            raise NotImplementedError(
+                "past_key_values must be empty where a prompt brings images and the first decision is at layer "
+                f"{self._policy.schedule[0].layer}, by whose cache transformers counts tokens; got one with tokens"
+            )
+        if getattr(cache, "offloading", False):
+            raise NotImplementedError(
+                "past_key_values must not be offloaded where a prompt brings images to a filled cache, got offloading"
+            )
+        if before is not None and before.right_padded:
+            raise NotImplementedError(
+                "past_key_values must hold prompts padded on the left where a prompt brings images to a filled cache, "
+                "got one padded on the right"
+            )
+
+    def _position_jumps(self, cache, arguments: dict) -> Tensor | None:
+        """How often positions do not count by one, in a call in which transformers takes that for packed sequences."""
+        positions = arguments.get("position_ids")
+        uses_cache = cache is not None or arguments.get("use_cache", getattr(self._config, "use_cache", False))
+        if positions is None or uses_cache or arguments.get("attention_mask") is not None:
+            return None
+        if positions.ndim == 3:
+            positions = positions[0] if positions.shape[0] == 4 else None
+        return None if positions is None else (positions.diff(dim=1) != 1).sum()
+
+    def _visual_tokens(self, arguments: dict) -> Tensor:
+        """(B, L) bool, found by placeholder: `generate` may have encoded the images before this call."""
+        input_ids = arguments.get("input_ids")
+        if input_ids is not None:
+            visual = torch.zeros_like(input_ids, dtype=torch.bool)
+            for token_id in self._adapter.visual_token_ids:
+                visual |= input_ids == token_id
+            return visual
+        embeds = arguments["inputs_embeds"]
+        if not _brings_features(arguments):
+            raise ValueError(
+                "input_ids must be given to a routed model, or image features beside inputs_embeds, as visual tokens "
+                f"cannot be told from text in them; got inputs_embeds of shape {tuple(embeds.shape)} alone"
+            )
+        ids = torch.tensor(self._adapter.visual_token_ids, device=embeds.device)
+        placeholders = self._adapter.core.get_input_embeddings()(ids)
+        return (embeds[:, :, None] == placeholders).all(dim=-1).any(dim=-1)
+
+    def _on_cache(self, cache, tokens: Tensor, arguments: dict, guessed: int) -> Prefill | Continuation | None:
+        """New tokens on a filled cache."""
+        prompt: CachedPrompt | None = getattr(cache, _CACHE_ATTRIBUTE, None)
+        if prompt is None:
+            return self._on_unrouted_cache(cache, tokens, arguments, guessed)
+        if prompt.policy != self._policy:
+            raise ValueError(
+                f"past_key_values must have been filled under this policy, {self._policy}, got a cache filled under "
+                f"{prompt.policy}"
+            )
+        self._layers.check_attention()
+        batch, queries = tokens.shape[:2]
+        if batch % prompt.batch:
+            raise ValueError(
+                f"input_ids must hold {prompt.batch} samples or a multiple of it, as the cached prompt, got {batch}"
+            )
+        length = prompt.past.length
+        new_tokens = self._tokens_after(cache, prompt) + queries
+        mask, _ = _padding_mask(arguments.get("attention_mask"), queries, length + new_tokens)
+        if mask is not None:
+            expected = (batch, length + new_tokens)
+            if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
+                raise ValueError(
+                    f"attention_mask must be None or of shape {expected}, the {length} tokens of the prompt and "
+                    f"{new_tokens} after it, got {_shape(mask)}"
+                )
+        elif self._layers.length_is_routed and queries > 1:
+            # The length of the first attention layer, by which `generate` cuts off what is cached, is not the prompt's.
+            raise NotImplementedError(
+                f"attention_mask must be given with {queries} new tokens on a cache that a decision at layer "
+                f"{self._policy.schedule[0].layer} filled, got None"
+            )
+        if _brings_features(arguments):
+            earlier = mask[:, length:-queries].bool() if mask is not None else None
+            past = prompt.with_later(batch, earlier, new_tokens - queries)
+            call = self._prompt(cache, arguments, past, guessed)
+            if call is not None:
+                return call
+        has_positions = arguments.get("position_ids") is not None
+        return Continuation(self._layers, prompt, batch, queries, new_tokens, mask, has_positions)
+
+    def _on_unrouted_cache(self, cache, tokens: Tensor, arguments: dict, guessed: int) -> Prefill | None:
+        brings_features = _brings_features(arguments)
+        queries = tokens.shape[1]
+        if arguments.get("input_ids") is None and queries > 1 and not brings_features:
+            raise ValueError(
+                "input_ids must be given to a routed model, because visual tokens cannot be told from text in "
+                f"inputs_embeds; got {queries} of these on a cache"
+            )
+        checked = [self._layers.attention[0], self._policy.schedule[0].layer, self._layers.attention[-1]]
+        lengths = set(_cached_tokens(cache, checked))
+        if len(lengths) > 1:
+            raise ValueError(
+                f"past_key_values must come from a finished call, got layers of {sorted(lengths)} cached tokens and no "
+                "record of the routed prompt that filled them"
+            )
+        if not brings_features:
+            return None
+        (length,) = lengths
+        mask, _ = _padding_mask(arguments.get("attention_mask"), queries, length + queries)
+        valid = mask[:, :length].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        past = Past.unrouted(length, valid, len(self._policy.schedule), tokens.device)
+        return self._prompt(cache, arguments, past, guessed)
+
+    def _tokens_after(self, cache, prompt: CachedPrompt) -> int:
+        """Tokens that a cache holds after its routed prompt."""
+        layers = self._layers
+        counted = {numbers[0]: length for numbers, length in zip(layers.stages, prompt.past.lengths, strict=True)}
+        counted[layers.attention[-1]] = prompt.past.lengths[-1]
+        counted.setdefault(layers.attention[0], prompt.past.length)
+        numbers = sorted(counted)
+        after = [held - counted[layer] for layer, held in zip(numbers, _cached_tokens(cache, numbers), strict=True)]
+        if min(after) < 0:
+            raise ValueError(
+                f"past_key_values must hold the whole routed prompt, got {-min(after)} of its tokens cropped"
+            )
+        if len(set(after)) == 1:
+            return after[0]
+        if not layers.length_is_routed and after[0] == min(after):
+            # Cropped to a length for all layers, as assisted decoding does: those of the stages kept what it cut off.
+            for stage, length in zip(layers.stages, prompt.past.lengths, strict=True):
+                for number in stage:
+                    if number in layers.attention:
+                        cache.layers[number].crop(length + after[0])
+            return self._tokens_after(cache, prompt)
+        raise ValueError(
+            "past_key_values must hold the same tokens in all layers after the routed prompt, got "
+            f"{sorted(set(after))} of them: a call on it failed"
+        )
+
+
+def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a call by name."""
+    return {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+
+
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _cached_tokens(cache, layers: list[int]) -> list[int]:
+    """How many tokens layers have cached; a cache of fixed size keeps that on its device, read in one transfer."""
+    lengths = [cache.get_seq_length(layer) for layer in layers]
+    if any(isinstance(length, Tensor) for length in lengths):
+        return torch.stack([torch.as_tensor(length).reshape(()) for length in lengths]).tolist()
+    return lengths
+
+
+def _brings_features(arguments: dict) -> bool:
+    return any(arguments.get(name) is not None and len(arguments[name]) for name in _FEATURES)
+
+
+def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tensor | None]:
+    """The (B, total) mask behind an attention mask.
+
+    For caches of a fixed size `generate` makes masks of four dimensions, one for each kind of layer, of which the last
+    query's row is what it made them from.
+
+    Returns:
+        The mask, or what it is if there is none behind it; and, of four dimensions, in how many places it differs from
+        a causal mask with that padding.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[2] != queries or mask.shape[3] < total:
+        return mask, None
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :total]
+    valid = seen[:, -1]
+    causal = torch.ones(queries, total, dtype=torch.bool, device=seen.device).tril(total - queries)
+    differs = (seen ^ (causal & valid[:, None])) & valid[:, -queries:, None]
+    return valid, differs.sum()

@@ -1,0 +1,129 @@
+"""The layers of a decoder under a policy: which stage each is in, and what it attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..policy import Policy
+from .adapter import Adapter
+from .masks import IMPLEMENTATIONS, attention_mask
+
+_KINDS = ("full_attention", "sliding_attention", "linear_attention")
+
+
+class RoutedLayers:
+    """What does not change from call to call.
+
+    Args:
+        adapter: of the model.
+        policy: of the routing.
+
+    Attributes:
+        kinds: what each layer attends to, in the words of transformers' configurations.
+        stages: the numbers of the layers of each stage.
+        attention: the numbers of the layers that cache keys.
+        fill_front: whether rows that hold no token must stand in front of the others, because there are layers in which
+            what stands last in a row counts.
+        length_is_routed: whether the layer by whose cache transformers counts tokens, the first that caches keys, is in
+            a stage.
+
+    Raises:
+        ValueError: the policy names layers that there are not.
+        NotImplementedError: a layer cannot do what the policy asks of it.
+    """
+
+    def __init__(self, adapter: Adapter, policy: Policy):
+        self._config = adapter.decoder.config
+        self._model_class = type(adapter.model).__name__
+        self.kinds = adapter.layer_types
+        self._check(policy)
+        first = policy.schedule[0].layer
+        ends = [*(stage.layer for stage in policy.schedule[1:]), len(self.kinds)]
+        self.stages = [range(stage.layer, end) for stage, end in zip(policy.schedule, ends, strict=True)]
+        self.attention = [number for number, kind in enumerate(self.kinds) if kind != "linear_attention"]
+        self.fill_front = any(kind != "full_attention" for kind in self.kinds[first:])
+        self.length_is_routed = first <= self.attention[0]
+        self._slides = "sliding_attention" in self.kinds[first:]
+        self.check_attention()
+
+    def _check(self, policy: Policy) -> None:
+        if policy.schedule[-1].layer >= len(self.kinds):
+            raise ValueError(
+                f"schedule must stay below layer {len(self.kinds)} of this {self._model_class}, "
+                f"got layer {policy.schedule[-1].layer}"
+            )
+        allowed = [number for number, kind in enumerate(self.kinds) if kind == "full_attention"]
+        for stage in policy.schedule:
+            if stage.layer not in allowed:
+                raise NotImplementedError(
+                    f"schedule must decide at layers with full attention, of this {self._model_class} "
+                    f"{', '.join(map(str, allowed)) or 'none'}; got layer {stage.layer} of {self.kinds[stage.layer]!r}"
+                )
+        for number in range(policy.schedule[0].layer, len(self.kinds)):
+            if self.kinds[number] not in _KINDS:
+                raise NotImplementedError(
+                    f"layers from the first decision on must be of type {', '.join(_KINDS)}, got "
+                    f"{self.kinds[number]!r} at layer {number} of this {self._model_class}"
+                )
+
+    def check_attention(self) -> None:
+        """Whether masks can be made for the attention implementation, which a user may change at any time.
+
+        Raises:
+            NotImplementedError: they cannot.
+        """
+        implementation = self._config._attn_implementation
+        if implementation not in IMPLEMENTATIONS:
+            raise NotImplementedError(
+                f"attn_implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {implementation!r}"
+            )
+        if self._slides and self.uses_flash_attention:
+            # A window counts rows there, and rows of a compact sequence are not neighbours.
+            raise NotImplementedError(
+                "attn_implementation must not be flash attention for a text model with sliding windows, "
+                f"got {implementation!r}"
+            )
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        return self._config._attn_implementation.startswith("flash")
+
+    def mask(
+        self,
+        number: int,
+        cache,
+        queries: int,
+        past: int,
+        total: int,
+        valid: Tensor | None,
+        positions: Callable[[], Tensor],
+        hidden: Tensor,
+    ) -> object:
+        """The attention mask of a layer.
+
+        Args:
+            number: the layer.
+            cache: of the call, or None.
+            queries: M, its tokens that run.
+            past: P, the keys that the layer has cached.
+            total: tokens of the full sequence, those of the call included.
+            valid: (B, P + M) bool, False at keys that hold no token; None where all do.
+            positions: gives (B or 1, P + M), positions in the full sequence.
+            hidden: the layer's input.
+        """
+        implementation = self._config._attn_implementation
+        layers = getattr(cache, "layers", ())
+        cached = layers[number] if number < len(layers) else None
+        if self.kinds[number] == "sliding_attention" and total > self._config.sliding_window:
+            # The window is one of positions, not of rows, and the cache of such a layer may hold the last rows only.
+            window = self._config.sliding_window
+            if getattr(cached, "is_sliding", False):
+                past = min(past, window - 1)
+            keys = past + queries
+            places = positions()[:, -keys:]
+            valid = valid[:, -keys:] if valid is not None else None
+            return attention_mask(implementation, queries, past, keys, hidden, valid, places, window)
+        keys = getattr(cached, "max_cache_len", past + queries)
+        return attention_mask(implementation, queries, past, keys, hidden, valid)
