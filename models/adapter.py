@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from operator import attrgetter
 
 from torch import Tensor, nn
@@ -50,15 +51,38 @@ class Adapter:
     )
     """What ranking reads of a decision layer."""
 
+    core_arguments: tuple[str, ...] = (
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+    )
+    """What tells what a call is: arguments of `model.model`."""
+
+    decoder_arguments: tuple[str, ...] = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+    """What the decoder is handed, by name."""
+
+    layer_arguments: tuple[str, ...] = ("attention_mask", "position_embeddings", "past_key_values")
+    """What its layers are handed, by name, behind the hidden states."""
+
     def __init__(self, model: nn.Module):
         self.model = model
-        self.core: nn.Module = self._require(model, "model")
+        if not isinstance(getattr(model, "model", None), nn.Module):
+            raise AttributeError(
+                f"model must be a whole one with its head, such as LlavaForConditionalGeneration, got "
+                f"{type(model).__name__}, which has no attribute 'model'"
+            )
+        self.core: nn.Module = model.model
         self.decoder: nn.Module = self._require(self.core, self.decoder_name)
         self.layers: nn.ModuleList = self._require(self.decoder, "layers")
         self.layer_types: list[str] = self._layer_types()
         for layer, kind in zip(self.layers, self.layer_types, strict=False):
             for path in self.layer_attributes if kind == "full_attention" else ():
                 self._require(layer, path)
+            self._require_arguments(layer, self.layer_arguments)
+        self._require_arguments(self.core, self.core_arguments)
+        self._require_arguments(self.decoder, self.decoder_arguments)
         self._require(model.config, "image_token_id")
         self.visual_token_ids = visual_token_ids(model.config)
 
@@ -66,12 +90,21 @@ class Adapter:
         try:
             return attrgetter(path)(owner)
         except AttributeError:
-            import transformers
+            raise self._built_differently(f"{type(owner).__name__} has no attribute {path!r}") from None
 
-            raise AttributeError(
-                f"cannot route {type(self.model).__name__} of transformers {transformers.__version__}: "
-                f"{type(owner).__name__} has no attribute {path!r} (known to work: transformers 5.4 to 5.23)"
-            ) from None
+    def _require_arguments(self, module: nn.Module, names: tuple[str, ...]) -> None:
+        parameters = inspect.signature(module.forward).parameters
+        for name in names:
+            if name not in parameters:
+                raise self._built_differently(f"{type(module).__name__}.forward has no argument {name!r}")
+
+    def _built_differently(self, how: str) -> AttributeError:
+        import transformers
+
+        return AttributeError(
+            f"cannot route {type(self.model).__name__} of transformers {transformers.__version__}: {how} "
+            "(known to work: transformers 5.4 to 5.23)"
+        )
 
     def _layer_types(self) -> list[str]:
         """What each layer attends to, in the words of transformers' configurations."""

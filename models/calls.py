@@ -303,8 +303,8 @@ class CallReader:
             reason = ""
             if type(cache) is StaticCache:
                 reason = (
-                    " (a StaticCache needs full attention in all layers from the first decision on, that decision after "
-                    "the first attention layer, and no flash attention)"
+                    " (a StaticCache needs full attention in all layers from the first decision on, that decision "
+                    "after the first attention layer, and no flash attention)"
                 )
             raise NotImplementedError(f"past_key_values must be a {names}, got {type(cache).__name__}{reason}")
 

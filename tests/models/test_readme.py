@@ -48,4 +48,4 @@ def test_third_block_is_a_policy():
 @pytest.mark.parametrize("name", re.findall(r"^  ([\w/.]+)/? ", README.partition("## Map")[2], flags=re.MULTILINE))
 def test_map_names_what_exists(name):
     root = Path(__file__).parents[2]
-    assert any((root / folder / name).exists() for folder in ("reroute_kernels", "models", "bench"))
+    assert any((root / folder / name).exists() for folder in ("reroute_kernels", "models", "tests", "bench"))

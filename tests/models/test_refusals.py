@@ -1,6 +1,8 @@
 """What is not supported raises before the first forward, and says what came and what is accepted."""
 
 import copy
+import functools
+import inspect
 
 import pytest
 import torch
@@ -69,6 +71,34 @@ def test_missing_attribute_is_named_with_the_version(model, name):
     delattr(other.model.language_model.layers[3].get_submodule(owner), leaf)
     with pytest.raises(AttributeError, match=rf"transformers \d.*DecoderLayer has no attribute '{name}'"):
         rk.apply(other, policy())
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("model", "past_key_values"),
+        ("model.language_model", "position_ids"),
+        ("model.language_model.layers.7", "position_embeddings"),
+    ],
+)
+def test_missing_argument_is_named_with_the_version(model, path, name):
+    module = model.get_submodule(path)
+    signature = inspect.signature(module.forward)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+    module.forward = functools.partial(module.forward)
+    module.forward.__signature__ = signature.replace(parameters=parameters)
+    try:
+        with pytest.raises(
+            AttributeError, match=rf"transformers \d.*{type(module).__name__}.forward has no .* '{name}'"
+        ):
+            rk.apply(model, policy())
+    finally:
+        del module.forward
+
+
+def test_model_without_its_head(model):
+    with pytest.raises(AttributeError, match=rf"a whole one with its head, .* got {type(model.model).__name__}"):
+        rk.apply(model.model, policy())
 
 
 def tiny_config(family, **text):
