@@ -217,7 +217,17 @@ MODELS: dict[str, Callable] = {
     "qwen3_vl_moe": lambda: qwen3_vl("Qwen3VLMoe", **SMALL_EXPERTS),
     "smolvlm": lambda: idefics3("SmolVLM"),
 }
-VIDEO_MODELS = ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
+VIDEO_MODELS = (
+    "glm4v",
+    "glm4v_moe",
+    "llava_onevision",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+)
 
 
 def _patches(dim: int, height: int, generator) -> dict[str, Tensor]:
@@ -260,6 +270,11 @@ class Family:
     def has_video(self) -> bool:
         return self.name in VIDEO_MODELS
 
+    @property
+    def _shows_frames(self) -> bool:
+        """Whether placeholders of images stand for the frames of a video."""
+        return self.name.startswith("glm")
+
     def prompt(self, images: int, before: int, after: int, seed: int, video: bool = False) -> Prompt:
         """Text, each image followed by three text tokens, or one video, and text again."""
         generator = torch.Generator().manual_seed(seed)
@@ -275,7 +290,7 @@ class Family:
         if video:
             segments, features = self._video(generator)
             for count in segments:
-                parts += [*self._wrapped(VIDEO, count), text(2)]
+                parts += [*self._wrapped(IMAGE if self._shows_frames else VIDEO, count), text(2)]
         parts.append(text(after))
         return Prompt(torch.cat(parts), self._merged(features, dim=1))
 
@@ -291,8 +306,8 @@ class Family:
         pixels = torch.randn(frames * height * width, dim, generator=generator)
         features = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[frames, height, width]])}
         tokens = height * width // 4
-        # These write the time of each frame in front of it.
-        apart = self.name.startswith("qwen3")
+        # Some write the time of each frame in front of it.
+        apart = self._shows_frames or self.name.startswith("qwen3")
         return [tokens] * frames if apart else [frames * tokens], [features]
 
     @torch.no_grad()
@@ -325,6 +340,9 @@ class Family:
         if self.name.startswith(("qwen", "glm")):
             ids = inputs["input_ids"]
             inputs["mm_token_type_ids"] = (ids == IMAGE) * 1 + (ids == VIDEO) * 2
+            if self._shows_frames:
+                videos = torch.tensor(["pixel_values_videos" in prompt.features for prompt in prompts])
+                inputs["mm_token_type_ids"] *= 1 + videos[:, None].long()
         return inputs | self._merged([prompt.features for prompt in prompts], dim=0)
 
 
