@@ -11,7 +11,7 @@ from torch import Tensor
 from ..policy import Policy
 from ..routing import CachedPrompt, Past, Prompt, RoutedForward
 from .adapter import Adapter
-from .generation import prompt_call
+from .generation import PromptCall, prompt_call
 from .layers import RoutedLayers
 from .parallel import over_all_heads
 
@@ -148,7 +148,7 @@ class Continuation:
             return kwargs.get("attention_mask")  # of the new tokens alone
         key = (stage, kind)
         if key not in self._masks:
-            if kwargs.get("attention_mask") is None and not self._layers.length_is_routed:
+            if kwargs.get("attention_mask") is None and not self._layers.padding_is_hidden:
                 self._mask = None  # the model looked for padding and found none
             past = self._prompt.past
             self._masks[key] = self._layers.mask(
@@ -213,13 +213,12 @@ class CallReader:
         if tokens is None:
             return None  # the model says what is missing
         held = _cached_tokens(cache, [0])[0] if cache is not None else 0
-        guessed = 0
+        generation = PromptCall()
         if held == 0 or tokens.shape[1] > 1:
-            generation = self._prompt_call()
-            guessed = generation.guessed
-            self._check_chunks(generation.chunked_ids, held, generation.chunk_size)
+            generation = self._prompt_call(self._adapter.model)
+            self._check_chunks(generation, held)
         if held:
-            return self._on_cache(cache, tokens, arguments, guessed)
+            return self._on_cache(cache, tokens, arguments, generation)
         if cache is not None and hasattr(cache, _CACHE_ATTRIBUTE):
             delattr(cache, _CACHE_ATTRIBUTE)  # the cache was reset since
             lengths = set(_cached_tokens(cache, self._layers.attention))
@@ -228,19 +227,20 @@ class CallReader:
                     "past_key_values must hold the whole routed prompt or nothing, got layers of "
                     f"{sorted(lengths)} cached tokens"
                 )
-        return self._prompt(cache, arguments, None, guessed)
+        return self._prompt(cache, arguments, None, generation)
 
-    def _check_chunks(self, ids: Tensor | None, held: int, size: int | None) -> None:
+    def _check_chunks(self, generation: PromptCall, held: int) -> None:
+        ids = generation.chunked_ids
         if ids is None:
             return
         new = ids[:, held:] if ids.shape[1] > held else ids
         if bool(self._visual_tokens({"input_ids": new}).any()):
             raise NotImplementedError(
                 "prefill_chunk_size must be None for a routed prompt, or not below its length, because a chunk without "
-                f"the prompt's last token cannot rank by it; got {size} for {ids.shape[1]} tokens"
+                f"the prompt's last token cannot rank by it; got {generation.chunk_size} for {ids.shape[1]} tokens"
             )
 
-    def _prompt(self, cache, arguments: dict, past: Past | None, guessed: int) -> Prefill | None:
+    def _prompt(self, cache, arguments: dict, past: Past | None, generation: PromptCall) -> Prefill | None:
         """A prompt, which is routed if it holds visual tokens."""
         visual = self._visual_tokens(arguments)
         queries = visual.shape[1]
@@ -251,14 +251,14 @@ class CallReader:
         jumps = self._position_jumps(cache, arguments)
         asked = {"jumps": jumps, "unlike_causal": unlike_causal}
         asked = {name: number for name, number in asked.items() if number is not None}
-        prompt = Prompt(visual, valid, guessed, asked)
+        prompt = Prompt(visual, valid, generation.guessed, asked)
         if not prompt.has_visual_tokens:
             return None
         self._layers.check_attention()
         self._check_cache(cache)
         if past is not None:
             self._check_past(cache)
-        if guessed and self._layers.length_is_routed:
+        if generation.assisted and self._layers.length_is_routed:
             raise NotImplementedError(
                 "schedule must begin after the first attention layer for assisted decoding, which cuts the cache by "
                 f"that layer's length; got a decision at layer {self._policy.schedule[0].layer}"
@@ -267,15 +267,16 @@ class CallReader:
             raise NotImplementedError(
                 f"attention_mask must be None or of shape {expected} for a routed prompt, got {_shape(mask)}"
             )
-        if differences := prompt.answers.get("unlike_causal"):
-            raise NotImplementedError(
-                "attention_mask of four dimensions must be causal with padding for a routed prompt, got one that "
-                f"differs from that in {differences} places"
-            )
+        _check_causal(prompt.answers.get("unlike_causal", 0))
         if jumps := prompt.answers.get("jumps"):
             raise NotImplementedError(
                 "position_ids of a routed prompt without cache and mask must count by one, because transformers takes "
                 f"others for several packed sequences; got {jumps} that do not"
+            )
+        if prompt.right_padded and prompt.has_empty_rows:
+            raise NotImplementedError(
+                "attention_mask must put padding on the left where a sample sits a prompt out, got padding on the "
+                "right beside a sample without a token"
             )
         if prompt.right_padded and self._layers.fill_front:
             raise NotImplementedError(
@@ -289,6 +290,13 @@ class CallReader:
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise NotImplementedError("gradient checkpointing must be off for a routed prompt, got it on")
         forward = RoutedForward(self._policy, prompt, self._layers.fill_front, self._combine)
+        if past is not None and self._layers.has_states:
+            for stage, rows in enumerate(forward.row_lengths):
+                if forward.is_ragged(stage):
+                    raise NotImplementedError(
+                        "input_ids that follow on a cache with recurrent states must keep equally many tokens of each "
+                        f"sample, got {', '.join(map(str, rows))} at layer {self._policy.schedule[stage].layer}"
+                    )
         return Prefill(self._layers, forward, past)
 
     def _check_cache(self, cache) -> None:
@@ -354,11 +362,18 @@ class CallReader:
         placeholders = self._adapter.core.get_input_embeddings()(ids)
         return (embeds[:, :, None] == placeholders).all(dim=-1).any(dim=-1)
 
-    def _on_cache(self, cache, tokens: Tensor, arguments: dict, guessed: int) -> Prefill | Continuation | None:
+    def _on_cache(
+        self, cache, tokens: Tensor, arguments: dict, generation: PromptCall
+    ) -> Prefill | Continuation | None:
         """New tokens on a filled cache."""
+        if arguments.get("input_ids") is None and tokens.shape[1] > 1 and not _brings_features(arguments):
+            raise ValueError(
+                "input_ids must be given to a routed model, because visual tokens cannot be told from text in "
+                f"inputs_embeds; got {tokens.shape[1]} of these on a cache"
+            )
         prompt: CachedPrompt | None = getattr(cache, _CACHE_ATTRIBUTE, None)
         if prompt is None:
-            return self._on_unrouted_cache(cache, tokens, arguments, guessed)
+            return self._on_unrouted_cache(cache, tokens, arguments, generation)
         if prompt.policy != self._policy:
             raise ValueError(
                 f"past_key_values must have been filled under this policy, {self._policy}, got a cache filled under "
@@ -372,7 +387,9 @@ class CallReader:
             )
         length = prompt.past.length
         new_tokens = self._tokens_after(cache, prompt) + queries
-        mask, _ = _padding_mask(arguments.get("attention_mask"), queries, length + new_tokens)
+        mask, unlike_causal = _padding_mask(arguments.get("attention_mask"), queries, length + new_tokens)
+        if unlike_causal is not None:
+            _check_causal(int(unlike_causal))
         if mask is not None:
             expected = (batch, length + new_tokens)
             if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
@@ -389,20 +406,14 @@ class CallReader:
         if _brings_features(arguments):
             earlier = mask[:, length:-queries].bool() if mask is not None else None
             past = prompt.with_later(batch, earlier, new_tokens - queries)
-            call = self._prompt(cache, arguments, past, guessed)
+            call = self._prompt(cache, arguments, past, generation)
             if call is not None:
                 return call
         has_positions = arguments.get("position_ids") is not None
         return Continuation(self._layers, prompt, batch, queries, new_tokens, mask, has_positions)
 
-    def _on_unrouted_cache(self, cache, tokens: Tensor, arguments: dict, guessed: int) -> Prefill | None:
-        brings_features = _brings_features(arguments)
+    def _on_unrouted_cache(self, cache, tokens: Tensor, arguments: dict, generation: PromptCall) -> Prefill | None:
         queries = tokens.shape[1]
-        if arguments.get("input_ids") is None and queries > 1 and not brings_features:
-            raise ValueError(
-                "input_ids must be given to a routed model, because visual tokens cannot be told from text in "
-                f"inputs_embeds; got {queries} of these on a cache"
-            )
         checked = [self._layers.attention[0], self._policy.schedule[0].layer, self._layers.attention[-1]]
         lengths = set(_cached_tokens(cache, checked))
         if len(lengths) > 1:
@@ -410,13 +421,13 @@ class CallReader:
                 f"past_key_values must come from a finished call, got layers of {sorted(lengths)} cached tokens and no "
                 "record of the routed prompt that filled them"
             )
-        if not brings_features:
+        if not _brings_features(arguments):
             return None
         (length,) = lengths
         mask, _ = _padding_mask(arguments.get("attention_mask"), queries, length + queries)
         valid = mask[:, :length].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         past = Past.unrouted(length, valid, len(self._policy.schedule), tokens.device)
-        return self._prompt(cache, arguments, past, guessed)
+        return self._prompt(cache, arguments, past, generation)
 
     def _tokens_after(self, cache, prompt: CachedPrompt) -> int:
         """Tokens that a cache holds after its routed prompt."""
@@ -462,6 +473,14 @@ def _cached_tokens(cache, layers: list[int]) -> list[int]:
     return lengths
 
 
+def _check_causal(differences: int) -> None:
+    if differences:
+        raise NotImplementedError(
+            "attention_mask of four dimensions must be causal with padding on a routed model, got one that differs "
+            f"from that in {differences} places"
+        )
+
+
 def _brings_features(arguments: dict) -> bool:
     return any(arguments.get(name) is not None and len(arguments[name]) for name in _FEATURES)
 
@@ -478,7 +497,7 @@ def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tenso
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[2] != queries or mask.shape[3] < total:
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1:3] != (1, queries) or mask.shape[3] < total:
         return mask, None
     seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :total]
     valid = seen[:, -1]

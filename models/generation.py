@@ -6,40 +6,44 @@ import sys
 from dataclasses import dataclass
 from types import FrameType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _GENERATION = "transformers.generation.utils"
 
 
 @dataclass(frozen=True)
 class PromptCall:
-    """How the innermost `generate` that is running calls its model.
+    """How `generate` calls its model.
 
     Attributes:
-        guessed: tokens at the end of the call that an assistant guessed, in assisted decoding.
+        assisted: whether it lets an assistant guess tokens.
+        guessed: tokens at the end of the call that were guessed.
         chunked_ids: (B, L), the whole conversation where it is prefilled in chunks, else None.
         chunk_size: of these, else None.
     """
 
+    assisted: bool = False
     guessed: int = 0
     chunked_ids: Tensor | None = None
     chunk_size: int | None = None
 
 
-def prompt_call() -> PromptCall:
-    """Read the frames of transformers' generation loop that called the model, if any did.
+def prompt_call(model: nn.Module) -> PromptCall:
+    """Read the frame of transformers' generation loop that called this model, if one did.
 
     Assisted decoding appends guesses to the prompt of its first call, and a chunk looks like a prompt of its own: both
     would rank by a token that is not the prompt's last, and no argument tells.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != _GENERATION:
+    while frame is not None:
+        values = frame.f_locals
+        if frame.f_globals.get("__name__") == _GENERATION and values.get("self") is model:
+            break
         frame = frame.f_back
     if frame is None:
         return PromptCall()
-    values = frame.f_locals
     if frame.f_code.co_name == "_assisted_decoding":
-        return PromptCall(guessed=values["candidate_length"])
+        return PromptCall(assisted=True, guessed=values.get("candidate_length", 0))
     config, ids = values.get("generation_config"), values.get("input_ids")
     chunk = getattr(config, "prefill_chunk_size", None)
     if frame.f_code.co_name == "_prefill" and chunk is not None and ids.shape[1] > chunk:

@@ -28,6 +28,8 @@ class RoutedLayers:
             what stands last in a row counts.
         length_is_routed: whether the layer by whose cache transformers counts tokens, the first that caches keys, is in
             a stage.
+        padding_is_hidden: whether so is the layer by whose cache it looks for padding, the first with full attention.
+        has_states: whether a stage has layers whose recurrent states every row of a call goes into.
 
     Raises:
         ValueError: the policy names layers that there are not.
@@ -45,6 +47,8 @@ class RoutedLayers:
         self.attention = [number for number, kind in enumerate(self.kinds) if kind != "linear_attention"]
         self.fill_front = any(kind != "full_attention" for kind in self.kinds[first:])
         self.length_is_routed = first <= self.attention[0]
+        self.padding_is_hidden = first == self.kinds.index("full_attention")
+        self.has_states = "linear_attention" in self.kinds[first:]
         self._slides = "sliding_attention" in self.kinds[first:]
         self.check_attention()
 

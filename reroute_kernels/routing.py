@@ -67,7 +67,9 @@ class Prompt:
         self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *answers = counts
         self.answers = {name: numbers[0] for name, numbers in zip(asked, answers, strict=True)}
         self.padded = min(self.valid_counts) < self.length
-        self.right_padded = max(trailing) > 0
+        # A sample without a token sits this prompt out: it is padded on neither side.
+        self.right_padded = any(after and tokens for after, tokens in zip(trailing, self.valid_counts, strict=True))
+        self.has_empty_rows = min(self.valid_counts) == 0
         self.valid = valid if self.padded else None
         self.end = end if self.padded else None
         # What ranks, and what it sees: the prompt without guesses.

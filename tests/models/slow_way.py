@@ -12,6 +12,8 @@ import torch
 
 from tests.models.prompts import IMAGE, VIDEO
 
+FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+
 
 def decoder_of(model):
     core = model.model
@@ -113,7 +115,7 @@ class SlowWay:
             assert (ids == ids[0]).all() or ids.shape[1] == 1
             visual = (ids[0] == IMAGE) | (ids[0] == VIDEO)
         filled = cache is not None and int(cache.get_seq_length()) > 0
-        features = any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        features = any(kwargs.get(name) is not None for name in FEATURES)
         self.routes = bool(visual.any()) and (not filled or features)
         self.past = int(cache.get_seq_length()) if filled else 0
         self.current = visual.nonzero().flatten().tolist()

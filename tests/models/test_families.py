@@ -108,6 +108,37 @@ def test_a_sliding_window_is_one_of_positions(window, action):
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_padding_that_the_first_layer_with_full_attention_hides():
+    """transformers looks for padding in as many tokens as that layer has cached: those of its stage."""
+    family = load("aya_vision")
+    config = copy.deepcopy(family.model.config)
+    config.text_config.sliding_window = 1000
+    torch.manual_seed(0)
+    model = type(family.model)(config).eval()
+    prompts = [family.prompt(1, 6, 15, seed=seed) for seed in (1, 2)]
+    text = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def turns(rows, tokens, padding=0):
+        """Logits of a turn of text, whose last sample is padded on the left, and of three tokens after it."""
+        inputs = family.batch([prompts[row] for row in rows])
+        valid = torch.ones_like(tokens)
+        valid[-1, :padding] = 0
+        mask = torch.cat([inputs["attention_mask"], valid], dim=1)
+        cache = model(**inputs, use_cache=True).past_key_values
+        logits = []
+        for _ in range(4):
+            places = (mask.cumsum(dim=1) - 1)[:, -tokens.shape[1] :]
+            step = {"input_ids": tokens, "attention_mask": mask, "position_ids": places}
+            logits.append(model(**step, past_key_values=cache).logits[:, -1])
+            tokens, mask = logits[-1].argmax(-1)[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        return torch.stack(logits, dim=1)
+
+    with rk.apply(model, policy(schedule=(rk.Stage(1, 0.4), rk.Stage(3, 0.3)))):
+        together, alone = turns([0, 1], text, padding=4), turns([1], text[1:, 4:])
+    torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("kind", ["Gemma3", "PaliGemma"])
 def test_images_that_attend_in_both_directions_are_refused_by_name(kind):
     model = tiny(

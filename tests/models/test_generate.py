@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import reroute_kernels as rk
 from tests.models.prompts import ACTIONS, batch, cached_lengths, policy, selections
@@ -307,3 +308,55 @@ def test_model_compiled_before_routing_routes(model, inputs):
     torch._dynamo.reset()
     torch.testing.assert_close(routed, expected, atol=1e-5, rtol=0)
     assert not torch.allclose(routed, unrouted, atol=1e-3)
+
+
+@torch.no_grad()
+def test_sample_that_sits_a_later_image_out(family, model, prompt):
+    """Its row of the later turn is padding; it goes on from the turn before."""
+    if family != "llava":
+        pytest.skip("its positions on three axes are not counted by hand here")
+    firsts, later = [prompt(1, 5, 12, seed=1), prompt(1, 5, 12, seed=2)], prompt(1, 3, 6, seed=3)
+    earlier, second = batch(firsts), batch([later])
+    length, added = len(firsts[0]), len(later)
+    ids = torch.cat([second["input_ids"], torch.zeros_like(second["input_ids"])])
+    new = (ids > 0).long()
+    mask = torch.cat([earlier["attention_mask"], new], dim=1)
+    places = torch.cat([torch.arange(length, length + added)[None], torch.full((1, added), length)])
+    inputs = {"input_ids": ids, "pixel_values": second["pixel_values"], "attention_mask": mask, "position_ids": places}
+    with rk.apply(model, policy()) as routing:
+        cache = model(**earlier, use_cache=True).past_key_values
+        model(**inputs, past_key_values=cache)
+        assert routing.trace.visual_counts == [196, 0]
+        step = {
+            "input_ids": torch.tensor([[7], [7]]),
+            "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+            "position_ids": torch.tensor([[length + added], [length]]),
+        }
+        logits = model(**step, past_key_values=cache).logits
+        alone = model(**batch(firsts[1:]), use_cache=True).past_key_values
+        expected = model(input_ids=torch.tensor([[7]]), past_key_values=alone).logits
+    torch.testing.assert_close(logits[1], expected[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_call_from_inside_the_generation_of_another_model(model, inputs):
+    """How that one generates says nothing about this call."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    other = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32))
+    selected = []
+
+    class Asks(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            model(**inputs)
+            selected.append(selections(routing.trace))
+            return torch.tensor([False])
+
+    with rk.apply(model, policy()) as routing:
+        model(**inputs)
+        expected = selections(routing.trace)
+        ids = torch.tensor([[3, 4, 5, 6, 3, 4, 5]])
+        settings = {"prompt_lookup_num_tokens": 3, "max_new_tokens": 8, "eos_token_id": 31, "pad_token_id": 0}
+        other.generate(ids, **settings, stopping_criteria=[Asks()])
+    assert selected
+    assert selected == [expected] * len(selected)

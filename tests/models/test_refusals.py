@@ -16,7 +16,8 @@ from transformers import (
 
 import reroute_kernels as rk
 from tests.models.conftest import hooks
-from tests.models.prompts import GOLDEN, batch, policy
+from tests.models.families import load
+from tests.models.prompts import GOLDEN, Prompt, batch, policy
 
 
 @pytest.fixture
@@ -167,8 +168,16 @@ def test_four_dimensional_mask(model, inputs):
         expected = model(**inputs).logits
         torch.testing.assert_close(model(**{**inputs, "attention_mask": causal}).logits, expected)
         for other in (torch.ones_like(causal), causal.roll(1, dims=3)):
-            with pytest.raises(NotImplementedError, match="must be causal with padding"):
+            with pytest.raises(NotImplementedError, match=r"must be causal with padding .* got one that differs"):
                 model(**{**inputs, "attention_mask": other})
+        of_each_head = causal.repeat(1, 4, 1, 1)
+        with pytest.raises(NotImplementedError, match="attention_mask must be None or of shape"):
+            model(**{**inputs, "attention_mask": of_each_head})
+        cache = model(**inputs, use_cache=True).past_key_values
+        later = torch.ones(1, 1, 3, length + 3, dtype=torch.bool).tril(length)
+        later[:, :, 1, length] = False  # the second new token does not see the first
+        with pytest.raises(NotImplementedError, match=r"must be causal with padding .* differs from that in 1 places"):
+            model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=later, past_key_values=cache)
         with pytest.raises(NotImplementedError, match="attention_mask must be None or of shape"):
             model(**{**inputs, "attention_mask": causal[:, :, 1:]})
 
@@ -338,6 +347,53 @@ def test_embeddings_on_a_filled_cache(model, inputs):
         cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
         with pytest.raises(ValueError, match="input_ids must be given to a routed model"):
             model(inputs_embeds=embeds, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_merged_embeddings_on_a_routed_cache(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with rk.apply(model, policy()):
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"input_ids must be given to a routed model, .* on a cache"):
+            model(inputs_embeds=embeds, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_samples_that_keep_different_numbers_where_states_are_recurrent():
+    case = load("qwen3_5")
+    first = case.batch([case.prompt(0, 4, 30, seed=3)] * 2)
+    one, two = case.prompt(1, 3, 8 + 45, seed=1), case.prompt(2, 3, 8, seed=2)
+    later = case.batch([two, Prompt(one.ids[: len(two)], one.features)])
+    later["attention_mask"] = torch.cat([first["attention_mask"], later["attention_mask"]], dim=1)
+    message = r"must keep equally many tokens of each sample, got \d+, \d+ at layer 3"
+    with rk.apply(case.model, policy(schedule=(rk.Stage(3, 0.3),))):
+        case.model(**later | {"attention_mask": None})
+        cache = case.model(**first, use_cache=True).past_key_values
+        with pytest.raises(NotImplementedError, match=message):
+            case.model(**later, past_key_values=cache)
+
+
+@pytest.mark.parametrize("mode", ["guesses", "static"])
+def test_ways_that_count_by_a_layer_that_is_routed(model, inputs, mode):
+    settings = {"guesses": {"prompt_lookup_num_tokens": 3}, "static": {"cache_implementation": "static"}}[mode]
+    message = {"guesses": "schedule must begin after .* assisted", "static": "must be a DynamicCache, got StaticCache"}
+    with (
+        rk.apply(model, policy(schedule=(rk.Stage(0, 0.5),))),
+        pytest.raises(NotImplementedError, match=message[mode]),
+    ):
+        model.generate(**inputs, max_new_tokens=4, **settings)
+
+
+@torch.no_grad()
+def test_right_padding_beside_a_sample_that_sits_out(model, prompt):
+    inputs = batch([prompt(1, 5, 12, seed=1), prompt(1, 5, 9, seed=1)], "right")
+    inputs["attention_mask"][1] = 0
+    inputs["attention_mask"][0, -1] = 0
+    with (
+        rk.apply(model, policy()),
+        pytest.raises(NotImplementedError, match="on the left where a sample sits a prompt out"),
+    ):
+        model(**inputs)
 
 
 @torch.no_grad()

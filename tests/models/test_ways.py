@@ -60,6 +60,7 @@ class NotOffered(Exception):
         "no video input of its own",
         "transformers: Chunked prefill cannot split the raw multimodal inputs",
         "transformers: Cannot use prefill chunking without a cache",
+        "transformers: Sizes of tensors must match",  # in chunks
         "transformers: Cannot copy out of meta tensor",
         "transformers: assisted generation is not supported with stateful models",
         "transformers: it is given a ",
@@ -320,7 +321,9 @@ def _(case):
 @way("beam search", "`generate(num_beams=3)`, also of a batch")
 def _(case):
     compare(case, generate(case, [one_image(case)], num_beams=3))
-    prompts = [one_image(case), two_images(case)]
+    # Some versions repeat the tiles of an image one by one, not image by image, for the beams.
+    tiles = case.name.startswith(("aya", "internvl"))
+    prompts = [one_image(case), case.prompt(1, 4, 20, seed=2) if tiles else two_images(case)]
     with rk.apply(case.model, policies(case)[0]):
         together = generate(case, prompts, num_beams=3)().sequences[:, -8:].tolist()
     for prompt, tokens in zip(prompts, together, strict=True):
@@ -375,7 +378,7 @@ def _(case):
             torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=0)
 
 
-def two_turns(case, firsts, seconds):
+def two_turns(case, firsts, seconds, cache=None):
     """Logits of each sample's last token and of four more, on a cache that a first turn filled; padded on the left."""
     earlier, later = case.batch(firsts), case.batch(seconds)
     length = earlier["input_ids"].shape[1]
@@ -393,7 +396,7 @@ def two_turns(case, firsts, seconds):
     for inputs in (earlier, later):
         inputs.pop("mm_token_type_ids", None)
     earlier["position_ids"], later["position_ids"] = at[..., :length], at[..., length:]
-    cache = case.model(**earlier, use_cache=True).past_key_values
+    cache = case.model(**earlier, past_key_values=cache, use_cache=True).past_key_values
     output = case.model(**later | {"attention_mask": mask}, past_key_values=cache)
     logits = [output.logits[:, -1:]]
     for step in range(4):
@@ -454,14 +457,13 @@ def _(case):
             refusal("past_key_values must be a DynamicCache", call, case.model)
     compare(case, generate(case, [one_image(case)]), routed_call=call)
     compare_batch(case, "left", cache_implementation="static")
-    text = torch.randint(3, 400, (1, 5), generator=torch.Generator().manual_seed(0))
-
-    def turns(cache=None):
-        cache = case.model(**case.batch([two_images(case)]), past_key_values=cache, use_cache=True).past_key_values
-        return torch.cat([case.model(input_ids=part, past_key_values=cache).logits for part in (text, text)], dim=1)
-
     config = case.model.config.get_text_config()
-    compare(case, turns, routed_call=lambda: turns(transformers.StaticCache(config=config, max_cache_len=500)))
+    turns = [two_images(case)], [text_only(case)]
+    compare(
+        case,
+        lambda: two_turns(case, *turns),
+        routed_call=lambda: two_turns(case, *turns, transformers.StaticCache(config=config, max_cache_len=500)),
+    )
 
 
 @way("offloaded cache", '`generate(cache_implementation="offloaded")`; on a CPU with stand-ins for the streams')
