@@ -360,3 +360,27 @@ def test_call_from_inside_the_generation_of_another_model(model, inputs):
         other.generate(ids, **settings, stopping_criteria=[Asks()])
     assert selected
     assert selected == [expected] * len(selected)
+
+
+@torch.no_grad()
+def test_cached_rows_without_a_token_do_not_rank(family, model, prompt, monkeypatch):
+    """Of a batch whose samples kept different numbers of tokens, the rows that fill the shorter ones up."""
+    if family != "llava":
+        pytest.skip("its positions on three axes are not counted by hand here")
+    masks = []
+    route_tokens = rk.ops.route_tokens
+
+    def remember(**arguments):
+        masks.append(arguments.get("past_mask"))
+        return route_tokens(**arguments)
+
+    firsts = batch([prompt(1, 5, 12, seed=1), prompt(2, 7, 20, seed=2)])
+    second = batch([prompt(1, 3, 6, seed=3), prompt(1, 3, 6, seed=4)])
+    second["attention_mask"] = torch.cat([firsts["attention_mask"], second["attention_mask"]], dim=1)
+    with rk.apply(model, policy()) as routing:
+        cache = model(**firsts, use_cache=True).past_key_values
+        text = firsts["attention_mask"].sum(1) - torch.tensor(routing.trace.visual_counts)
+        kept = [[len(rows) for rows in stage.selected] for stage in routing.trace.stages]
+        monkeypatch.setattr(rk.ops, "route_tokens", remember)
+        model(**second, past_key_values=cache)
+    assert [mask.sum(dim=1).tolist() for mask in masks] == [(text + torch.tensor(stage)).tolist() for stage in kept]

@@ -358,33 +358,41 @@ def _(case):
     "a prompt with an image on the cache of one with text, and of one with an image; a batch",
 )
 def _(case):
-    second = case.prompt(1, 3, 8, seed=7)
+    image, longer = case.prompt(1, 3, 8, seed=7), case.prompt(2, 5, 12, seed=8)
     for begin in (text_only(case), one_image(case)):
-        compare(case, partial(two_turns, case, [begin], [second]))
-    firsts = [text_only(case), one_image(case), two_images(case)]
-    seconds = [second, case.prompt(2, 5, 12, seed=8), case.prompt(1, 6, 4, seed=9)]
+        compare(case, partial(turns, case, [begin], [image]))
+    compare_turns(
+        case, [text_only(case), one_image(case), two_images(case)], [case.prompt(1, 3, 8, s) for s in (7, 8, 9)]
+    )
     if hybrid(case):  # padding between two turns is part of a window and of a recurrent state, routed or not
-        seconds = [case.prompt(1, 3, 8, seed=seed) for seed in (7, 8, 9)]
+        return
+    short, long = case.prompt(0, 2, 3, seed=4), case.prompt(0, 4, 30, seed=3)
+    compare_turns(case, [short, long], [image, longer])  # on a cache that nothing routed, with padding in it
+    compare_turns(case, [one_image(case), two_images(case)], [long, short], [longer, image])
+    compare_turns(case, [short, one_image(case)], [longer, image], [image, longer], [short, long])
+
+
+def compare_turns(case, *prompts):
+    """Several turns of a batch, each padded on the left, against those of each sample alone."""
+    lengths = [max(map(len, turn)) for turn in prompts]
     for this in policies(case):
         with rk.apply(case.model, this) as routing, torch.no_grad():
-            together, trace = two_turns(case, firsts, seconds), routing.trace
-        begin = max(map(len, firsts))
-        length = begin + max(map(len, seconds))
-        for row, (one, other) in enumerate(zip(firsts, seconds, strict=True)):
+            together, trace = turns(case, *prompts), routing.trace
+        for row, own in enumerate(zip(*prompts, strict=True)):
             with SlowWay(case.model, this) as slow, torch.no_grad():
-                alone = two_turns(case, [one], [other])
-            shift = length - len(one) - len(other)
+                alone = turns(case, *([turn] for turn in own))
+            # The latest turn with images is the one that was traced.
+            number = max(number for number, turn in enumerate(own) if turn.features)
+            shift = sum(lengths[: number + 1]) - sum(map(len, own[: number + 1]))
             assert selections(trace, row, shift) == slow.selected
             torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=0)
 
 
-def two_turns(case, firsts, seconds, cache=None):
-    """Logits of each sample's last token and of four more, on a cache that a first turn filled; padded on the left."""
-    earlier, later = case.batch(firsts), case.batch(seconds)
-    length = earlier["input_ids"].shape[1]
-    mask = torch.cat([earlier["attention_mask"], later["attention_mask"]], dim=1)
-    whole = [joined(case, each) for each in zip(firsts, seconds, strict=True)]
-    positions = [three_axes(case, case.batch([each])) for each in whole]
+def turns(case, *prompts, cache=None):
+    """Logits of each sample's last token and of four more, after turns on one cache; padded on the left."""
+    inputs = [case.batch(turn) for turn in prompts]
+    mask = torch.cat([turn["attention_mask"] for turn in inputs], dim=1)
+    positions = [three_axes(case, case.batch([joined(case, own)])) for own in zip(*prompts, strict=True)]
     if positions[0] is None:
         at = (mask.cumsum(dim=1) - 1).clamp(min=0)
         after = at[:, -1:] + 1
@@ -393,16 +401,18 @@ def two_turns(case, firsts, seconds, cache=None):
         for row, places in enumerate(positions):
             at[:, row, mask[row].bool()] = places[:, 0]
         after = at.amax(dim=(0, 2))[None, :, None].expand(3, -1, -1) + 1
-    for inputs in (earlier, later):
-        inputs.pop("mm_token_type_ids", None)
-    earlier["position_ids"], later["position_ids"] = at[..., :length], at[..., length:]
-    cache = case.model(**earlier, past_key_values=cache, use_cache=True).past_key_values
-    output = case.model(**later | {"attention_mask": mask}, past_key_values=cache)
+    begin = 0
+    for turn in inputs:
+        end = begin + turn["input_ids"].shape[1]
+        turn.pop("mm_token_type_ids", None)
+        turn |= {"attention_mask": mask[:, :end], "position_ids": at[..., begin:end]}
+        output = case.model(**turn, past_key_values=cache, use_cache=True)
+        begin, cache = end, output.past_key_values
     logits = [output.logits[:, -1:]]
     for step in range(4):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        step_inputs = {"input_ids": logits[-1].argmax(-1), "attention_mask": mask, "position_ids": after + step}
-        logits.append(case.model(**step_inputs, past_key_values=cache).logits)
+        more = {"input_ids": logits[-1].argmax(-1), "attention_mask": mask, "position_ids": after + step}
+        logits.append(case.model(**more, past_key_values=cache).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -458,11 +468,11 @@ def _(case):
     compare(case, generate(case, [one_image(case)]), routed_call=call)
     compare_batch(case, "left", cache_implementation="static")
     config = case.model.config.get_text_config()
-    turns = [two_images(case)], [text_only(case)]
+    prompts = [two_images(case)], [text_only(case)]
     compare(
         case,
-        lambda: two_turns(case, *turns),
-        routed_call=lambda: two_turns(case, *turns, transformers.StaticCache(config=config, max_cache_len=500)),
+        lambda: turns(case, *prompts),
+        routed_call=lambda: turns(case, *prompts, cache=transformers.StaticCache(config=config, max_cache_len=500)),
     )
 
 
