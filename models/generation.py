@@ -35,13 +35,14 @@ def prompt_call(model: nn.Module) -> PromptCall:
     would rank by a token that is not the prompt's last, and no argument tells.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        values = frame.f_locals
-        if frame.f_globals.get("__name__") == _GENERATION and values.get("self") is model:
-            break
+    # Only frames of that loop are asked for their locals: a frame that was asked keeps them alive.
+    while frame is not None and not (
+        frame.f_globals.get("__name__") == _GENERATION and frame.f_locals.get("self") is model
+    ):
         frame = frame.f_back
     if frame is None:
         return PromptCall()
+    values = frame.f_locals
     if frame.f_code.co_name == "_assisted_decoding":
         return PromptCall(assisted=True, guessed=values.get("candidate_length", 0))
     config, ids = values.get("generation_config"), values.get("input_ids")

@@ -61,7 +61,9 @@ class NotOffered(Exception):
         "transformers: Chunked prefill cannot split the raw multimodal inputs",
         "transformers: Cannot use prefill chunking without a cache",
         "transformers: Sizes of tensors must match",  # in chunks
-        "transformers: Cannot copy out of meta tensor",
+        "transformers: Cannot copy out of meta tensor",  # what encodes images calls parts of modules
+        r"transformers: Tensor\.item\(\) cannot be called on meta tensors",
+        "transformers: Tensor on device (meta|cpu) is not on the expected device (meta|cpu)",
         "transformers: assisted generation is not supported with stateful models",
         "transformers: it is given a ",
         "transformers: no plan that splits its heads",
