@@ -14,7 +14,6 @@ from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
-import accelerate
 import pytest
 import torch
 import transformers
@@ -693,11 +692,15 @@ def offloaded(case, put):
 
 @way("CPU offload", "`accelerate.cpu_offload`: `generate`, or a call where transformers does not do that")
 def _(case):
+    import accelerate
+
     offloaded(case, lambda model: accelerate.cpu_offload(model, "cpu"))
 
 
 @way("disk offload", "`accelerate.disk_offload`, the same")
 def _(case):
+    import accelerate
+
     with tempfile.TemporaryDirectory() as folder:
         offloaded(case, lambda model: accelerate.disk_offload(model, folder, "cpu"))
 
