@@ -19,7 +19,7 @@ test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest sup
 test-matrix: .venv-oldest/ready .venv-middle/ready .venv/ready  ## call every model in every way under three transformers; rewrites docs/models.md
 	@set -e; for environment in .venv-oldest .venv-middle .venv; do \
 	  OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -q $(PARALLEL:loadfile=load) \
-	    --support-record bench/results/models tests/models; \
+	    --support-record=bench/results/models tests/models; \
 	done
 	$(BIN)/python -m bench.report
 

@@ -72,10 +72,12 @@ def of_every_checkpoint(folder: str) -> dict[str, object]:
     for checkpoint in sorted(Path(folder).iterdir()):
         try:
             model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, tp_plan="auto").eval()
+            job = torch.load(checkpoint / "job.pt", weights_only=True)
+            with torch.no_grad():
+                model(**job["inputs"])  # unrouted
         except (RuntimeError, ValueError) as error:
             results[checkpoint.name] = {"error": str(error).splitlines()[0]}
             continue
-        job = torch.load(checkpoint / "job.pt", weights_only=True)
         layer = rk.models.ADAPTERS[model.config.model_type](model).layers[job["layers"][0]]
         width = layer.self_attn.k_proj(torch.zeros(1, 1, model.config.text_config.hidden_size)).shape[-1]
         stages = [rk.Stage(number, keep) for number, keep in zip(job["layers"], job["keeps"], strict=True)]

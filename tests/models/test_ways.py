@@ -66,6 +66,8 @@ class NotOffered(Exception):
         "transformers: assisted generation is not supported with stateful models",
         "transformers: it is given a ",
         "transformers: no plan that splits its heads",
+        "transformers: aten.mm.default got mixed torch.Tensor and DTensor",
+        "transformers: You set `ignore_mismatched_sizes` to `False`",  # when weights are split
         "transformers: .* does not support an attention implementation through torch's flex_attention",
     )
 
@@ -101,8 +103,10 @@ def test_way_of_calling(name, title, record_property):
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
-def test_committed_record_has_every_cell(record):
+def test_committed_record_has_every_cell(record, pytestconfig):
     """What `make test-matrix` wrote is of these models and ways, and nothing failed."""
+    if pytestconfig.getoption("--support-record"):
+        pytest.skip("the record is being written")
     cells = json.loads(record.read_text())["cells"]
     assert {name: set(ways) for name, ways in cells.items()} == {name: set(WAYS) for name in MODELS}
     outcomes = {outcome.split(":")[0] for ways in cells.values() for outcome in ways.values()}
