@@ -183,6 +183,7 @@ def support_tables(records: list[dict]) -> str:
         marks = []
         for outcome in dict.fromkeys(reversed(outcomes)):
             word, _, reason = outcome.partition(": ")
+            reason, *_ = reason.split(". ")  # where transformers goes on to what one could do instead
             if reason and reason not in notes:
                 notes.append(reason)
             note = f" [{notes.index(reason) + 1}]" if reason else ""

@@ -86,13 +86,17 @@ def test_guide_replaces_an_eager_router(backend, launches, device):
 
 
 def test_tables_are_those_of_the_records(tmp_path):
-    for path in ("README.md", "docs/kernels.md"):
+    for path in ("README.md", "docs/kernels.md", "docs/models.md"):
         target = tmp_path / Path(path).name
         target.write_text((ROOT / path).read_text())
     records = [report._read(path) for path in sorted((report.RESULTS / "compile").glob("triton-*.json"))]
     assert [record["triton"] for record in records] == ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
     report.replace_between(tmp_path / "kernels.md", "compiled", report.compile_tables(records))
     assert (tmp_path / "kernels.md").read_text() == (ROOT / "docs" / "kernels.md").read_text()
+    records = [report._read(path) for path in (report.RESULTS / "models").glob("*.json")]
+    assert {record["versions"]["transformers"] for record in records} == {"5.4.0", "5.17.0", "5.23.0"}
+    report.replace_between(tmp_path / "models.md", "support", report.support_tables(records))
+    assert (tmp_path / "models.md").read_text() == (ROOT / "docs" / "models.md").read_text()
     cpu = report.cpu_tables(report._read(report.RESULTS / "cpu" / "benchmarks.json"))
     report.replace_between(tmp_path / "README.md", "benchmarks", cpu)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
