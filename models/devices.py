@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def _accelerate_hooks(module: nn.Module) -> Iterator[object]:
-    hooks = [getattr(module, "_hf_hook", None)]
+    hooks = [vars(module).get("_hf_hook")]  # found or not without a search through parameters and submodules
     while hooks:
         hook = hooks.pop(0)
         hooks += getattr(hook, "hooks", ())  # of a SequentialHook

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import FLOATING
 from ..policy import Policy
-from ..routing import Trace
+from ..routing import Trace, on_device
 from .adapter import Adapter
 from .calls import CallReader, Prefill, by_name
 from .devices import loaded, to_layer
@@ -198,8 +198,8 @@ class Routing:
             keys = self._adapter.cached_keys(call.cache, number)[:, :, : call.past.lengths[call.stage]]
             valid = call.past.valid[call.stage]
             arguments |= {
-                "past_key": keys.to(hidden.device).transpose(1, 2),
-                "past_mask": None if valid is None else valid.to(hidden.device).expand(hidden.shape[0], -1),
+                "past_key": on_device(hidden.device, keys).transpose(1, 2),
+                "past_mask": None if valid is None else on_device(hidden.device, valid).expand(hidden.shape[0], -1),
             }
         return arguments
 

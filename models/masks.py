@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..routing import on_device
+
 IMPLEMENTATIONS = ("eager", "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa")
 
 
@@ -39,12 +41,11 @@ def attention_mask(
     if implementation.startswith("flash"):
         if window is not None or keys > past + queries:
             raise ValueError(f"flash attention takes no window and no room in the cache, got {window} and {keys} keys")
-        return valid.to(like.device) if valid is not None else None
+        return on_device(like.device, valid)
     sees_all = valid is None and window is None and keys == past + queries
     if sees_all and (queries == 1 or (implementation == "sdpa" and past == 0)):
         return None
-    valid = valid.to(like.device) if valid is not None else None
-    positions = positions.to(like.device) if positions is not None else None
+    valid, positions = on_device(like.device, valid), on_device(like.device, positions)
     if keys > past + queries:
         room = (0, keys - past - queries)
         valid = torch.nn.functional.pad(valid, room) if valid is not None else None

@@ -23,7 +23,7 @@ Ranking = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | Non
 Combine = Callable[[Tensor, str], Tensor]
 
 
-def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     """The tensor on a device; nothing is called where it is there already."""
     return tensor if tensor is None or tensor.device == device else tensor.to(device)
 
@@ -101,9 +101,9 @@ class TokenSequence:
     def to(self, device: torch.device) -> TokenSequence:
         flags = (self.pool, self.pinned, self.ranked, self.last, self.kept)
         return TokenSequence(
-            _on(device, self.hidden),
-            tuple(_on(device, table) for table in self.tables),
-            *(_on(device, tensor) for tensor in flags),
+            on_device(device, self.hidden),
+            tuple(on_device(device, table) for table in self.tables),
+            *(on_device(device, tensor) for tensor in flags),
         )
 
 
@@ -175,23 +175,23 @@ class RoutedForward:
             rank(source.hidden, source.tables, source.ranked, source.last),
             pool=source.pool,
             pinned=source.pinned,
-            keep=_on(hidden.device, self._keep[stage]),
+            keep=on_device(hidden.device, self._keep[stage]),
             length=self.lengths[stage],
             tensors=(source.hidden, *source.tables, *carried),
         )
         ragged = self.is_ragged(stage)
         if ragged and self.fill_front:
-            index, rows = self._move_to_end(index, rows, _on(index.device, self._rows[stage]))
+            index, rows = self._move_to_end(index, rows, on_device(index.device, self._rows[stage]))
         compact, tables, carried = rows[0], tuple(rows[1 : 1 + len(source.tables)]), rows[1 + len(source.tables) :]
         pool, pinned = carried[:2] if removes else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
         ranked, last = None, None
         if self.prompt.guessed:
-            last = _on(kept.device, self._last[stage])
+            last = on_device(kept.device, self._last[stage])
             ranked = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
         elif ragged:
-            last, ranked = None if self.fill_front else _on(kept.device, self._last[stage]), kept >= 0
+            last, ranked = None if self.fill_front else on_device(kept.device, self._last[stage]), kept >= 0
         self._sequence = TokenSequence(compact, tables, pool, pinned, ranked, last, kept)
         return compact
 
@@ -249,7 +249,7 @@ class RoutedForward:
         Returns:
             The sum, of the shape of `hidden`.
         """
-        addition = _on(hidden.device, addition)
+        addition = on_device(hidden.device, addition)
         if self._sequence is None:
             return hidden + addition
         self._follow(hidden)
@@ -266,7 +266,7 @@ class RoutedForward:
         self._write_back(hidden)
         full, prompt = self._full, self.prompt
         if prompt.right_padded:
-            end = _on(full.device, prompt.end)
+            end = on_device(full.device, prompt.end)
             trailing = torch.arange(prompt.length, device=full.device) > end[:, None]
             last_row = full.gather(1, end.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
             full = torch.where(trailing[:, :, None], last_row, full)
@@ -345,7 +345,7 @@ class Past:
         """
         batch, length = kept.shape
         valid = _joined(self.valid[stage], self.lengths[stage], kept >= 0 if ragged else None, length, kept, batch)
-        earlier = _on(kept.device, self.positions[stage]).expand(batch, -1)
+        earlier = on_device(kept.device, self.positions[stage]).expand(batch, -1)
         return valid, torch.cat([earlier, kept + self.length], dim=1)
 
     @classmethod
@@ -433,7 +433,7 @@ def _joined(
     parts = [
         torch.ones(batch, length, dtype=torch.bool, device=like.device)
         if mask is None
-        else _on(like.device, mask).expand(batch, -1)
+        else on_device(like.device, mask).expand(batch, -1)
         for mask, length in ((first, first_length), (second, second_length))
     ]
     return torch.cat(parts, dim=1)

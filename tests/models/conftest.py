@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.models.prompts import GOLDEN, PROMPTS
+from tests.models.prompts import GOLDEN, PROMPTS, batch
 
 transformers = pytest.importorskip("transformers")
 
@@ -29,6 +29,18 @@ def model(_loaded):
 def prompt(family):
     """Makes a prompt: (images, text tokens before, text tokens after, seed)."""
     return PROMPTS[family]
+
+
+@pytest.fixture
+def inputs(prompt):
+    """A prompt with an image."""
+    return batch([prompt(1, 5, 12, seed=1)])
+
+
+@pytest.fixture
+def others(prompt):
+    """Another, with two."""
+    return batch([prompt(2, 3, 8, seed=2)])
 
 
 def hooks(model) -> list:

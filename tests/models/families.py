@@ -39,6 +39,7 @@ IDS = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
@@ -94,11 +95,10 @@ def qwen2_vl():
 
 
 def qwen3_vl(kind="Qwen3VL", **text):
-    vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     model = tiny(
         kind,
-        vision_config={**vision, "deepstack_visual_indexes": [0, 1, 2]},
+        vision_config={**VISION, "depth": 3, "deepstack_visual_indexes": [0, 1, 2]},
         text_config={**TEXT, "head_dim": 16, "rope_parameters": rope, **text},
         **IDS,
     )
@@ -109,12 +109,11 @@ def qwen3_vl(kind="Qwen3VL", **text):
 
 
 def qwen3_5(kind="Qwen3_5", **text):
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     model = tiny(
         kind,
-        vision_config=vision,
+        vision_config=VISION,
         text_config={
             **TEXT,
             **linear,
@@ -136,11 +135,10 @@ def qwen3_5(kind="Qwen3_5", **text):
 
 
 def glm4v(kind="Glm4v", **text):
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
     return tiny(
         kind,
-        vision_config={**vision, "image_size": 112},
+        vision_config={**VISION, "image_size": 112},
         text_config={**TEXT, "head_dim": 16, "rope_parameters": rope, **text},
         image_token_id=IMAGE,
         video_token_id=VIDEO,

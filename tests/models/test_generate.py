@@ -13,16 +13,6 @@ from tests.models.prompts import ACTIONS, batch, cached_lengths, policy, selecti
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture
-def inputs(prompt):
-    return batch([prompt(1, 5, 12, seed=1)])
-
-
-@pytest.fixture
-def others(prompt):
-    return batch([prompt(2, 3, 8, seed=2)])
-
-
 def decode(model, inputs, steps):
     """Greedy tokens, fed back one at a time, and the cache."""
     output = model(**inputs, use_cache=True)

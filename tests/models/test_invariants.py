@@ -10,11 +10,6 @@ from tests.models.prompts import ACTIONS, batch, cached_lengths, policy
 ALL = tuple(rk.Stage(layer, 1.0) for layer in (1, 4, 9))
 
 
-@pytest.fixture
-def inputs(prompt):
-    return batch([prompt(1, 5, 12, seed=1)])
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("action", ACTIONS)
 @torch.no_grad()

@@ -17,20 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reroute_kernels as rk
 from tests.models.conftest import hooks
-from tests.models.prompts import GOLDEN, IMAGE, batch, policy, selections
+from tests.models.prompts import GOLDEN, IMAGE, policy, selections
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 OTHER = policy("remove", (rk.Stage(3, 0.3), rk.Stage(7, 0.15)))
-
-
-@pytest.fixture
-def inputs(prompt):
-    return batch([prompt(1, 5, 12, seed=1)])
-
-
-@pytest.fixture
-def others(prompt):
-    return batch([prompt(2, 3, 8, seed=2)])
 
 
 def load(family):

@@ -20,11 +20,6 @@ from tests.models.families import load
 from tests.models.prompts import GOLDEN, Prompt, batch, policy
 
 
-@pytest.fixture
-def inputs(prompt):
-    return batch([prompt(1, 5, 12, seed=1)])
-
-
 def test_policy_must_be_a_policy(model):
     with pytest.raises(TypeError, match="policy must be a Policy, got str"):
         rk.apply(model, "reroute")
