@@ -3,7 +3,7 @@
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from . import cost, ops, ref
+from . import cost, ops, rankings, reducers, ref
 from .backends import backend
 from .policy import Policy, Stage
 from .presets import Preset, preset, presets
@@ -24,6 +24,8 @@ __all__ = [
     "ops",
     "preset",
     "presets",
+    "rankings",
+    "reducers",
     "ref",
     "triton",
 ]

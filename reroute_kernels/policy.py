@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
 from operator import index as as_integer
+from typing import NamedTuple
+
+from .rankings import LastQuery, Ranking
+from .reducers import Reducer
 
 ACTIONS = ("reroute", "remove")
-RANKINGS = ("last_query",)
 POSITIONS = ("original", "contiguous")
 
 
@@ -46,33 +49,58 @@ class Stage:
             raise ValueError(f"keep must be in (0, 1], got {self.keep} at layer {self.layer}")
 
 
+class Budget(NamedTuple):
+    """What a policy was solved for, see `reroute_kernels.solve`."""
+
+    kind: str
+    """`"avg_tokens"`, `"flops"` or `"kv_bytes"`."""
+    limit: float
+    """What was asked for."""
+    reached: float
+    """What the policy costs; never above the limit."""
+
+    @property
+    def under(self) -> float:
+        """By how much the policy stays under the limit."""
+        return self.limit - self.reached
+
+
 @dataclass(frozen=True)
 class Policy:
     """Which visual tokens run in which layers.
 
     Args:
-        schedule: stages in ascending order of their decision layers.
+        schedule: stages in ascending order of their decision layers; may be empty where there is a reducer.
         action: `"reroute"` defers what is not selected, so that it is a candidate again at the next decision layer
             (arXiv 2606.12412); `"remove"` drops it for good, as FastV and PyramidDrop do.
-        ranking: `"last_query"` scores a token by the attention that the last prompt token pays to it in the decision
+        ranking: one of `reroute_kernels.rankings`, or an object with such a method `rank`. `"last_query"`, the default,
+            is `LastQuery()`: a token counts by the attention that the last prompt token pays to it in the decision
             layer, averaged over heads.
-        positions: `"original"` keeps every token's rotary position; `"contiguous"` renumbers the tokens that run.
+        positions: `"original"` keeps every token's rotary position; `"contiguous"` numbers the tokens that run in a
+            stage from 0 on, and so what is decoded after them.
+        reducer: one of `reroute_kernels.reducers`, or an object with such a method `reduce`; it drops visual tokens
+            before the language model runs, and the rest is the pool of all decisions. Keep ratios are relative to what
+            was there before.
+        budget: what the schedule was solved for, if it was. Does not take part in comparisons.
 
     Raises:
-        TypeError: `schedule` holds something else than stages.
-        ValueError: `schedule` is empty or out of order, or a name is unknown.
+        TypeError: an argument has the wrong type.
+        ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with one; or a name is
+            unknown.
     """
 
     schedule: tuple[Stage, ...]
     action: str = "reroute"
-    ranking: str = "last_query"
+    ranking: Ranking | str = "last_query"
     positions: str = "original"
+    reducer: Reducer | None = None
+    budget: Budget | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.schedule, Iterable):
             raise TypeError(f"schedule must be a sequence of Stage, got {self.schedule!r}")
         object.__setattr__(self, "schedule", tuple(self.schedule))
-        if not self.schedule:
+        if not self.schedule and self.reducer is None:
             raise ValueError("schedule must hold at least one Stage, got none")
         for stage in self.schedule:
             if not isinstance(stage, Stage):
@@ -80,10 +108,39 @@ class Policy:
         layers = [stage.layer for stage in self.schedule]
         if any(later <= earlier for earlier, later in pairwise(layers)):
             raise ValueError(f"schedule must have strictly ascending layers, got {layers}")
-        for name, accepted in (("action", ACTIONS), ("ranking", RANKINGS), ("positions", POSITIONS)):
+        if self.ranking == "last_query":
+            object.__setattr__(self, "ranking", LastQuery())
+        if isinstance(self.ranking, str):
+            raise ValueError(
+                "ranking must be 'last_query' or an object such as those of reroute_kernels.rankings, got "
+                f"{self.ranking!r}"
+            )
+        for name, method in (("ranking", "rank"), ("reducer", "reduce")):
+            value = getattr(self, name)
+            is_object = not isinstance(value, type) and callable(getattr(value, method, None))
+            if not is_object and (name, value) != ("reducer", None):
+                raise TypeError(f"{name} must be an object with a method {method!r}, got {value!r}")
+        for name, accepted in (("action", ACTIONS), ("positions", POSITIONS)):
             value = getattr(self, name)
             if value not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+        if layers[:1] == [0] and self.reducer is not None:
+            raise ValueError("schedule must begin after layer 0 where there is a reducer, got a decision at layer 0")
+        if layers[:1] == [0] and self.ranks_by_previous_layer:
+            raise ValueError(
+                f"schedule must begin after layer 0 where the previous layer ranks, got a decision at layer 0 and "
+                f"{self.ranking!r}"
+            )
+
+    @property
+    def ranks_by_previous_layer(self) -> bool:
+        return getattr(self.ranking, "layer", "this") == "previous"
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """The first layer of each stage: 0 for what a reducer leaves, and the decision layers."""
+        before = () if self.reducer is None else (0,)
+        return before + tuple(stage.layer for stage in self.schedule)
 
     def selected_counts(self, visual_tokens: int, candidates: int | None = None) -> tuple[int, ...]:
         """How many tokens are selected at each stage: K = min(pool, max(1, trunc(N * keep))).

@@ -76,7 +76,11 @@ def test_policies_are_values():
             "schedule must have strictly ascending layers, got [3, 3]",
         ),
         ({"action": "drop"}, ValueError, "action must be one of 'reroute', 'remove', got 'drop'"),
-        ({"ranking": "random"}, ValueError, "ranking must be one of 'last_query', got 'random'"),
+        (
+            {"ranking": "random"},
+            ValueError,
+            "ranking must be 'last_query' or an object such as those of reroute_kernels.rankings, got 'random'",
+        ),
         ({"positions": None}, ValueError, "positions must be one of 'original', 'contiguous', got None"),
     ],
 )

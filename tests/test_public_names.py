@@ -28,6 +28,8 @@ def test_names():
         "ops",
         "preset",
         "presets",
+        "rankings",
+        "reducers",
         "ref",
         "triton",
     ]

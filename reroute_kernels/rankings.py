@@ -1,0 +1,275 @@
+"""Rankings: the rules that score the candidates of a decision.
+
+A ranking is any object with a method `rank(candidates)`, which gives scores (B, L) float32, higher for what should run.
+One that scores by attention returns `candidates.attention(...)` instead, which is computed in the same launches as the
+selection. The scores of tokens outside the pool are ignored.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ref.rank import last_queries
+
+LAYERS = ("this", "previous")
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Scores by attention that are not computed yet.
+
+    Args:
+        arguments: of `reroute_kernels.ops.rank_tokens`.
+    """
+
+    arguments: dict[str, object]
+
+    @property
+    def head_reduction(self) -> str:
+        return self.arguments.get("head_reduction", "mean")
+
+    def scores(self) -> Tensor:
+        """(B, L) float32."""
+        return ops.rank_tokens(**self.arguments)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What a ranking sees of a decision: the tokens that it may choose from, and those beside them.
+
+    Under `reroute` these are all tokens of the prompt, or all that a reducer left; under `remove` those that ran.
+    """
+
+    hidden: Tensor
+    """(B, L, d), the input of the layer that ranks."""
+    pool: Tensor
+    """(B, L) bool, the visual tokens that may be selected."""
+    text: Tensor
+    """(B, L) bool, the tokens that run whatever their score."""
+    valid: Tensor | None
+    """(B, L) bool, False at what the ranking token does not see, such as padding; None where it sees everything."""
+    last: Tensor | None
+    """(B,) int64, the place of each sample's last token; None where it is the last of the row."""
+    keep: Tensor
+    """(B,) int64, how many will be selected."""
+    most_text: int
+    """The text tokens of the sample that has most."""
+    decision: int
+    """The number of the decision, from 0."""
+    _project: Callable[..., dict[str, object]] = field(repr=False)
+
+    @property
+    def ordinals(self) -> Tensor:
+        """(B, L) int64: at the i-th candidate of a sample, i from 0; at others the number of candidates before, less 1.
+
+        They do not depend on padding or on what else is in the batch.
+        """
+        return self.pool.cumsum(dim=1) - 1
+
+    def attention(self, queries: int | str = 1, query_reduction: str = "mean", head_reduction: str = "mean"):
+        """Attention that some queries pay to each token in the layer that ranks.
+
+        Args:
+            queries: how many tokens at the end of each sample ask, or `"text"` for all text tokens. A token sees what
+                stands before it.
+            query_reduction, head_reduction: `"mean"` or `"max"`; queries are reduced first.
+
+        Returns:
+            `Attention`, to be returned as it is, or to be asked for its `scores()`.
+        """
+        batch, length = self.pool.shape
+        places = None
+        if queries == "text":
+            text = self.text if self.valid is None else self.text & self.valid
+            queries = self.most_text
+            places = last_queries(self.hidden, text, queries)
+        elif self.last is not None:
+            queries = min(queries, length)
+            places = self.last[:, None] - torch.arange(queries - 1, -1, -1, device=self.hidden.device)
+        elif queries > 1:
+            queries = min(queries, length)
+            places = torch.arange(length - queries, length, device=self.hidden.device).expand(batch, -1)
+        if places is not None and self.valid is not None and queries > 1:
+            places = torch.where(self.valid.gather(1, places.clamp(min=0)), places, -1)
+        return Attention(self._project(places) | {"query_reduction": query_reduction, "head_reduction": head_reduction})
+
+    def keys(self) -> Tensor:
+        """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected."""
+        return self._project(None)["key"]
+
+
+class Ranking(ABC):
+    """Base of the rankings here. One's own needs no base, only `rank`; and `flops`, to be costed.
+
+    Attributes:
+        layer: `"this"`: ranks by the weights of the decision layer; `"previous"`: by those of the layer before it and
+            by its input.
+    """
+
+    layer = "this"
+
+    @abstractmethod
+    def rank(self, candidates: Candidates) -> Tensor | Attention:
+        """Scores (B, L) float32, or what `candidates.attention` returns."""
+
+    @abstractmethod
+    def flops(self, decoder, tokens: int, text_tokens: int) -> int:
+        """Floating-point operations of one decision, multiplications and additions of matrix products.
+
+        Args:
+            decoder: a `reroute_kernels.cost.Decoder`.
+            tokens: what is ranked, text included.
+            text_tokens: the text among it.
+        """
+
+
+def _check(**given: tuple[object, tuple]) -> None:
+    for name, (value, accepted) in given.items():
+        if value not in accepted:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+class _ByAttention(Ranking):
+    def __post_init__(self):
+        _check(
+            layer=(self.layer, LAYERS),
+            head_reduction=(self.head_reduction, ops.REDUCTIONS),
+            query_reduction=(self.query_reduction, ops.REDUCTIONS),
+        )
+
+    def _flops(self, decoder, tokens: int, queries: int) -> int:
+        query_channels, key_channels = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+        projections = 2 * decoder.hidden_size * (tokens * key_channels + queries * query_channels)
+        return projections + 2 * queries * query_channels * tokens
+
+
+@dataclass(frozen=True)
+class LastQuery(_ByAttention):
+    """Attention that the last tokens of the prompt pay to a candidate.
+
+    With the defaults this is FastV (arXiv 2403.06764) and PyramidDrop (arXiv 2410.17247) as the Reroute paper's code
+    runs them; one row of attention is computed, never more.
+
+    Args:
+        layer: whose weights and input rank: `"this"`, the decision layer, or `"previous"`, the layer before it, as
+            FastV's own code does.
+        queries: how many tokens at the end of the prompt ask.
+        query_reduction, head_reduction: `"mean"` or `"max"`, over the queries first, then over the heads.
+
+    Raises:
+        TypeError: `queries` is not an integer.
+        ValueError: an argument is not accepted.
+    """
+
+    layer: str = "this"
+    queries: int = 1
+    query_reduction: str = "mean"
+    head_reduction: str = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.queries, int) or isinstance(self.queries, bool):
+            raise TypeError(f"queries must be an integer, got {self.queries!r}")
+        if self.queries < 1:
+            raise ValueError(f"queries must be 1 or more, got {self.queries}")
+
+    def rank(self, candidates: Candidates) -> Attention:
+        return candidates.attention(self.queries, self.query_reduction, self.head_reduction)
+
+    def flops(self, decoder, tokens: int, text_tokens: int) -> int:
+        return self._flops(decoder, tokens, min(self.queries, tokens))
+
+
+@dataclass(frozen=True)
+class AllText(_ByAttention):
+    """Attention that all text tokens of the prompt pay to a candidate; text before an image does not see it.
+
+    Args:
+        layer, query_reduction, head_reduction: as in `LastQuery`.
+
+    Raises:
+        ValueError: an argument is not accepted.
+    """
+
+    layer: str = "this"
+    query_reduction: str = "mean"
+    head_reduction: str = "mean"
+
+    def rank(self, candidates: Candidates) -> Attention:
+        return candidates.attention("text", self.query_reduction, self.head_reduction)
+
+    def flops(self, decoder, tokens: int, text_tokens: int) -> int:
+        return self._flops(decoder, tokens, text_tokens)
+
+
+@dataclass(frozen=True)
+class KeyNorm(Ranking):
+    """Keys of small L2 norm first (mean over key heads), as they tend to draw attention (arXiv 2406.11430).
+
+    Args:
+        layer: as in `LastQuery`.
+
+    Raises:
+        ValueError: `layer` is not accepted.
+    """
+
+    layer: str = "this"
+
+    def __post_init__(self):
+        _check(layer=(self.layer, LAYERS))
+
+    def rank(self, candidates: Candidates) -> Tensor:
+        return -candidates.keys().float().norm(dim=-1).mean(dim=-1)
+
+    def flops(self, decoder, tokens: int, text_tokens: int) -> int:
+        return 2 * decoder.hidden_size * tokens * decoder.kv_heads * decoder.head_dim
+
+
+@dataclass(frozen=True)
+class Random(Ranking):
+    """A baseline: chance. The same tokens for the same seed, on every device and in every batch.
+
+    Args:
+        seed: an integer; each decision draws anew from it.
+
+    Raises:
+        TypeError: `seed` is not an integer.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+
+    def rank(self, candidates: Candidates) -> Tensor:
+        # The 32-bit finalizer of MurmurHash3: scores depend on a candidate's number alone, not on how many follow.
+        drawn = candidates.ordinals + 1 + (2 * self.seed + 1) * 0x9E3779B9 + candidates.decision * 0x7F4A7C15
+        drawn = drawn & 0xFFFFFFFF
+        for factor, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
+            drawn = ((drawn ^ (drawn >> shift)) * factor) & 0xFFFFFFFF
+        drawn = drawn ^ (drawn >> 16)
+        return (drawn >> 8).float()  # 24 bits are exact
+
+    def flops(self, decoder, tokens: int, text_tokens: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Uniform(Ranking):
+    """A baseline: candidates at even distances, in the order of the prompt, whatever they show."""
+
+    def rank(self, candidates: Candidates) -> Tensor:
+        count, keep = candidates.pool.sum(dim=1, keepdim=True).clamp(min=1), candidates.keep[:, None]
+        # Of n candidates those are taken at which i * K / n passes a whole number.
+        taken = (candidates.ordinals + 1) * keep // count > candidates.ordinals * keep // count
+        return taken.float()
+
+    def flops(self, decoder, tokens: int, text_tokens: int) -> int:
+        return 0
