@@ -175,7 +175,7 @@ class Prefill:
             tables = all_tables
             for number, layer in enumerate(self.layers):
                 if number in decision_layers:
-                    hidden = forward.decide(hidden, all_tables, partial(self._ranking, layer))
+                    hidden = forward.decide(hidden, all_tables, partial(self._project, layer))
                     tables = forward.tables
                 hidden = self._run(layer, hidden, tables, cache)
             call.kept = forward.kept
@@ -216,8 +216,8 @@ class Prefill:
 
         return call
 
-    def _ranking(self, layer, hidden, tables, valid, last):
-        return self.adapter.ranking(layer, hidden, *tables, valid, last)
+    def _project(self, layer, hidden, tables, valid, places):
+        return self.adapter.ranking(layer, hidden, *tables, valid, places)
 
     def _run(self, layer: nn.Module, hidden: Tensor, tables: tuple[Tensor, ...], cache) -> Tensor:
         output = layer(

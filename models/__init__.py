@@ -10,7 +10,8 @@ from .aya_vision import AyaVisionAdapter
 from .glm4v import Glm4vAdapter, Glm4vMoeAdapter
 from .hooks import Routing
 from .idefics3 import Idefics3Adapter
-from .qwen2_vl import Qwen2VLAdapter
+from .llava import LlavaAdapter
+from .qwen2_vl import Qwen2_5VLAdapter, Qwen2VLAdapter
 from .qwen3_5 import Qwen3_5Adapter
 from .qwen3_vl import Qwen3VLAdapter
 
@@ -22,11 +23,11 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "glm4v_moe": Glm4vMoeAdapter,
     "idefics3": Idefics3Adapter,
     "internvl": Adapter,
-    "llava": Adapter,
-    "llava_next": Adapter,
+    "llava": LlavaAdapter,
+    "llava_next": LlavaAdapter,
     "llava_onevision": Adapter,
     "mistral3": Adapter,
-    "qwen2_5_vl": Qwen2VLAdapter,
+    "qwen2_5_vl": Qwen2_5VLAdapter,
     "qwen2_vl": Qwen2VLAdapter,
     "qwen3_5": Qwen3_5Adapter,
     "qwen3_5_moe": Qwen3_5Adapter,

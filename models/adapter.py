@@ -7,6 +7,8 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
+from .vision import ReducedVision
+
 
 def visual_token_ids(config) -> list[int]:
     """Ids of the placeholders that image and video features replace."""
@@ -17,7 +19,7 @@ def visual_token_ids(config) -> list[int]:
 class Adapter:
     """The default: a decoder of Llama-like layers inside a model that merges image and video features into it.
 
-    It fits LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL and Mistral 3. A family overrides what is different.
+    It fits LLaVA-OneVision, InternVL and Mistral 3. A family overrides what is different.
     Arguments named `layer` are decoder layers.
 
     Args:
@@ -35,6 +37,12 @@ class Adapter:
 
     rotary_style: str = "rotate_half"
     """Which channels of a head are rotated together, as in `reroute_kernels.ops.rank_tokens`."""
+
+    position_axes: int = 1
+    """How many position ids a token has."""
+
+    vision: type[ReducedVision] | None = None
+    """What reducers need of the vision tower; None where there are no reducers for this family."""
 
     feature_layers: int = 0
     """After how many of the first layers the decoder adds features to visual tokens."""
@@ -156,34 +164,33 @@ class Adapter:
         cos: Tensor,
         sin: Tensor,
         valid: Tensor | None,
-        last: Tensor | None,
+        places: Tensor | None,
     ) -> dict[str, object]:
-        """What scores tokens by the attention that each sample's last token would pay to them in this layer.
+        """What scores tokens by the attention that others would pay to them in this layer.
 
         Args:
             layer: the decision layer.
             hidden: (B, L, d), its input.
             cos, sin: (B or 1, L, R).
             valid: (B, L) bool, or None where every token counts.
-            last: (B,) place of each sample's last token, or None where it is the last of the row.
+            places: (B, Q) of the tokens that ask, -1 for none; or None where the last of each row asks.
 
         Returns:
             Arguments of `reroute_kernels.ops.rank_tokens`.
         """
         attention = layer.self_attn
         states = layer.input_layernorm(hidden)
-        if last is None:
-            query_index, query_states = None, states[:, -1:]
+        if places is None:
+            query_states = states[:, -1:]
         else:
-            query_index = last.clamp(min=0)[:, None]
-            query_states = states.gather(1, query_index[:, :, None].expand(-1, -1, states.shape[2]))
+            query_states = states.gather(1, places.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
         return {
             "query": self.queries(attention, query_states),
             "key": self.keys(attention, states),
             "cos": cos,
             "sin": sin,
             "key_mask": valid,
-            "query_index": query_index,
+            "query_index": places,
             "scale": attention.scaling,
             "rotary_style": self.rotary_style,
         }

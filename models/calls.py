@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cached_property, partial
 
 import torch
@@ -135,6 +136,7 @@ class Continuation:
         self._mask = mask
         self._has_positions = has_positions
         self._masks: dict[tuple[int, str], object] = {}
+        self._embeddings: dict[int, object] = {}
 
     @cached_property
     def _later_valid(self) -> Tensor | None:
@@ -171,12 +173,22 @@ class Continuation:
         last = last.repeat_interleave(self._batch // self._prompt.batch, dim=-2)
         if given is not None and given.ndim == last.ndim == 3:
             last = last[last.shape[0] - given.shape[0] :]
-        valid = self._later_valid
-        if valid is None:
-            offsets = torch.arange(self._new_tokens, device=last.device)
+        return last + 1 + self._offsets(last.device)
+
+    def position_embeddings(self, stage: int, embeddings_at: Callable[[Tensor], object]) -> object:
+        """Of a stage whose tokens are numbered from 0; made by `embeddings_at` from positions (batch, queries)."""
+        if stage not in self._embeddings:
+            rows = self._prompt.rows[stage].repeat_interleave(self._batch // self._prompt.batch)
+            self._embeddings[stage] = embeddings_at(rows[:, None] + self._offsets(rows.device))
+        return self._embeddings[stage]
+
+    def _offsets(self, device: torch.device) -> Tensor:
+        """(queries,) or (batch, queries), how many tokens stand between the prompt and each new one."""
+        if self._later_valid is None:
+            offsets = torch.arange(self._new_tokens, device=device)
         else:
-            offsets = (valid.cumsum(dim=1) - 1).clamp(min=0)
-        return last + 1 + offsets[..., -self._queries :]
+            offsets = (self._later_valid.to(device).cumsum(dim=1) - 1).clamp(min=0)
+        return offsets[..., -self._queries :]
 
 
 class CallReader:
@@ -199,8 +211,12 @@ class CallReader:
         # The frames that it reads are no matter of torch.compile, which would warn.
         self._prompt_call = torch.compiler.disable(prompt_call)
 
-    def read(self, args: tuple, kwargs: dict) -> Prefill | Continuation | None:
+    def read(self, args: tuple, kwargs: dict, dropped: Tensor | None = None) -> Prefill | Continuation | None:
         """From the arguments of the model inside the head.
+
+        Args:
+            args, kwargs: its arguments.
+            dropped: (B, L) bool, what a reducer dropped; None where there is no reducer.
 
         Raises:
             ValueError, NotImplementedError: the call cannot be routed, for a reason that is named.
@@ -227,7 +243,7 @@ class CallReader:
                     "past_key_values must hold the whole routed prompt or nothing, got layers of "
                     f"{sorted(lengths)} cached tokens"
                 )
-        return self._prompt(cache, arguments, None, generation)
+        return self._prompt(cache, arguments, None, generation, dropped)
 
     def _check_chunks(self, generation: PromptCall, held: int) -> None:
         ids = generation.chunked_ids
@@ -240,7 +256,9 @@ class CallReader:
                 f"the prompt's last token cannot rank by it; got {generation.chunk_size} for {ids.shape[1]} tokens"
             )
 
-    def _prompt(self, cache, arguments: dict, past: Past | None, generation: PromptCall) -> Prefill | None:
+    def _prompt(
+        self, cache, arguments: dict, past: Past | None, generation: PromptCall, dropped: Tensor | None = None
+    ) -> Prefill | None:
         """A prompt, which is routed if it holds visual tokens."""
         visual = self._visual_tokens(arguments)
         queries = visual.shape[1]
@@ -251,17 +269,22 @@ class CallReader:
         jumps = self._position_jumps(cache, arguments)
         asked = {"jumps": jumps, "unlike_causal": unlike_causal}
         asked = {name: number for name, number in asked.items() if number is not None}
-        prompt = Prompt(visual, valid, generation.guessed, asked)
+        dropped = None if dropped is None else dropped.to(visual.device)
+        prompt = Prompt(visual, valid, generation.guessed, dropped, asked)
         if not prompt.has_visual_tokens:
             return None
         self._layers.check_attention()
         self._check_cache(cache)
         if past is not None:
             self._check_past(cache)
+        if dropped is not None and prompt.answers["last_dropped"]:
+            raise ValueError(
+                "input_ids must end with text where there is a reducer, got a dropped visual token at the end"
+            )
         if generation.assisted and self._layers.length_is_routed:
             raise NotImplementedError(
                 "schedule must begin after the first attention layer for assisted decoding, which cuts the cache by "
-                f"that layer's length; got a decision at layer {self._policy.schedule[0].layer}"
+                f"that layer's length; got a decision at layer {self._policy.stage_layers[0]}"
             )
         if mask is not None and not is_padding_mask:
             raise NotImplementedError(
@@ -286,7 +309,7 @@ class CallReader:
         for name in ("output_hidden_states", "output_attentions"):
             if arguments.get(name, getattr(self._config, name, False)):
                 raise NotImplementedError(f"{name} must be off for a routed prompt, got {arguments.get(name, True)}")
-        layer = self._adapter.layers[self._policy.schedule[0].layer]
+        layer = self._adapter.layers[self._policy.stage_layers[0]]
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             raise NotImplementedError("gradient checkpointing must be off for a routed prompt, got it on")
         forward = RoutedForward(self._policy, prompt, self._layers.fill_front, self._combine)
@@ -295,7 +318,7 @@ class CallReader:
                 if forward.is_ragged(stage):
                     raise NotImplementedError(
                         "input_ids that follow on a cache with recurrent states must keep equally many tokens of each "
-                        f"sample, got {', '.join(map(str, rows))} at layer {self._policy.schedule[stage].layer}"
+                        f"sample, got {', '.join(map(str, rows))} at layer {self._policy.stage_layers[stage]}"
                     )
         return Prefill(self._layers, forward, past)
 
@@ -319,10 +342,15 @@ class CallReader:
     def _check_past(self, cache) -> None:
         """Whether a routed prompt can follow on what the cache holds."""
         before: CachedPrompt | None = getattr(cache, _CACHE_ATTRIBUTE, None)
+        if self._policy.ranks_by_previous_layer or self._policy.positions == "contiguous":
+            raise NotImplementedError(
+                "past_key_values must be empty where a prompt brings images and the previous layer ranks or positions "
+                f"are contiguous, got one with tokens and {self._policy}"
+            )
         if self._layers.length_is_routed:
             raise NotImplementedError(
                 "past_key_values must be empty where a prompt brings images and the first decision is at layer "
-                f"{self._policy.schedule[0].layer}, by whose cache transformers counts tokens; got one with tokens"
+                f"{self._policy.stage_layers[0]}, by whose cache transformers counts tokens; got one with tokens"
             )
         if getattr(cache, "offloading", False):
             raise NotImplementedError(
@@ -401,7 +429,7 @@ class CallReader:
             # The length of the first attention layer, by which `generate` cuts off what is cached, is not the prompt's.
             raise NotImplementedError(
                 f"attention_mask must be given with {queries} new tokens on a cache that a decision at layer "
-                f"{self._policy.schedule[0].layer} filled, got None"
+                f"{self._policy.stage_layers[0]} filled, got None"
             )
         if _brings_features(arguments):
             earlier = mask[:, length:-queries].bool() if mask is not None else None
@@ -414,7 +442,7 @@ class CallReader:
 
     def _on_unrouted_cache(self, cache, tokens: Tensor, arguments: dict, generation: PromptCall) -> Prefill | None:
         queries = tokens.shape[1]
-        checked = [self._layers.attention[0], self._policy.schedule[0].layer, self._layers.attention[-1]]
+        checked = [self._layers.attention[0], self._policy.stage_layers[0], self._layers.attention[-1]]
         lengths = set(_cached_tokens(cache, checked))
         if len(lengths) > 1:
             raise ValueError(
@@ -426,7 +454,7 @@ class CallReader:
         (length,) = lengths
         mask, _ = _padding_mask(arguments.get("attention_mask"), queries, length + queries)
         valid = mask[:, :length].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        past = Past.unrouted(length, valid, len(self._policy.schedule), tokens.device)
+        past = Past.unrouted(length, valid, len(self._policy.stage_layers), tokens.device)
         return self._prompt(cache, arguments, past, generation)
 
     def _tokens_after(self, cache, prompt: CachedPrompt) -> int:

@@ -37,18 +37,19 @@ def to_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def loaded(layer: nn.Module) -> Iterator[None]:
-    """Within it modules of the layer can be called one by one.
+def loaded(layer: nn.Module, attention: nn.Module) -> Iterator[None]:
+    """Within it modules of the layer and of its attention can be called one by one.
 
     An offloaded module loads its own weights when it is called. Not so one whose weights are loaded with those of the
     whole layer or the whole attention (accelerate's `preload_module_classes` and `place_submodules`): they are loaded
     here, and once more when the layer runs.
 
     Args:
-        layer: a decoder layer.
+        layer: of the decoder or the vision tower.
+        attention: in it.
     """
     with ExitStack() as stack:
-        for module in (layer, layer.self_attn):
+        for module in (layer, attention):
             for hook in _accelerate_hooks(module):
                 if getattr(hook, "offload", False) and getattr(hook, "place_submodules", False):
                     hook.pre_forward(module)

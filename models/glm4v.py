@@ -12,6 +12,7 @@ class Glm4vAdapter(Adapter):
     """`Glm4vForConditionalGeneration`: rotary embedding of neighbouring channels, on part of the head."""
 
     text_model_types = ("glm4v_text",)
+    position_axes = 3
     rotary_style = "interleaved"
 
     def __init__(self, model: nn.Module):
@@ -35,3 +36,4 @@ class Glm4vMoeAdapter(Adapter):
     """`Glm4vMoeForConditionalGeneration`, whose channels are rotated as Llama's are."""
 
     text_model_types = ("glm4v_moe_text",)
+    position_axes = 3

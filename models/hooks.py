@@ -15,10 +15,11 @@ from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import Trace, on_device
 from .adapter import Adapter
-from .calls import CallReader, Prefill, by_name
+from .calls import CallReader, Continuation, Prefill, by_name
 from .devices import loaded, to_layer
 from .layers import RoutedLayers
 from .parallel import check_heads, head_group
+from .vision import ReducedVision
 
 # The routing of each routed decoder: what is routed is the decoder, which `copy.copy` of a model shares with it.
 _routings: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Routing]] = weakref.WeakKeyDictionary()
@@ -44,6 +45,8 @@ class Routing:
         self._check_model()
         self._layers = RoutedLayers(adapter, policy)
         self._head_group = head_group(adapter.model)
+        self._vision = None if policy.reducer is None else self._reduced_vision()
+        self._ranks_ahead = {stage.layer - 1 for stage in policy.schedule if policy.ranks_by_previous_layer}
         self._calls = CallReader(adapter, policy, self._layers, self._head_group)
         self._local = threading.local()  # one forward per thread; `call` is what it is
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -59,13 +62,22 @@ class Routing:
                 f"model must have a text model of type {', '.join(self._adapter.text_model_types)}, "
                 f"got {text_model_type!r}"
             )
-        if self.policy.positions != "original":
-            raise NotImplementedError(
-                f"positions must be 'original' on transformers models, got {self.policy.positions!r}"
-            )
         dtype = getattr(model, "dtype", None)
         if dtype not in FLOATING:
             raise NotImplementedError(f"model must be of dtype {', '.join(map(str, FLOATING))}, got {dtype}")
+
+    def _reduced_vision(self) -> ReducedVision:
+        adapter = self._adapter
+        if adapter.vision is None:
+            raise NotImplementedError(
+                f"reducer must be None on a model of type {adapter.model.config.model_type!r}, got "
+                f"{self.policy.reducer!r}"
+            )
+        if self._head_group is not None:
+            raise NotImplementedError(
+                f"reducer must be None on a model whose heads are split over processes, got {self.policy.reducer!r}"
+            )
+        return adapter.vision(adapter, self.policy.reducer)
 
     def _remove_present(self, replace: bool) -> None:
         """Remove the routing that is on the model, or refuse to."""
@@ -85,12 +97,17 @@ class Routing:
         add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
         add(adapter.core.register_forward_hook(self._end, always_call=True))
         add(adapter.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+        first = self._layers.stages[0].start
+        if first - 1 in self._ranks_ahead:
+            add(adapter.layers[first - 1].register_forward_pre_hook(self._enter_last_unrouted_layer, with_kwargs=True))
         for stage, numbers in enumerate(self._layers.stages):
             for number in numbers:
                 hook = partial(self._enter_layer, stage, number)
                 add(adapter.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+        if self._vision is not None:
+            self._vision.install(add)
         # What the model adds before the first decision, it adds itself.
-        self._routes_features = adapter.feature_layers > self.policy.schedule[0].layer
+        self._routes_features = adapter.feature_layers > first
         for number in range(adapter.feature_layers if self._routes_features else 0):
             add(adapter.layers[number].register_forward_hook(partial(self._add_layer_features, number)))
         add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
@@ -122,9 +139,12 @@ class Routing:
     # One call of the model
 
     def _begin(self, core: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._local.call = None
+        self._local.call = self._local.unread = None
         self._local.awaits_decoder = False
-        self._local.call = self._calls.read(args, kwargs)
+        if self._vision is None:
+            self._local.call = self._calls.read(args, kwargs)
+        else:
+            self._local.unread = args, kwargs  # what was dropped shows in what the decoder is handed
         self._local.awaits_decoder = True
 
     def _end(self, core: nn.Module, args: tuple, output) -> None:
@@ -145,10 +165,14 @@ class Routing:
                 "tokens are, or remove() the routing first"
             )
         self._local.awaits_decoder = False
+        arguments = by_name(self._decoder_signature, args, kwargs)
+        if self._vision is not None:
+            unread, self._local.unread = self._local.unread, None
+            self._local.call = self._calls.read(*unread, self._vision.dropped(arguments.get("inputs_embeds")))
+            self._check_reduction(self._local.call)
         call = self._local.call
         if call is None:
             return None
-        arguments = by_name(self._decoder_signature, args, kwargs)
         given = arguments.get("position_ids")
         if isinstance(call, Prefill):
             call.note_positions(given)
@@ -158,41 +182,83 @@ class Routing:
         positions = call.position_ids(given)
         return None if positions is None else ((), {**arguments, "position_ids": positions})
 
+    def _check_reduction(self, call: Prefill | Continuation | None) -> None:
+        may_keep_all = self._vision.dropped_nothing
+        if isinstance(call, Prefill) and not call.forward.prompt.answers["dropped"] and not may_keep_all:
+            self._local.call = None
+            raise ValueError(
+                "image features must be computed by this model while it is routed, where there is a reducer, got a "
+                f"prompt of {sum(call.forward.prompt.visual_counts)} visual tokens of which none was dropped"
+            )
+
     def _enter_layer(self, stage: int, number: int, layer: nn.Module, args: tuple, kwargs: dict):
         call = getattr(self._local, "call", None)
         if call is None:
             return None
         hidden, *others = args
         if isinstance(call, Prefill):
+            given = kwargs["position_embeddings"]  # of the full sequence
             if call.stage == stage:
                 hidden = self._decide(call, number, layer, hidden, kwargs)
+            if number in self._ranks_ahead:
+                self._rank_ahead(call, number, layer, hidden, given)
             kwargs["position_embeddings"] = call.position_embeddings
             kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
+        elif self.policy.positions == "contiguous":
+            kwargs["position_embeddings"] = call.position_embeddings(stage, partial(self._embeddings_at, hidden))
         kwargs["attention_mask"] = call.mask(stage, number, hidden, kwargs)
         return (hidden, *others), kwargs
+
+    def _enter_last_unrouted_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = getattr(self._local, "call", None)
+        if isinstance(call, Prefill):
+            number = self._layers.stages[0].start - 1
+            self._rank_ahead(call, number, layer, args[0], kwargs["position_embeddings"])
 
     def _decide(self, call: Prefill, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         call.cache = kwargs.get("past_key_values")
         hidden = to_layer(layer, hidden)
-        tables = self._adapter.rotary(layer, kwargs["position_embeddings"])
-        tables = tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in tables)
-        hidden = call.forward.decide(hidden, tables, partial(self._ranking, call, number, layer))
-        call.position_embeddings = self._adapter.position_embeddings(*call.forward.tables)
+        tables = self._tables(layer, hidden, kwargs["position_embeddings"])
+        hidden = call.forward.decide(hidden, tables, partial(self._project, call, number, layer))
+        if self.policy.positions == "contiguous":
+            call.position_embeddings = self._embeddings_at(hidden, call.forward.numbers(hidden.device))
+            call.forward.tables = self._tables(layer, hidden, call.position_embeddings)
+        else:
+            call.position_embeddings = self._adapter.position_embeddings(*call.forward.tables)
         return hidden
 
+    def _rank_ahead(
+        self, call: Prefill, number: int, layer: nn.Module, hidden: Tensor, position_embeddings: object
+    ) -> None:
+        """Rank for the decision in the next layer; position_embeddings are those of the full sequence."""
+        hidden = to_layer(layer, hidden)
+        tables = self._tables(layer, hidden, position_embeddings)
+        call.forward.score(hidden, tables, partial(self._project, call, number, layer))
+
+    def _tables(self, layer: nn.Module, hidden: Tensor, position_embeddings: object) -> tuple[Tensor, ...]:
+        """cos and sin, (B, L, R), of what layers are handed."""
+        tables = self._adapter.rotary(layer, position_embeddings)
+        return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in tables)
+
+    def _embeddings_at(self, hidden: Tensor, positions: Tensor) -> object:
+        """What layers are handed at positions (B, M) that count tokens."""
+        axes = self._adapter.position_axes
+        positions = positions if axes == 1 else positions.expand(axes, -1, -1)
+        return self._adapter.decoder.rotary_emb(hidden, positions)
+
     @torch.no_grad()
-    def _ranking(
+    def _project(
         self,
         call: Prefill,
         number: int,
         layer: nn.Module,
         hidden: Tensor,
         tables: tuple,
-        ranked: Tensor | None,
-        last: Tensor | None,
+        valid: Tensor | None,
+        places: Tensor | None,
     ) -> dict[str, object]:
-        with loaded(layer):
-            arguments = self._adapter.ranking(layer, hidden, *tables, ranked, last)
+        with loaded(layer, layer.self_attn):
+            arguments = self._adapter.ranking(layer, hidden, *tables, valid, places)
         check_heads(arguments, self._adapter.decoder.config, self._head_group)
         if call.past is not None:
             keys = self._adapter.cached_keys(call.cache, number)[:, :, : call.past.lengths[call.stage]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -41,9 +42,9 @@ class RoutedLayers:
         self._model_class = type(adapter.model).__name__
         self.kinds = adapter.layer_types
         self._check(policy)
-        first = policy.schedule[0].layer
-        ends = [*(stage.layer for stage in policy.schedule[1:]), len(self.kinds)]
-        self.stages = [range(stage.layer, end) for stage, end in zip(policy.schedule, ends, strict=True)]
+        layers = policy.stage_layers
+        first = layers[0]
+        self.stages = [range(*ends) for ends in pairwise((*layers, len(self.kinds)))]
         self.attention = [number for number, kind in enumerate(self.kinds) if kind != "linear_attention"]
         self.fill_front = any(kind != "full_attention" for kind in self.kinds[first:])
         self.length_is_routed = first <= self.attention[0]
@@ -53,10 +54,10 @@ class RoutedLayers:
         self.check_attention()
 
     def _check(self, policy: Policy) -> None:
-        if policy.schedule[-1].layer >= len(self.kinds):
+        if policy.stage_layers[-1] >= len(self.kinds):
             raise ValueError(
                 f"schedule must stay below layer {len(self.kinds)} of this {self._model_class}, "
-                f"got layer {policy.schedule[-1].layer}"
+                f"got layer {policy.stage_layers[-1]}"
             )
         allowed = [number for number, kind in enumerate(self.kinds) if kind == "full_attention"]
         for stage in policy.schedule:
@@ -65,7 +66,12 @@ class RoutedLayers:
                     f"schedule must decide at layers with full attention, of this {self._model_class} "
                     f"{', '.join(map(str, allowed)) or 'none'}; got layer {stage.layer} of {self.kinds[stage.layer]!r}"
                 )
-        for number in range(policy.schedule[0].layer, len(self.kinds)):
+            if policy.ranks_by_previous_layer and stage.layer - 1 not in allowed:
+                raise NotImplementedError(
+                    f"schedule must decide after layers with full attention where the previous layer ranks, got layer "
+                    f"{stage.layer} after one of {self.kinds[stage.layer - 1]!r}"
+                )
+        for number in range(policy.stage_layers[0], len(self.kinds)):
             if self.kinds[number] not in _KINDS:
                 raise NotImplementedError(
                     f"layers from the first decision on must be of type {', '.join(_KINDS)}, got "

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .vision import WindowedVision
 
 
 class Qwen2VLAdapter(Adapter):
     """`Qwen2VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`: rotary positions on three axes."""
 
     text_model_types = ("qwen2_vl_text", "qwen2_5_vl_text")
+    position_axes = 3
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -32,3 +34,9 @@ class Qwen2VLAdapter(Adapter):
         if self._axes_apart:  # mixing three equal axes gives the same table again
             cos, sin = cos.expand(3, *cos.shape), sin.expand(3, *sin.shape)
         return cos, sin
+
+
+class Qwen2_5VLAdapter(Qwen2VLAdapter):
+    """`Qwen2_5_VLForConditionalGeneration`, whose vision tower can be reduced."""
+
+    vision = WindowedVision

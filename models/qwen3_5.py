@@ -15,6 +15,7 @@ class Qwen3_5Adapter(Adapter):
     """
 
     text_model_types = ("qwen3_5_text", "qwen3_5_moe_text")
+    position_axes = 3
     cache_types = ("Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")  # of transformers before 5.6
 
     def cached_keys(self, cache, number: int) -> Tensor:

@@ -15,6 +15,7 @@ class Qwen3VLAdapter(Adapter):
     """
 
     text_model_types = ("qwen3_vl_text", "qwen3_vl_moe_text")
+    position_axes = 3
     decoder_arguments = (*Adapter.decoder_arguments, "visual_pos_masks", "deepstack_visual_embeds")
 
     def __init__(self, model: nn.Module):

@@ -84,20 +84,19 @@ class Candidates:
             `Attention`, to be returned as it is, or to be asked for its `scores()`.
         """
         batch, length = self.pool.shape
-        places = None
         if queries == "text":
             text = self.text if self.valid is None else self.text & self.valid
-            queries = self.most_text
-            places = last_queries(self.hidden, text, queries)
-        elif self.last is not None:
-            queries = min(queries, length)
-            places = self.last[:, None] - torch.arange(queries - 1, -1, -1, device=self.hidden.device)
-        elif queries > 1:
-            queries = min(queries, length)
-            places = torch.arange(length - queries, length, device=self.hidden.device).expand(batch, -1)
-        if places is not None and self.valid is not None and queries > 1:
-            places = torch.where(self.valid.gather(1, places.clamp(min=0)), places, -1)
-        return Attention(self._project(places) | {"query_reduction": query_reduction, "head_reduction": head_reduction})
+            places = last_queries(self.hidden, text, min(self.most_text, length))
+        elif queries == 1:
+            places = None if self.last is None else self.last[:, None]
+        else:
+            back = torch.arange(min(queries, length) - 1, -1, -1, device=self.hidden.device)
+            last = length - 1 if self.last is None else self.last[:, None]
+            places = (last - back).expand(batch, -1)
+            if self.valid is not None:
+                places = torch.where(self.valid.gather(1, places.clamp(min=0)) & (places >= 0), places, -1)
+        reductions = {"query_reduction": query_reduction, "head_reduction": head_reduction}
+        return Attention(self._project(places) | reductions)
 
     def keys(self) -> Tensor:
         """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected."""

@@ -6,18 +6,19 @@ Nothing here knows a model: tensors come in, a ranking is a callable, and the ke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .policy import Policy
+from .rankings import Attention, Candidates
 
-# What `ops.rank_tokens` takes to score the tokens of a sequence, from (hidden, tables, key mask or None, last token of
-# each sample or None).
-Ranking = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | None"], "dict[str, object]"]
+# What `ops.rank_tokens` takes to score the tokens of a sequence, from (hidden, tables, key mask or None, places of the
+# queries (B, Q) or None where only the last token asks).
+Project = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | None"], "dict[str, object]"]
 
 # Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
 Combine = Callable[[Tensor, str], Tensor]
@@ -37,6 +38,7 @@ class Prompt:
         visual: (B, L) bool, positions that hold image or video features.
         valid: (B, L) bool, False at padding; None where there is none.
         guessed: tokens at the end of every row that a draft model guessed. They run, and do not rank.
+        dropped: (B, L) bool, visual tokens that a reducer left out; None where there is no reducer.
         asked: integer tensors without dimensions, by name, to be read in the same transfer.
 
     Attributes:
@@ -44,7 +46,12 @@ class Prompt:
     """
 
     def __init__(
-        self, visual: Tensor, valid: Tensor | None, guessed: int = 0, asked: Mapping[str, Tensor] | None = None
+        self,
+        visual: Tensor,
+        valid: Tensor | None,
+        guessed: int = 0,
+        dropped: Tensor | None = None,
+        asked: Mapping[str, Tensor] | None = None,
     ):
         asked = asked or {}
         self.length = visual.shape[1]
@@ -60,6 +67,11 @@ class Prompt:
         self.pinned = (valid & ~visual) | is_last
         self.pool = visual & ~is_last
         self.visual = visual
+        if dropped is not None:
+            dropped = dropped & visual
+            self.pool = self.pool & ~dropped
+            asked = {**asked, "dropped": dropped.sum(), "last_dropped": (dropped & is_last).sum()}
+        self.dropped = dropped
         counts = torch.stack(
             [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end]
             + [number.to(end.device, end.dtype).expand_as(end) for number in asked.values()]
@@ -87,7 +99,8 @@ class TokenSequence:
 
     hidden: (B, L, d); tables: tensors (B, L, ...); pool, pinned: (B, L) bool; ranked: (B, L) bool, what the ranking
     token sees, or None where that is all; last: (B,) place of each sample's ranking token, or None where it is the last
-    of the row; kept: (B, L) positions in the full sequence, or None where this is the full sequence.
+    of the row; kept: (B, L) positions in the full sequence, or None where this is the full sequence; index: (B, L)
+    places in the sequence that these tokens were chosen from, or None likewise.
     """
 
     hidden: Tensor
@@ -97,20 +110,22 @@ class TokenSequence:
     ranked: Tensor | None
     last: Tensor | None
     kept: Tensor | None
+    index: Tensor | None
 
     def to(self, device: torch.device) -> TokenSequence:
-        flags = (self.pool, self.pinned, self.ranked, self.last, self.kept)
+        others = (self.pool, self.pinned, self.ranked, self.last, self.kept, self.index)
         return TokenSequence(
             on_device(device, self.hidden),
             tuple(on_device(device, table) for table in self.tables),
-            *(on_device(device, tensor) for tensor in flags),
+            *(on_device(device, tensor) for tensor in others),
         )
 
 
 class RoutedForward:
-    """The state of one routed prefill, from its first decision until the full sequence is restored.
+    """The state of one routed prefill, from its first stage until the full sequence is restored.
 
-    It follows the hidden states from device to device.
+    A reducer's stage comes before those of the schedule; nothing is ranked for it. It follows the hidden states from
+    device to device.
 
     Args:
         policy: what to route.
@@ -125,8 +140,9 @@ class RoutedForward:
         self.prompt = prompt
         self.fill_front = fill_front
         self.combine = combine
+        self._reduces = policy.reducer is not None
         per_sample = [
-            policy.selected_counts(visual, pool)
+            ((pool,) if self._reduces else ()) + policy.selected_counts(visual, pool)
             for visual, pool in zip(prompt.visual_counts, prompt.pool_counts, strict=True)
         ]
         self.selected_counts = list(zip(*per_sample, strict=True))  # [stage][sample]
@@ -136,43 +152,79 @@ class RoutedForward:
         ]
         self.lengths = [max(rows) for rows in self.row_lengths]
         lasts = [[length - 1 - prompt.guessed for length in rows] for rows in self.row_lengths]
-        self._keep, self._rows, self._last = torch.tensor(
+        self._keep, self.rows, self._last = torch.tensor(
             [self.selected_counts, self.row_lengths, lasts], device=prompt.visual.device
         )
         self.kept: list[Tensor] = []
         self._full: Tensor | None = None
         self._owns_full = False
         self._sequence: TokenSequence | None = None
+        # What `reroute` chooses from and writes back to, where a reducer left less than the full sequence.
+        self._base: TokenSequence | None = None
+        self._owns_base = False
+        self._scores: Tensor | None = None
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """The per-token tensors of the tokens that run in this stage."""
         return self._sequence.tables
 
+    @tables.setter
+    def tables(self, tables: tuple[Tensor, ...]) -> None:
+        self._sequence.tables = tables
+
     def is_ragged(self, stage: int) -> bool:
         """Whether some sample fills its row of this stage up with rows that hold no token."""
         return min(self.row_lengths[stage]) < self.lengths[stage]
 
-    def decide(self, hidden: Tensor, tables: tuple[Tensor, ...], rank: Ranking) -> Tensor:
+    def numbers(self, device: torch.device) -> Tensor:
+        """(B, M) int64: the tokens of this stage's rows numbered from 0, in rows that hold none any number."""
+        stage = len(self.kept) - 1
+        numbers = torch.arange(self.lengths[stage], device=device).expand(len(self.row_lengths[stage]), -1)
+        if self.fill_front and self.is_ragged(stage):
+            numbers = (numbers - (self.lengths[stage] - on_device(device, self.rows[stage]))[:, None]).clamp(min=0)
+        return numbers
+
+    def score(self, hidden: Tensor, tables: tuple[Tensor, ...], project: Project) -> None:
+        """Rank for the next decision in the layer before it; arguments as in `decide`."""
+        source = self._source(hidden, tables)
+        ranked = self._ranked(source, project)
+        self._scores = self._combined(ranked.scores(), ranked.head_reduction) if _is_lazy(ranked) else ranked
+
+    def decide(self, hidden: Tensor, tables: tuple[Tensor, ...], project: Project) -> Tensor:
         """Start the next stage: rank, select and compact.
 
         Args:
-            hidden: (B, L, d) of the full sequence at the first decision, then (B, M, d) as the last stage left it.
+            hidden: (B, L, d) of the full sequence at the first stage, then (B, M, d) as the last stage left it.
             tables: per-token tensors of the full sequence, (B, L, ...).
-            rank: gives the queries and keys that score the candidates.
+            project: gives the queries and keys that score the candidates.
 
         Returns:
             (B, M, d), the hidden states of the tokens that run.
         """
         stage = len(self.kept)
+        reduces = self._reduces and stage == 0
+        if reduces:
+            # What was dropped shows as zeros in the output.
+            hidden = hidden.masked_fill(on_device(hidden.device, self.prompt.dropped)[:, :, None], 0)
+            self._owns_full = True
         source = self._source(hidden, tables)
-        removes = self.policy.action == "remove"
-        # What is removed is no candidate later: its flags leave with it, and places are counted in the full sequence.
-        carried = (source.pool, source.pinned) if removes else ()
+        if stage == 0:
+            self._full = hidden
+        # What is dropped for good is no candidate later: its flags leave with it, and places are counted in the full
+        # sequence.
+        for_good = reduces or self.policy.action == "remove"
+        carried = (source.pool, source.pinned) if for_good else ()
         if source.kept is not None:
             carried += (source.kept,)
+        if reduces:
+            ranked = torch.zeros(hidden.shape[:2], device=hidden.device)
+        elif self._scores is not None:
+            ranked, self._scores = on_device(hidden.device, self._scores), None
+        else:
+            ranked = self._ranked(source, project)
         index, rows = self._route(
-            rank(source.hidden, source.tables, source.ranked, source.last),
+            ranked,
             pool=source.pool,
             pinned=source.pinned,
             keep=on_device(hidden.device, self._keep[stage]),
@@ -181,9 +233,9 @@ class RoutedForward:
         )
         ragged = self.is_ragged(stage)
         if ragged and self.fill_front:
-            index, rows = self._move_to_end(index, rows, on_device(index.device, self._rows[stage]))
+            index, rows = self._move_to_end(index, rows, on_device(index.device, self.rows[stage]))
         compact, tables, carried = rows[0], tuple(rows[1 : 1 + len(source.tables)]), rows[1 + len(source.tables) :]
-        pool, pinned = carried[:2] if removes else (source.pool, source.pinned)
+        pool, pinned = carried[:2] if for_good else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
         ranked, last = None, None
@@ -192,15 +244,50 @@ class RoutedForward:
             ranked = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
         elif ragged:
             last, ranked = None if self.fill_front else on_device(kept.device, self._last[stage]), kept >= 0
-        self._sequence = TokenSequence(compact, tables, pool, pinned, ranked, last, kept)
+        self._sequence = TokenSequence(compact, tables, pool, pinned, ranked, last, kept, index)
         return compact
 
-    def _route(self, ranking: dict[str, object], pool, pinned, keep, length, tensors):
-        """`ops.route_tokens`, in steps where scores must be combined."""
-        if self.combine is None:
-            return ops.route_tokens(**ranking, pool=pool, pinned=pinned, keep=keep, length=length, tensors=tensors)
-        scores = self.combine(ops.rank_tokens(**ranking), ranking.get("head_reduction", "mean"))
-        index = ops.select_tokens(scores, pool, pinned, keep, length)
+    def _ranked(self, source: TokenSequence, project: Project) -> Attention | Tensor:
+        """What the policy's ranking says of the candidates of the next decision."""
+        stage = len(self.kept)
+        candidates = Candidates(
+            source.hidden,
+            source.pool,
+            source.pinned,
+            source.ranked,
+            source.last,
+            on_device(source.hidden.device, self._keep[stage]),
+            max(self.prompt.pinned_counts),
+            stage - self._reduces,
+            partial(project, source.hidden, source.tables, source.ranked),
+        )
+        with torch.no_grad():
+            ranked = self.policy.ranking.rank(candidates)
+        if _is_lazy(ranked):
+            return ranked
+        expected = tuple(source.pool.shape)
+        if not isinstance(ranked, Tensor) or ranked.shape != expected or ranked.dtype != torch.float32:
+            got = f"{tuple(ranked.shape)} {ranked.dtype}" if isinstance(ranked, Tensor) else type(ranked).__name__
+            raise TypeError(
+                f"ranking must give scores {expected} float32, or what candidates.attention returns, got {got} from "
+                f"{self.policy.ranking!r}"
+            )
+        return self._combined(ranked.detach(), "mean")
+
+    def _combined(self, scores: Tensor, reduction: str) -> Tensor:
+        """Scores by all heads; on every process the same."""
+        return scores if self.combine is None else self.combine(scores, reduction)
+
+    def _route(self, ranked: Attention | Tensor, pool, pinned, keep, length, tensors):
+        """`ops.route_tokens`, in steps where there are scores, or where they must be combined."""
+        if _is_lazy(ranked):
+            if self.combine is None:
+                arguments = ranked.arguments
+                return ops.route_tokens(
+                    **arguments, pool=pool, pinned=pinned, keep=keep, length=length, tensors=tensors
+                )
+            ranked = self._combined(ranked.scores(), ranked.head_reduction)
+        index = ops.select_tokens(ranked, pool, pinned, keep, length)
         return index, ops.gather_tokens(index, *tensors)
 
     @staticmethod
@@ -213,16 +300,19 @@ class RoutedForward:
         return moved, ops.gather_tokens(places, *rows)
 
     def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> TokenSequence:
-        """The sequence to select from: all tokens under `reroute`, the survivors under `remove`."""
-        if self._full is None:
-            self._full = hidden
-        else:
-            self._write_back(hidden)
-            if self.policy.action == "remove":
-                self._sequence.hidden = hidden
-                return self._sequence
+        """The sequence to select from: under `reroute` all tokens, or all that a reducer left, else the survivors."""
+        if self._sequence is None:
+            prompt = self.prompt
+            full = TokenSequence(hidden, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None, None)
+            return full.to(hidden.device)
+        self._write_back(hidden)
+        if self.policy.action == "remove":
+            self._sequence.hidden = hidden
+            return self._sequence
+        if self._base is not None:
+            return self._base
         prompt = self.prompt
-        full = TokenSequence(self._full, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None)
+        full = TokenSequence(self._full, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None, None)
         return full.to(hidden.device)
 
     def _follow(self, hidden: Tensor) -> None:
@@ -231,9 +321,20 @@ class RoutedForward:
             self._full, self._owns_full = self._full.to(hidden.device), True
             self._sequence.hidden = hidden
             self._sequence = self._sequence.to(hidden.device)
+            if self._base is not None:
+                self._base, self._owns_base = self._base.to(hidden.device), True
 
     def _write_back(self, hidden: Tensor) -> None:
         self._follow(hidden)
+        if self._reduces and self.policy.action == "reroute":
+            if len(self.kept) == 1:
+                self._base = replace(self._sequence, hidden=hidden)
+                return
+            if not self._owns_base:
+                self._base, self._owns_base = replace(self._base, hidden=self._base.hidden.clone()), True
+            written = ops.scatter_tokens_(self._base.hidden, self._sequence.index, hidden)
+            self._base = replace(self._base, hidden=written)
+            return
         # The hidden states at the first decision belong to the model (hooks may hold them): never write there.
         if not self._owns_full:
             self._full, self._owns_full = self._full.clone(), True
@@ -264,6 +365,8 @@ class RoutedForward:
         the padding side.
         """
         self._write_back(hidden)
+        if self._base is not None:
+            self._full = ops.scatter_tokens_(self._full, self._base.kept, self._base.hidden)
         full, prompt = self._full, self.prompt
         if prompt.right_padded:
             end = on_device(full.device, prompt.end)
@@ -273,14 +376,18 @@ class RoutedForward:
         return full
 
 
+def _is_lazy(ranked: object) -> bool:
+    return isinstance(ranked, Attention)
+
+
 @dataclass(frozen=True, eq=False)
 class StageTrace:
     """What one stage of a routed prefill did; nothing is copied from the device before it is read."""
 
     layer: int
-    """The decision layer."""
-    keep: float
-    """The share of visual tokens that was asked for."""
+    """The decision layer; 0 for what a reducer left."""
+    keep: float | None
+    """The share of visual tokens that was asked for; None for what a reducer left."""
     tokens: int
     """M, the tokens that each row of this stage's layers holds and caches."""
     _kept: Tensor = field(repr=False)
@@ -308,15 +415,20 @@ class Trace:
     visual_counts: list[int]
     """Visual tokens of each sample."""
     stages: list[StageTrace]
+    """One for each stage of the schedule."""
+    reduction: StageTrace | None = None
+    """What a reducer left."""
 
     @classmethod
     def of(cls, forward: RoutedForward, past: Past | None = None) -> Trace:
         prompt, policy, offset = forward.prompt, forward.policy, past.length if past else 0
+        keeps = (None,) * (policy.reducer is not None) + tuple(stage.keep for stage in policy.schedule)
         stages = [
-            StageTrace(stage.layer, stage.keep, length, kept, prompt.visual, offset)
-            for stage, length, kept in zip(policy.schedule, forward.lengths, forward.kept, strict=True)
+            StageTrace(layer, keep, length, kept, prompt.visual, offset)
+            for layer, keep, length, kept in zip(policy.stage_layers, keeps, forward.lengths, forward.kept, strict=True)
         ]
-        return cls(policy, prompt.length, prompt.visual_counts, stages)
+        reduction = stages.pop(0) if policy.reducer is not None else None
+        return cls(policy, prompt.length, prompt.visual_counts, stages, reduction)
 
 
 @dataclass(eq=False)
@@ -365,6 +477,8 @@ class CachedPrompt:
     last_position: Tensor | None
     """Rotary position of each sample's last token, (..., B, 1), where later positions must be derived from it."""
     right_padded: bool
+    rows: Tensor
+    """(stages, B), the tokens of each sample that each stage ran."""
 
     @classmethod
     def of(cls, forward: RoutedForward, before: Past | None, last_position: Tensor | None) -> CachedPrompt:
@@ -383,7 +497,8 @@ class CachedPrompt:
             positions.append(places)
         length = (before.length if before else 0) + prompt.length - prompt.guessed
         past = Past(length, lengths, all_valid, positions)
-        return cls(forward.policy, prompt.visual.shape[0], past, last_position, prompt.right_padded)
+        rows = forward.rows - prompt.guessed
+        return cls(forward.policy, prompt.visual.shape[0], past, last_position, prompt.right_padded, rows)
 
     def valid_keys(self, stage: int, batch: int, added: Tensor | None, count: int) -> Tensor | None:
         """Which of a stage's keys count for the tokens of a later call.

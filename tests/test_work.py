@@ -132,15 +132,14 @@ class Forward:
         self.query = torch.randn(len(lefts), 1, 4, 8, device=device)
         self.key = torch.randn(len(lefts), length, 2, 8, device=device)
 
-    def ranking(self, hidden, tables, valid, last):
-        query_index = None if last is None else last[:, None]
+    def ranking(self, hidden, tables, valid, places):
         return {
             "query": self.query,
             "key": self.key[:, : hidden.shape[1]],
             "cos": tables[0],
             "sin": tables[1],
             "key_mask": valid,
-            "query_index": query_index,
+            "query_index": places,
         }
 
     def decide(self):

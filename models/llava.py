@@ -1,0 +1,12 @@
+"""LLaVA-1.5 and LLaVA-NeXT."""
+
+from __future__ import annotations
+
+from .adapter import Adapter
+from .vision import ClassTokenVision
+
+
+class LlavaAdapter(Adapter):
+    """`LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`, whose CLIP towers can be reduced."""
+
+    vision = ClassTokenVision

@@ -1,0 +1,287 @@
+"""Reducers at work on a vision tower.
+
+A dropped token is marked in its features, all of which become NaN: the mark travels with them through `generate`, which
+may encode images before the prompt's call, through tiles that are cut, and into the batch, and cannot be mistaken for
+one of another image. What is marked never reaches a decoder layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..reducers import Reducer, VisionFeatures
+from ..ref.rank import rotate_half
+from .devices import loaded
+
+# Queries whose rows of attention are held at a time.
+_QUERIES = 256
+
+
+class ReducedVision(ABC):
+    """A reducer on the vision tower of one model.
+
+    Args:
+        adapter: of the model.
+        reducer: the reducer.
+
+    Raises:
+        NotImplementedError: this vision tower cannot be reduced.
+    """
+
+    def __init__(self, adapter, reducer: Reducer):
+        self._adapter = adapter
+        self._reducer = reducer
+        self._state = threading.local()  # of the images that are encoded; one call per thread
+
+    @abstractmethod
+    def install(self, add: Callable[[object], None]) -> None:
+        """Register hooks, whose handles are given to `add`."""
+
+    def dropped(self, embeds: Tensor | None) -> Tensor | None:
+        """(B, L) bool, the tokens that are marked in (B, L, d)."""
+        return None if embeds is None else embeds.isnan().all(dim=-1)
+
+    @property
+    def dropped_nothing(self) -> bool:
+        """Whether the reducer left all tokens of some image since this was last asked."""
+        kept, self._state.kept_all = getattr(self._state, "kept_all", False), False
+        return kept
+
+    def _reduced(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
+        """(T, N, d), the features with those of the survivors replaced; and (T, N) bool, what is dropped."""
+        features = image.features
+        count, tokens, channels = features.shape
+        index, made = self._reducer.reduce(image)
+        accepted = (
+            isinstance(index, Tensor)
+            and isinstance(made, Tensor)
+            and index.dtype == torch.int64
+            and made.dtype == features.dtype
+            and made.shape == (*index.shape, channels)
+            and index.shape[0] == count
+            and 1 <= index.shape[1] <= tokens
+        )
+        if not accepted:
+            raise TypeError(
+                f"reducer must give ({count}, K) int64 tokens, K from 1 to {tokens}, and ({count}, K, {channels}) "
+                f"{features.dtype} features, got {_described(index)} and {_described(made)} from {self._reducer!r}"
+            )
+        places = index[:, :, None].expand(-1, -1, channels)
+        dropped = torch.ones(count, tokens, dtype=torch.bool, device=features.device).scatter(1, index, False)
+        self._state.kept_all = getattr(self._state, "kept_all", False) or index.shape[1] == tokens
+        return features.scatter(1, places, made), dropped
+
+    def _refuse(self, what: str, got: object) -> NotImplementedError:
+        return NotImplementedError(f"reducer needs a vision tower with {what}, got {got!r}")
+
+
+def _marked(features: Tensor, dropped: Tensor) -> Tensor:
+    """(..., d) with NaN where (...) says so."""
+    return features.masked_fill(dropped[..., None], math.nan)
+
+
+def _described(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _hidden(output: object) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class ClassTokenVision(ReducedVision):
+    """CLIP towers, whose class token says what is salient, before a projector (LLaVA-1.5, LLaVA-NeXT)."""
+
+    def __init__(self, adapter, reducer: Reducer):
+        super().__init__(adapter, reducer)
+        config = adapter.model.config
+        kind = config.vision_config.model_type
+        if kind != "clip_vision_model":
+            raise self._refuse("a class token, 'clip_vision_model'", kind)
+        if config.vision_feature_select_strategy != "default":
+            raise self._refuse(
+                "vision_feature_select_strategy 'default', which leaves the class token out of the features",
+                config.vision_feature_select_strategy,
+            )
+        output = config.vision_feature_layer
+        if not isinstance(output, int):
+            raise self._refuse("one vision_feature_layer", output)
+        tower = adapter.core.vision_tower
+        self._layers = getattr(tower, "vision_model", tower).encoder.layers  # transformers before 5.17 wraps it
+        depth = len(self._layers)
+        self._salient_layer = self._layers[(output if output >= 0 else output + depth + 1) - 1]
+        # Outputs 16 to 24 of 24 layers in Nüwa.
+        self._compared_layers = self._layers[max(0, depth * 2 // 3 - 1) :]
+
+    def install(self, add) -> None:
+        add(self._layers[0].register_forward_pre_hook(self._begin))
+        add(self._salient_layer.register_forward_pre_hook(self._note_input, with_kwargs=True))
+        for layer in self._compared_layers:
+            add(layer.register_forward_hook(self._note_output))
+        projector = self._adapter.core.multi_modal_projector
+        add(projector.register_forward_pre_hook(self._reduce))
+        add(projector.register_forward_hook(self._mark))
+
+    def _begin(self, layer: nn.Module, args: tuple) -> None:
+        self._state.outputs = []
+
+    def _note_input(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._state.input = args[0] if args else kwargs["hidden_states"]
+
+    def _note_output(self, layer: nn.Module, args: tuple, output: object) -> None:
+        self._state.outputs.append(_hidden(output))
+
+    def _reduce(self, projector: nn.Module, args: tuple) -> tuple:
+        features, *others = args
+        state = self._state
+        side = math.isqrt(features.shape[1])
+        if side * side != features.shape[1]:
+            raise self._refuse("square images", f"{features.shape[1]} tokens")
+        image = VisionFeatures(
+            features,
+            (side, side),
+            partial(self._saliency, state.input),
+            partial(self._similarity_features, state.outputs),
+        )
+        features, state.dropped = self._reduced(image)
+        state.input, state.outputs = None, []
+        return features, *others
+
+    def _mark(self, projector: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        dropped, self._state.dropped = self._state.dropped, None
+        return _marked(output, dropped)
+
+    @torch.no_grad()
+    def _saliency(self, hidden: Tensor) -> Tensor:
+        """Attention of the class token, summed over heads."""
+        layer, attention = self._salient_layer, self._salient_layer.self_attn
+        with loaded(layer, attention):
+            states = layer.layer_norm1(hidden)
+            query, key = attention.q_proj(states[:, :1]), attention.k_proj(states)
+        query, key = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key))
+        # As if it stood last, from where it sees all.
+        last = torch.full((len(hidden), 1), hidden.shape[1] - 1, device=hidden.device)
+        mean = ops.rank_tokens(query, key, query_index=last, scale=attention.scale)
+        return mean[:, 1:] * query.shape[2]
+
+    @staticmethod
+    @torch.no_grad()
+    def _similarity_features(outputs: list[Tensor]) -> Tensor:
+        return torch.stack(outputs).mean(dim=0)[:, 1:]
+
+
+class WindowedVision(ReducedVision):
+    """The tower of Qwen2.5-VL, which sorts patches by windows and merges 2 x 2 of them at its end."""
+
+    def __init__(self, adapter, reducer: Reducer):
+        super().__init__(adapter, reducer)
+        self._tower = tower = adapter.core.visual
+        self._signature = inspect.signature(tower.forward)
+        self._merged = tower.spatial_merge_size
+        self._window = tower.window_size // tower.spatial_merge_size // tower.patch_size  # in merged patches
+        depth = len(tower.blocks)
+        # Blocks 7 to 23 of 32 in Nüwa.
+        self._compared_blocks = tower.blocks[depth * 7 // 32 : depth * 23 // 32 + 1]
+
+    def install(self, add) -> None:
+        tower = self._tower
+        add(tower.register_forward_pre_hook(self._begin, with_kwargs=True))
+        add(tower.blocks[-1].register_forward_pre_hook(self._note_input, with_kwargs=True))
+        for block in self._compared_blocks:
+            add(block.register_forward_hook(self._note_output))
+        add(tower.register_forward_hook(self._reduce))
+
+    def _begin(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._state.grids = self._signature.bind(*args, **kwargs).arguments["grid_thw"]
+        self._state.outputs = []
+
+    def _note_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        arguments = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        self._state.input = [arguments[name] for name in ("hidden_states", "cu_seqlens", "position_embeddings")]
+
+    def _note_output(self, block: nn.Module, args: tuple, output: object) -> None:
+        self._state.outputs.append(_hidden(output))
+
+    def _reduce(self, tower: nn.Module, args: tuple, output):
+        state = self._state
+        features = output.pooler_output
+        grids = [
+            (frames, height // self._merged, width // self._merged) for frames, height, width in state.grids.tolist()
+        ]
+        order = self._window_order(grids).to(features.device)
+        back = order.argsort()
+        # Computed once for all images, if at all.
+        saliency = _once(partial(self._saliency, *state.input, back))
+        similarity_features = _once(partial(self._similarity_features, state.outputs, back))
+        reduced, start = [], 0
+        for frames, height, width in grids:
+            rows = slice(start, start + frames * height * width)
+            start = rows.stop
+
+            def of_frames(tensor: Tensor, rows=rows, frames=frames) -> Tensor:
+                return tensor[rows].unflatten(0, (frames, -1))
+
+            image = VisionFeatures(
+                of_frames(features),
+                (height, width),
+                lambda of_frames=of_frames: of_frames(saliency()),
+                lambda of_frames=of_frames: of_frames(similarity_features()),
+            )
+            reduced.append(_marked(*self._reduced(image)).flatten(0, 1))
+        state.input, state.outputs = None, []
+        output.pooler_output = torch.cat(reduced)
+        return output
+
+    def _window_order(self, grids: list[tuple[int, int, int]]) -> Tensor:
+        """(N,) int64: the merged patches in the order of the tower's windows."""
+        order, start = [], 0
+        for frames, height, width in grids:
+            frame, row, column = torch.meshgrid(*map(torch.arange, (frames, height, width)), indexing="ij")
+            across, down = -(-width // self._window), -(-height // self._window)
+            window = (frame * down + row // self._window) * across + column // self._window
+            order.append(start + window.flatten().argsort(stable=True))
+            start += window.numel()
+        return torch.cat(order)
+
+    @torch.no_grad()
+    def _saliency(self, hidden: Tensor, ends: Tensor, position_embeddings, back: Tensor) -> Tensor:
+        """Attention that patches receive from all in the last block, by merged patches in the order of the image."""
+        block = self._tower.blocks[-1]
+        with loaded(block, block.attn):
+            states = block.attn.qkv(block.norm1(hidden))
+        query, key, _ = states.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)  # [N, H, D]
+        cos, sin = (table[:, None].float() for table in position_embeddings)
+        query, key = (rotate_half(states.float(), cos, sin) for states in (query, key))
+        received = []
+        ends = ends.tolist()
+        for start, end in pairwise(ends):
+            total = 0
+            for chunk in query[start:end].split(_QUERIES):
+                seen = torch.full((1, len(chunk)), end - start - 1, device=hidden.device)
+                total += len(chunk) * ops.rank_tokens(chunk[None], key[None, start:end], query_index=seen)[0]
+            received.append(total)
+        return torch.cat(received).view(-1, self._merged**2).mean(dim=1)[back]
+
+    @torch.no_grad()
+    def _similarity_features(self, outputs: list[Tensor], back: Tensor) -> Tensor:
+        return self._tower.merger(torch.stack(outputs).mean(dim=0))[back]
+
+
+def _once(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    made: list[Tensor] = []
+
+    def value() -> Tensor:
+        if not made:
+            made.append(function())
+        return made[0]
+
+    return value
