@@ -3,8 +3,9 @@
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from . import cost, ops, rankings, reducers, ref
+from . import ops, rankings, reducers, ref
 from .backends import backend
+from .cost import cost
 from .policy import Policy, Stage
 from .presets import Preset, preset, presets
 

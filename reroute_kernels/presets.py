@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .cost import DECODERS
 from .policy import Policy, Stage
 
-NUM_LAYERS = {"llava-1.5-7b": 32, "qwen2.5-vl-7b": 28}
+NUM_LAYERS = {name: decoder.layers for name, decoder in DECODERS.items()}
 
 # Decision layers after the first, which is 3 where a schedule is matched to FastV and 2 elsewhere.
 _LATER_LAYERS = {"llava-1.5-7b": (7, 15, 23), "qwen2.5-vl-7b": (6, 13, 20)}
