@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import ops, rankings, reducers, ref
 from .backends import backend
+from .budget import solve
 from .cost import cost
 from .policy import Policy, Stage
 from .presets import Preset, preset, presets
@@ -28,6 +29,7 @@ __all__ = [
     "rankings",
     "reducers",
     "ref",
+    "solve",
     "triton",
 ]
 

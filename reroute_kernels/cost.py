@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .policy import Policy
+from .reducers import Reducer
 
 
 @dataclass(frozen=True)
@@ -328,6 +329,12 @@ def average_visual_tokens(policy: Policy, num_layers: int, visual_tokens: int) -
     return sum(visual_tokens_per_layer(policy, num_layers, visual_tokens)) / num_layers
 
 
+def surviving_tokens(reducer: Reducer | None, visual_tokens: int) -> int:
+    """Visual tokens of an image that a reducer leaves; all where there is none."""
+    _check_count("visual_tokens", visual_tokens, 0)
+    return visual_tokens if reducer is None else _method(reducer, "reducer", "survivors")(visual_tokens)
+
+
 # `reroute_kernels.cost` is the function, and these were reached by that name when it was this module.
 cost.average_visual_tokens = average_visual_tokens
 cost.visual_tokens_per_layer = visual_tokens_per_layer
@@ -345,13 +352,10 @@ class _Span(NamedTuple):
 
 def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_Span]:
     """The layers before the first decision, and those of each stage."""
-    _check_count("visual_tokens", visual_tokens, 0)
     schedule = () if policy is None else policy.schedule
     if schedule and schedule[-1].layer >= num_layers:
         raise ValueError(f"schedule must stay below layer {num_layers} of this model, got layer {schedule[-1].layer}")
-    candidates = visual_tokens
-    if policy is not None and policy.reducer is not None:
-        candidates = _method(policy.reducer, "reducer", "survivors")(visual_tokens)
+    candidates = surviving_tokens(None if policy is None else policy.reducer, visual_tokens)
     ends = [*(stage.layer for stage in schedule), num_layers]
     spans = [_Span(0, ends[0], candidates)] if ends[0] else []
     if schedule:
