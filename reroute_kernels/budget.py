@@ -49,7 +49,7 @@ def solve(
     positions: str = "original",
     reducer: Reducer | None = None,
 ) -> Policy:
-    """The policy that comes closest to a budget without exceeding it, as `reroute_kernels.cost` counts.
+    """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
 
     The stages select K = max(1, trunc(scale * shape)) tokens with the largest scale that the budget admits, and then up
     to one more each, those that together come closest to it. Where it admits everything, all tokens are selected.
@@ -92,7 +92,7 @@ def solve(
         return getattr(cost(decoder, policy_of(counts), text_tokens, visual_tokens, batch, dtype), _COSTS[kind])
 
     least = reached([1] * len(layers))
-    if least > limit:
+    if not least <= limit:
         raise ValueError(f"{kind} must be {least} or more, which one token at every decision costs, got {limit}")
 
     def at_scale(scale: Fraction) -> list[int]:
@@ -135,10 +135,8 @@ def _decision_layers(layers: Sequence[int], decoder: Decoder) -> list[int]:
 
 
 def _shape(shape: str | Sequence[float], stages: int, action: str) -> list[Fraction]:
-    if shape == "uniform":
-        return [Fraction(1)] * stages
-    if shape == "pyramid":
-        return [Fraction(1, 2**stage) for stage in range(stages)]
+    if isinstance(shape, str) and shape in SHAPES:
+        return [Fraction(1, 2**stage if shape == "pyramid" else 1) for stage in range(stages)]
     if isinstance(shape, str) or not isinstance(shape, Iterable):
         raise ValueError(f"shape must be one of {', '.join(map(repr, SHAPES))} or numbers, got {shape!r}")
     parts = list(shape)

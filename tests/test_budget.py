@@ -1,5 +1,6 @@
 """Solved schedules, against all that there are of a few tokens and stages."""
 
+import math
 import re
 from fractions import Fraction
 from itertools import pairwise, product
@@ -185,6 +186,11 @@ def test_originals_at_their_own_budget_stay_as_they_are():
             {"avg_tokens": 54},
             ValueError,
             "avg_tokens must be 54.90625 or more, which one token at every decision costs, got 54",
+        ),
+        (
+            {"avg_tokens": math.nan},
+            ValueError,
+            "avg_tokens must be 54.90625 or more, which one token at every decision costs, got nan",
         ),
         (
             {"avg_tokens": 64, "decision_layers": [3, 32]},
