@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .. import flops  # noqa: F401 (registers what the operations count for)
 from ..policy import Policy
 from .adapter import Adapter
 from .aya_vision import AyaVisionAdapter

@@ -3,8 +3,10 @@
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from . import cost, ops, rankings, reducers, ref
+from . import ops, rankings, reducers, ref
 from .backends import backend
+from .budget import solve
+from .cost import cost
 from .policy import Policy, Stage
 from .presets import Preset, preset, presets
 
@@ -27,6 +29,7 @@ __all__ = [
     "rankings",
     "reducers",
     "ref",
+    "solve",
     "triton",
 ]
 

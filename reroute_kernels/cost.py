@@ -1,8 +1,306 @@
-"""What a policy costs, counted from its schedule."""
+"""What a policy costs in floating-point operations and cache, counted from its schedule and a decoder's shape.
+
+A multiplication and an addition are two operations. Only matrix products count, as `torch.utils.flop_counter` counts
+them: the projections of attention, queries times keys and weights times values over all keys of the sequence (nothing
+is halved for causality), the MLP, and the ranking. Norms, the input embedding and the vision tower do not; the LM head
+is counted apart.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from operator import index as as_integer
+from typing import NamedTuple
+
+import torch
+
 from .policy import Policy
+from .reducers import Reducer
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The shape of a decoder whose layers all have full attention, with projections as in Llama.
+
+    Raises:
+        ValueError: `mlp_weights` has not one entry for each layer.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    mlp_weights: tuple[int, ...]
+    """By layer, the entries of the matrices that one token is multiplied by in the MLP. Of a mixture of experts, those
+    of the router and of the experts that it sends a token to."""
+
+    def __post_init__(self):
+        if len(self.mlp_weights) != self.layers:
+            raise ValueError(
+                f"mlp_weights must have {self.layers} entries, as layers says, got {len(self.mlp_weights)}"
+            )
+
+    @classmethod
+    def of(cls, config_or_model) -> Decoder:
+        """The decoder of a model.
+
+        Args:
+            config_or_model: a transformers model or its configuration, or that of its text model; the name of one in
+                `DECODERS`; or a `Decoder`. MLPs are taken to be gated, with three matrices, as in all that `apply`
+                supports.
+
+        Raises:
+            TypeError: the argument is nothing of this.
+            ValueError: the name is unknown.
+            NotImplementedError: a layer has other than full attention, or attention is latent.
+        """
+        if isinstance(config_or_model, Decoder):
+            return config_or_model
+        if isinstance(config_or_model, str):
+            if config_or_model not in DECODERS:
+                names = ", ".join(map(repr, DECODERS))
+                raise ValueError(f"config_or_model must be one of {names}, got {config_or_model!r}")
+            return DECODERS[config_or_model]
+        config = getattr(config_or_model, "config", config_or_model)
+        if hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            if not hasattr(config, name):
+                raise TypeError(
+                    "config_or_model must be a transformers model or configuration, a Decoder or the name of one, got "
+                    f"{type(config_or_model).__name__}, which has no {name!r}"
+                )
+        _check_attention(config)
+        heads = config.num_attention_heads
+        return cls(
+            hidden_size=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            mlp_weights=tuple(_mlp_weights(config, layer) for layer in range(config.num_hidden_layers)),
+        )
+
+
+def _check_attention(config) -> None:
+    """Refuse decoders whose attention costs otherwise."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    model_type = getattr(config, "model_type", type(config).__name__)
+    for layer, kind in enumerate(kinds[: config.num_hidden_layers]):
+        if kind != "full_attention":
+            raise NotImplementedError(
+                "config_or_model must have a decoder whose layers all have 'full_attention', got "
+                f"{model_type!r} with {kind!r} at layer {layer}"
+            )
+    if getattr(config, "kv_lora_rank", None):
+        raise NotImplementedError(f"config_or_model must not have latent attention, got {model_type!r}")
+
+
+def _mlp_weights(config, layer: int) -> int:
+    size = config.hidden_size
+    # What these counts are called differs between families and versions of transformers.
+    counts = (getattr(config, name, None) for name in ("num_experts", "n_routed_experts", "num_local_experts"))
+    experts = next((count for count in counts if count), 0)
+    is_dense = (
+        not experts
+        or layer in (getattr(config, "mlp_only_layers", None) or ())
+        or layer < getattr(config, "first_k_dense_replace", 0)
+        or (layer + 1) % getattr(config, "decoder_sparse_step", 1)
+    )
+    if is_dense:
+        return 3 * size * config.intermediate_size
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    used = config.num_experts_per_tok + (getattr(config, "n_shared_experts", None) or 0)
+    weights = size * experts + 3 * size * width * used
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        weights += 3 * size * shared + size  # with a gate of one channel
+    return weights
+
+
+DECODERS = {
+    "llava-1.5-7b": Decoder(4096, 32, 32, 32, 128, 32064, mlp_weights=(3 * 4096 * 11008,) * 32),
+    "qwen2.5-vl-7b": Decoder(3584, 28, 28, 4, 128, 152064, mlp_weights=(3 * 3584 * 18944,) * 28),
+}
+"""Decoders by name, with their published shapes."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What the layers of one stage cost in a prefill. Tokens are of one sample; all else is of the whole batch."""
+
+    first_layer: int
+    layers: int
+    visual_tokens: int
+    """That run in each layer, and are cached there."""
+    tokens: int
+    """The same with text."""
+    projections: int
+    """FLOPs of the query, key, value and output projections."""
+    attention: int
+    """FLOPs of queries times keys and of weights times values."""
+    mlp: int
+    """FLOPs."""
+    ranking: int
+    """FLOPs of the decision that begins the stage."""
+    kv_bytes: int
+    """Keys and values that the layers cache."""
+    visual_kv_bytes: int
+    """Those of visual tokens."""
+
+    @property
+    def flops(self) -> int:
+        return self.projections + self.attention + self.mlp + self.ranking
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `cost` counted. Totals are of the whole batch, averages of one sample."""
+
+    decoder: Decoder
+    text_tokens: int
+    visual_tokens: int
+    batch: int
+    stages: tuple[StageCost, ...]
+    """The layers before the first decision are one, too."""
+
+    def _total(self, name: str) -> int:
+        return sum(getattr(stage, name) for stage in self.stages)
+
+    @property
+    def average_visual_tokens(self) -> float:
+        """Mean over the layers of the visual tokens that run."""
+        return sum(stage.layers * stage.visual_tokens for stage in self.stages) / self.decoder.layers
+
+    @property
+    def prefill_flops(self) -> int:
+        """FLOPs of the prompt in all layers, rankings included, without the LM head."""
+        return self._total("flops")
+
+    @property
+    def projections(self) -> int:
+        return self._total("projections")
+
+    @property
+    def attention(self) -> int:
+        return self._total("attention")
+
+    @property
+    def mlp(self) -> int:
+        return self._total("mlp")
+
+    @property
+    def ranking(self) -> int:
+        return self._total("ranking")
+
+    @property
+    def lm_head_flops(self) -> int:
+        """FLOPs of the logits of one token for each sample."""
+        return 2 * self.batch * self.decoder.hidden_size * self.decoder.vocab_size
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values that the prompt leaves in the cache."""
+        return self._total("kv_bytes")
+
+    @property
+    def visual_kv_bytes(self) -> int:
+        """Those of visual tokens."""
+        return self._total("visual_kv_bytes")
+
+    def decode_flops(self, length: int) -> int:
+        """FLOPs of one decode step in all layers, one token for each sample, without the LM head.
+
+        Args:
+            length: tokens before the new one, of the sequence as if no token had been dropped or deferred; so the
+                first step after the prompt has `text_tokens + visual_tokens`.
+
+        Raises:
+            ValueError: `length` is below that of the prompt.
+        """
+        prompt = self.text_tokens + self.visual_tokens
+        _check_count("length", length, prompt)
+        keys = sum(stage.layers * (stage.tokens + length - prompt + 1) for stage in self.stages)
+        per_token = self.decoder.layers * _projection_weights(self.decoder) + sum(self.decoder.mlp_weights)
+        return 2 * self.batch * (per_token + 2 * self.decoder.heads * self.decoder.head_dim * keys)
+
+    def as_dict(self) -> dict[str, object]:
+        """All of it as plain numbers, lists and dictionaries, for JSON."""
+        totals = (
+            "average_visual_tokens",
+            "prefill_flops",
+            "projections",
+            "attention",
+            "mlp",
+            "ranking",
+            "lm_head_flops",
+            "kv_bytes",
+            "visual_kv_bytes",
+        )
+        prompt = {name: getattr(self, name) for name in ("text_tokens", "visual_tokens", "batch")}
+        return {
+            "decoder": asdict(self.decoder) | {"mlp_weights": list(self.decoder.mlp_weights)},
+            **prompt,
+            **{name: getattr(self, name) for name in totals},
+            "stages": [asdict(stage) | {"flops": stage.flops} for stage in self.stages],
+        }
+
+
+def cost(
+    config_or_model,
+    policy: Policy | None,
+    text_tokens: int,
+    visual_tokens: int,
+    batch: int = 1,
+    dtype: str | torch.dtype = "float16",
+) -> Cost:
+    """What a policy costs on a model; the module says what counts.
+
+    Args:
+        config_or_model: whose decoder is costed, as in `Decoder.of`.
+        policy: the policy, or None for the model without routing.
+        text_tokens: tokens of a sample's prompt that are no visual ones; the last token is one of them.
+        visual_tokens: visual tokens of a sample's prompt; of its one image where there is a reducer.
+        batch: samples, all alike.
+        dtype: of keys and values in the cache.
+
+    Raises:
+        TypeError: an argument has the wrong type; or the ranking has no method `flops`, the reducer no `survivors`.
+        ValueError: a number or name is out of range, or the schedule has a layer that the model has not.
+        NotImplementedError: the decoder has layers without full attention.
+    """
+    decoder = Decoder.of(config_or_model)
+    _check_count("text_tokens", text_tokens, 0)
+    _check_count("batch", batch, 1)
+    kv_width = 2 * decoder.kv_heads * decoder.head_dim * _dtype(dtype).itemsize * batch
+    stages = []
+    for span in _spans(policy, decoder.layers, visual_tokens):
+        layers, tokens = span.end - span.first, text_tokens + span.visual_tokens
+        ranked = text_tokens + span.ranked if span.ranked else 0
+        stages.append(
+            StageCost(
+                first_layer=span.first,
+                layers=layers,
+                visual_tokens=span.visual_tokens,
+                tokens=tokens,
+                projections=2 * batch * layers * tokens * _projection_weights(decoder),
+                attention=4 * batch * layers * tokens * tokens * decoder.heads * decoder.head_dim,
+                mlp=2 * batch * tokens * sum(decoder.mlp_weights[span.first : span.end]),
+                ranking=batch * _method(policy.ranking, "ranking", "flops")(decoder, ranked, text_tokens)
+                if ranked
+                else 0,
+                kv_bytes=layers * tokens * kv_width,
+                visual_kv_bytes=layers * span.visual_tokens * kv_width,
+            )
+        )
+    return Cost(decoder, text_tokens, visual_tokens, batch, tuple(stages))
 
 
 def visual_tokens_per_layer(policy: Policy, num_layers: int, visual_tokens: int) -> list[int]:
@@ -11,27 +309,87 @@ def visual_tokens_per_layer(policy: Policy, num_layers: int, visual_tokens: int)
     Args:
         policy: the policy.
         num_layers: decoder layers of the model.
-        visual_tokens: visual tokens in the prompt of one sample.
+        visual_tokens: visual tokens in the prompt of one sample; of its one image where there is a reducer.
 
     Returns:
         A list of `num_layers` counts.
 
     Raises:
+        TypeError: the reducer has no method `survivors`.
         ValueError: a number is out of range, or the schedule has a layer that the model has not.
     """
     if num_layers < 1:
         raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
-    if visual_tokens < 0:
-        raise ValueError(f"visual_tokens must be 0 or more, got {visual_tokens}")
-    last = policy.schedule[-1].layer
-    if last >= num_layers:
-        raise ValueError(f"schedule must stay below layer {num_layers} of this model, got layer {last}")
-    counts = [visual_tokens] * num_layers
-    for stage, selected in zip(policy.schedule, policy.selected_counts(visual_tokens), strict=True):
-        counts[stage.layer :] = [selected] * (num_layers - stage.layer)
-    return counts
+    spans = _spans(policy, num_layers, visual_tokens)
+    return [span.visual_tokens for span in spans for _ in range(span.first, span.end)]
 
 
 def average_visual_tokens(policy: Policy, num_layers: int, visual_tokens: int) -> float:
     """Mean over the decoder layers of the visual tokens that run; arguments as in `visual_tokens_per_layer`."""
     return sum(visual_tokens_per_layer(policy, num_layers, visual_tokens)) / num_layers
+
+
+def surviving_tokens(reducer: Reducer | None, visual_tokens: int) -> int:
+    """Visual tokens of an image that a reducer leaves; all where there is none."""
+    _check_count("visual_tokens", visual_tokens, 0)
+    return visual_tokens if reducer is None else _method(reducer, "reducer", "survivors")(visual_tokens)
+
+
+# `reroute_kernels.cost` is the function, and these were reached by that name when it was this module.
+cost.average_visual_tokens = average_visual_tokens
+cost.visual_tokens_per_layer = visual_tokens_per_layer
+
+
+class _Span(NamedTuple):
+    """Layers that run the same tokens, up to `end`."""
+
+    first: int
+    end: int
+    visual_tokens: int
+    ranked: int = 0
+    """Visual tokens that the decision before them ranks."""
+
+
+def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_Span]:
+    """The layers before the first decision, and those of each stage."""
+    schedule = () if policy is None else policy.schedule
+    if schedule and schedule[-1].layer >= num_layers:
+        raise ValueError(f"schedule must stay below layer {num_layers} of this model, got layer {schedule[-1].layer}")
+    candidates = surviving_tokens(None if policy is None else policy.reducer, visual_tokens)
+    ends = [*(stage.layer for stage in schedule), num_layers]
+    spans = [_Span(0, ends[0], candidates)] if ends[0] else []
+    if schedule:
+        counts = policy.selected_counts(visual_tokens, candidates)
+        for (first, end), selected in zip(pairwise(ends), counts, strict=True):
+            spans.append(_Span(first, end, selected, candidates))
+            if policy.action == "remove":
+                candidates = selected
+    return spans
+
+
+def _method(owner: object, name: str, method: str):
+    found = getattr(owner, method, None)
+    if not callable(found):
+        raise TypeError(f"{name} must have a method {method!r} to be costed, got {owner!r}")
+    return found
+
+
+def _projection_weights(decoder: Decoder) -> int:
+    """Entries of the query, key, value and output matrices of a layer."""
+    return 2 * decoder.hidden_size * (decoder.heads + decoder.kv_heads) * decoder.head_dim
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype or the name of one, got {dtype!r}")
+    return found
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    try:
+        as_integer(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")

@@ -5,6 +5,7 @@ Each is one registered call, `torch.ops.reroute_kernels.*`, which runs on the ba
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 
 import torch
@@ -121,3 +122,6 @@ _register(
     _route_fake,
 )
 _register("scatter_tokens_(Tensor(a!) full, Tensor index, Tensor compact) -> ()", _scatter, _scatter_fake)
+
+if "torch.utils.flop_counter" in sys.modules:
+    from . import flops  # noqa: F401 (registers what the operations count for)

@@ -1,12 +1,21 @@
-"""The configurations that the Reroute paper released (arXiv 2606.12412), by name."""
+"""The configurations that the Reroute paper released (arXiv 2606.12412), and those of the methods' own authors."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+from .budget import keep_ratio, solve
+from .cost import DECODERS
 from .policy import Policy, Stage
+from .rankings import LastQuery
+from .reducers import Nuwa
 
-NUM_LAYERS = {"llava-1.5-7b": 32, "qwen2.5-vl-7b": 28}
+MODELS = ("llava-1.5-7b", "qwen2.5-vl-7b")
+NUM_LAYERS = {model: DECODERS[model].layers for model in MODELS}
+
+# What all of them count in: 24 x 24 patches of LLaVA-1.5, and 451,584 pixels of Qwen2.5-VL.
+VISUAL_TOKENS = 576
 
 # Decision layers after the first, which is 3 where a schedule is matched to FastV and 2 elsewhere.
 _LATER_LAYERS = {"llava-1.5-7b": (7, 15, 23), "qwen2.5-vl-7b": (6, 13, 20)}
@@ -29,7 +38,6 @@ _KEEPS = {
     },
 }
 
-MODELS = tuple(NUM_LAYERS)
 METHODS = (
     "fastv",
     "pdrop",
@@ -38,7 +46,35 @@ METHODS = (
     "reroute-pdrop",
     "reroute-pdrop-stagewise",
 )
+"""Those of the Reroute paper."""
+
+ORIGINALS = ("fastv-original", "pdrop-original", "nuwa", "reroute-nuwa")
+"""FastV, PyramidDrop and Nüwa as their own authors run them, and Nüwa under `reroute`."""
+
 TIERS = tuple(_KEEPS)
+
+_PYRAMIDDROP_LAYERS = {"llava-1.5-7b": (8, 16, 24), "qwen2.5-vl-7b": (7, 14, 21)}
+
+# By tier, the reducer and how many tokens the second stage keeps: 16, 32 and 48; a share of what the first one left.
+_NUWA = {
+    "llava-1.5-7b": {
+        192: (Nuwa(keep=336 / 576, per_cell=3), 48),
+        128: (Nuwa(keep=224 / 576, per_cell=2), 32),
+        64: (Nuwa(keep=112 / 576, per_cell=1), 16),
+    },
+    "qwen2.5-vl-7b": {
+        tier: (
+            Nuwa(keep=fraction, per_cell=per_cell, distance=0.8, quantile=0.1, keeps_own=False),
+            math.trunc(math.ceil(VISUAL_TOKENS * fraction) * share),
+        )
+        for tier, fraction, share, per_cell in ((432, 0.85, 0.7, 4), (288, 0.6, 0.66, 3), (144, 0.35, 0.42, 3))
+    },
+}
+_NUWA_LAYERS = {"llava-1.5-7b": (16, 23), "qwen2.5-vl-7b": (15, 21)}
+_NUWA_RANKINGS = {
+    "llava-1.5-7b": LastQuery(layer="previous"),
+    "qwen2.5-vl-7b": LastQuery(layer="previous", queries=3, head_reduction="max"),
+}
 
 
 class Preset(NamedTuple):
@@ -49,40 +85,94 @@ class Preset(NamedTuple):
     avg_tokens: int
 
 
-def presets() -> list[Preset]:
-    """All published configurations."""
-    return [Preset(model, method, tier) for model in MODELS for method in METHODS for tier in TIERS]
+def presets(*, originals: bool = False) -> list[Preset]:
+    """The configurations that the Reroute paper released.
+
+    Args:
+        originals: whether those in `ORIGINALS` follow.
+    """
+    methods = METHODS + ORIGINALS if originals else METHODS
+    return [Preset(model, method, tier) for model in MODELS for method in methods for tier in tiers(model, method)]
 
 
-def preset(model: str, method: str, avg_tokens: int) -> Policy:
+def tiers(model: str, method: str) -> tuple[int, ...]:
+    """The published budgets of a method, in visual tokens per layer on average.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    _check(model=(model, MODELS), method=(method, METHODS + ORIGINALS))
+    if method == "pdrop-original":
+        return (270,)
+    return tuple(_NUWA[model]) if method.endswith("nuwa") else TIERS
+
+
+def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -> Policy:
     """Policy of a published configuration.
 
     Args:
         model: `"llava-1.5-7b"` (32 decoder layers) or `"qwen2.5-vl-7b"` (28).
-        method: `"fastv"` and `"pdrop"` remove tokens as the paper's code runs these methods; `"reroute-fastv"` and
-            `"reroute-pdrop"` defer them at a matched budget. The authors also list a `-stagewise` variant of both,
+        method: `"fastv"` and `"pdrop"` remove tokens as the Reroute paper's code runs these methods; `"reroute-fastv"`
+            and `"reroute-pdrop"` defer them at a matched budget. The authors also list a `-stagewise` variant of both,
             which computes the same thing faster; here every policy runs stagewise, so it is the same policy.
-        avg_tokens: the published tier, 192, 128 or 64 visual tokens per layer on average. The schedules of the pdrop
-            pair at tier 64 really average 80 and 84; `reroute_kernels.cost.average_visual_tokens` counts.
+            `"fastv-original"` (arXiv 2403.06764), `"pdrop-original"` (arXiv 2410.17247; on Qwen2.5-VL at the same
+            depths) and `"nuwa"` (arXiv 2602.02951) are these methods as their authors run them. `"reroute-nuwa"` defers
+            in the second stage of Nüwa, by two decisions, and runs as many tokens in every layer.
+        avg_tokens: the published tier, one of `tiers(model, method)`: visual tokens per layer on average, of 576. It is
+            a name. On LLaVA the true averages are within 1 of it, but for the pdrop pair at 64, which averages 80 and
+            84. On Qwen2.5-VL they are 197, 134 and 72 for what is named after FastV (the original at 128: 135), 192,
+            129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at 432, 288
+            and 144. `reroute_kernels.cost` counts.
+        matched: solve the schedule anew, with its published keep ratios as the shape, so that it averages as close to
+            `avg_tokens` as `solve` comes at 576 tokens, never above; `policy.budget` tells how close. With one
+            decision, as in FastV, it stays below by less than 1 token; with several by at most an eighth of one.
 
     Raises:
         ValueError: an argument names no published configuration.
     """
-    for name, value, accepted in (
-        ("model", model, MODELS),
-        ("method", method, METHODS),
-        ("avg_tokens", avg_tokens, TIERS),
-    ):
+    _check(avg_tokens=(avg_tokens, tiers(model, method)))
+    policy = _published(model, method.removesuffix("-stagewise"), avg_tokens)
+    if not matched:
+        return policy
+    return solve(
+        model,
+        [stage.layer for stage in policy.schedule],
+        [stage.keep for stage in policy.schedule],
+        avg_tokens=avg_tokens,
+        visual_tokens=VISUAL_TOKENS,
+        action=policy.action,
+        ranking=policy.ranking,
+        positions=policy.positions,
+        reducer=policy.reducer,
+    )
+
+
+def _published(model: str, method: str, tier: int) -> Policy:
+    if method == "pdrop-original":
+        return Policy(_stages(_PYRAMIDDROP_LAYERS[model], (0.5, 0.25, 0.125)), "remove", positions="contiguous")
+    if method.endswith("nuwa"):
+        reducer, selected = _NUWA[model][tier]
+        decisions = 1 if method == "nuwa" else 2
+        stages = _stages(_NUWA_LAYERS[model][:decisions], (keep_ratio(selected, VISUAL_TOKENS),) * decisions)
+        action = "remove" if method == "nuwa" else "reroute"
+        return Policy(stages, action, _NUWA_RANKINGS[model], reducer=reducer)
+    keeps = _KEEPS[tier]
+    if method == "fastv-original":
+        keep = keep_ratio(round(VISUAL_TOKENS * keeps["fastv"]), VISUAL_TOKENS)
+        return Policy(_stages((3,), (keep,)), "remove", LastQuery(layer="previous"))
+    if method == "fastv":
+        return Policy(_stages((3,), (keeps["fastv"],)), "remove")
+    if method == "reroute-fastv":
+        return Policy(_stages((3, *_LATER_LAYERS[model]), (keeps["fastv"],) * 4))
+    action = "remove" if method == "pdrop" else "reroute"
+    return Policy(_stages((2, *_LATER_LAYERS[model]), keeps[method]), action)
+
+
+def _stages(layers: tuple[int, ...], keeps: tuple[float, ...]) -> list[Stage]:
+    return [Stage(layer, keep) for layer, keep in zip(layers, keeps, strict=True)]
+
+
+def _check(**given: tuple[object, tuple]) -> None:
+    for name, (value, accepted) in given.items():
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-    keeps = _KEEPS[avg_tokens]
-    method = method.removesuffix("-stagewise")
-    if method == "fastv":
-        return Policy(schedule=(Stage(3, keeps["fastv"]),), action="remove")
-    matched_to_fastv = method == "reroute-fastv"
-    layers = (3 if matched_to_fastv else 2, *_LATER_LAYERS[model])
-    ratios = (keeps["fastv"],) * 4 if matched_to_fastv else keeps[method]
-    return Policy(
-        schedule=tuple(Stage(layer, keep) for layer, keep in zip(layers, ratios, strict=True)),
-        action="remove" if method == "pdrop" else "reroute",
-    )

@@ -6,6 +6,9 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage
+from reroute_kernels.presets import NUM_LAYERS, ORIGINALS, tiers
+from reroute_kernels.rankings import LastQuery
+from reroute_kernels.reducers import Nuwa
 
 # Keep ratios by tier: FastV, PyramidDrop, Reroute matched to FastV, Reroute matched to PyramidDrop.
 RATIOS = {
@@ -68,6 +71,64 @@ def test_there_are_36():
     assert all(isinstance(name, rk.Preset) and isinstance(rk.preset(*name), Policy) for name in names)
 
 
+def test_originals_come_on_request():
+    names = rk.presets(originals=True)
+    added = [name for name in names if name not in rk.presets()]
+    assert len(set(names)) == len(names) == 36 + len(added)
+    assert {(name.model, name.method) for name in added} == {
+        (model, method) for model in LAYERS for method in ORIGINALS
+    }
+    for name in names:
+        assert name.avg_tokens in tiers(name.model, name.method)
+        rk.preset(*name)
+
+
+@pytest.mark.parametrize("model", LAYERS)
+@pytest.mark.parametrize(("tier", "selected"), [(192, 152), (128, 82), (64, 11)])
+def test_fastv_of_its_authors(model, tier, selected):
+    policy = rk.preset(model, "fastv-original", tier)
+    assert policy.selected_counts(576) == (selected,)
+    assert policy.stage_layers == (3,)
+    assert policy == Policy(policy.schedule, "remove", LastQuery(layer="previous"))
+
+
+@pytest.mark.parametrize(("model", "layers"), [("llava-1.5-7b", (8, 16, 24)), ("qwen2.5-vl-7b", (7, 14, 21))])
+def test_pyramiddrop_of_its_authors(model, layers):
+    stages = [Stage(layer, keep) for layer, keep in zip(layers, (0.5, 0.25, 0.125), strict=True)]
+    policy = rk.preset(model, "pdrop-original", 270)
+    assert policy == Policy(stages, "remove", LastQuery(), positions="contiguous")
+    assert rk.cost.average_visual_tokens(policy, NUM_LAYERS[model], 576) == 576 * 0.46875 == 270
+
+
+# The first stage's share and proposals, then the tokens that it leaves, those that the second keeps, and the average.
+NUWA = {
+    ("llava-1.5-7b", 64): (112 / 576, 1, 112, 16, 64),
+    ("llava-1.5-7b", 128): (224 / 576, 2, 224, 32, 128),
+    ("llava-1.5-7b", 192): (336 / 576, 3, 336, 48, 192),
+    ("qwen2.5-vl-7b", 144): (0.35, 3, 202, 84, (15 * 202 + 13 * 84) / 28),
+    ("qwen2.5-vl-7b", 288): (0.6, 3, 346, 228, (15 * 346 + 13 * 228) / 28),
+    ("qwen2.5-vl-7b", 432): (0.85, 4, 490, 343, (15 * 490 + 13 * 343) / 28),
+}
+
+
+@pytest.mark.parametrize(("model", "tier"), NUWA)
+@pytest.mark.parametrize("method", ["nuwa", "reroute-nuwa"])
+def test_nuwa(model, tier, method):
+    share, per_cell, anchors, selected, average = NUWA[model, tier]
+    policy = rk.preset(model, method, tier)
+    if model == "llava-1.5-7b":
+        reducer, ranking, layers = Nuwa(share, per_cell), LastQuery("previous"), (16, 23)
+    else:
+        reducer = Nuwa(share, per_cell, distance=0.8, quantile=0.1, keeps_own=False)
+        ranking, layers = LastQuery("previous", queries=3, head_reduction="max"), (15, 21)
+    action = "remove" if method == "nuwa" else "reroute"
+    assert policy == Policy(policy.schedule, action, ranking, reducer=reducer)
+    assert policy.stage_layers == (0, *layers[: 1 if method == "nuwa" else 2])
+    assert reducer.survivors(576) == anchors
+    assert set(policy.selected_counts(576, anchors)) == {selected}
+    assert rk.cost.average_visual_tokens(policy, NUM_LAYERS[model], 576) == average
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -78,9 +139,13 @@ def test_there_are_36():
         (
             ("llava-1.5-7b", "fastv-stagewise", 192),
             "method must be one of 'fastv', 'pdrop', 'reroute-fastv', 'reroute-fastv-stagewise', 'reroute-pdrop', "
-            "'reroute-pdrop-stagewise', got 'fastv-stagewise'",
+            "'reroute-pdrop-stagewise', 'fastv-original', 'pdrop-original', 'nuwa', 'reroute-nuwa', got "
+            "'fastv-stagewise'",
         ),
         (("llava-1.5-7b", "fastv", 100), "avg_tokens must be one of 192, 128, 64, got 100"),
+        (("llava-1.5-7b", "pdrop-original", 192), "avg_tokens must be one of 270, got 192"),
+        (("llava-1.5-7b", "nuwa", 144), "avg_tokens must be one of 192, 128, 64, got 144"),
+        (("qwen2.5-vl-7b", "reroute-nuwa", 64), "avg_tokens must be one of 432, 288, 144, got 64"),
     ],
 )
 def test_other_names_are_refused(arguments, message):

@@ -31,6 +31,7 @@ def test_names():
         "rankings",
         "reducers",
         "ref",
+        "solve",
         "triton",
     ]
     assert dir(rk) == rk.__all__

@@ -1,0 +1,151 @@
+"""Schedules solved for a budget."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise, product
+from numbers import Real
+from operator import index as as_integer
+
+import torch
+
+from .cost import Decoder, cost, surviving_tokens
+from .policy import ACTIONS, Budget, Policy, Stage
+from .rankings import Ranking
+from .reducers import Reducer
+
+SHAPES = ("uniform", "pyramid")
+
+# What `Cost` calls that which a budget limits.
+_COSTS = {"avg_tokens": "average_visual_tokens", "flops": "prefill_flops", "kv_bytes": "kv_bytes"}
+
+# So many stages are raised together; all their subsets are tried.
+_TOGETHER = 10
+
+
+def keep_ratio(selected: int, visual_tokens: int) -> float:
+    """A keep ratio that selects exactly so many of the visual tokens."""
+    return min(1.0, (selected + 0.5) / visual_tokens)
+
+
+def solve(
+    config,
+    decision_layers: Sequence[int],
+    shape: str | Sequence[float] = "uniform",
+    *,
+    avg_tokens: float | None = None,
+    flops: float | None = None,
+    kv_bytes: float | None = None,
+    visual_tokens: int = 576,
+    text_tokens: int = 0,
+    batch: int = 1,
+    dtype: str | torch.dtype = "float16",
+    action: str = "reroute",
+    ranking: Ranking | str = "last_query",
+    positions: str = "original",
+    reducer: Reducer | None = None,
+) -> Policy:
+    """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
+
+    The stages select K = max(1, trunc(scale * shape)) tokens with the largest scale that the budget admits, and then up
+    to one more each, those that together come closest to it. Where it admits everything, all tokens are selected.
+
+    Args:
+        config: whose decoder is costed, as in `reroute_kernels.cost.Decoder.of`.
+        decision_layers: ascending.
+        shape: how the K of the stages relate: `"uniform"`, all alike; `"pyramid"`, each half of the one before; or a
+            positive number for each decision layer. Under `remove` it must not increase.
+        avg_tokens: budget of visual tokens, mean over the layers. Exactly one budget must be given.
+        flops: budget of FLOPs of the prefill, without the LM head.
+        kv_bytes: budget of bytes that the prompt leaves in the cache, text included.
+        visual_tokens, text_tokens, batch, dtype: of the prompt that is costed, as in `reroute_kernels.cost`.
+        action, ranking, positions, reducer: as in `Policy`.
+
+    Returns:
+        The policy; `policy.budget` says what it reached, and by how much it stays under the limit.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: not exactly one budget is given, or it is below what one token at every decision costs; or an
+            argument is out of range.
+        NotImplementedError: the decoder has layers without full attention.
+    """
+    kind, limit = _the_budget(avg_tokens=avg_tokens, flops=flops, kv_bytes=kv_bytes)
+    decoder = Decoder.of(config)
+    layers = _decision_layers(decision_layers, decoder)
+    if action not in ACTIONS:
+        raise ValueError(f"action must be one of {', '.join(map(repr, ACTIONS))}, got {action!r}")
+    parts = _shape(shape, len(layers), action)
+    most = surviving_tokens(reducer, visual_tokens)
+    if most < 1:
+        raise ValueError(f"visual_tokens must be 1 or more, got {visual_tokens}")
+
+    def policy_of(counts: Sequence[int]) -> Policy:
+        stages = [Stage(layer, keep_ratio(count, visual_tokens)) for layer, count in zip(layers, counts, strict=True)]
+        return Policy(stages, action, ranking, positions, reducer)
+
+    def reached(counts: Sequence[int]) -> float:
+        return getattr(cost(decoder, policy_of(counts), text_tokens, visual_tokens, batch, dtype), _COSTS[kind])
+
+    least = reached([1] * len(layers))
+    if not least <= limit:
+        raise ValueError(f"{kind} must be {least} or more, which one token at every decision costs, got {limit}")
+
+    def at_scale(scale: Fraction) -> list[int]:
+        return [min(most, max(1, int(scale * part))) for part in parts]
+
+    # Scales at which some K grows; costs grow with them.
+    scales = sorted({Fraction(count) / part for count in range(1, most + 1) for part in parts})
+    counts = at_scale(scales[bisect_right(scales, limit, key=lambda scale: reached(at_scale(scale))) - 1])
+    for first in range(0, len(counts), _TOGETHER):
+        before, together, after = counts[:first], counts[first : first + _TOGETHER], counts[first + _TOGETHER :]
+        raised = [
+            [*before, *(count + more for count, more in zip(together, mores, strict=True)), *after]
+            for mores in product((0, 1), repeat=len(together))
+        ]
+        possible = [each for each in raised if max(each) <= most and (action == "reroute" or _descends(each))]
+        counts = max((each for each in possible if reached(each) <= limit), key=reached)
+    return replace(policy_of(counts), budget=Budget(kind, limit, reached(counts)))
+
+
+def _the_budget(**given: float | None) -> tuple[str, float]:
+    budgets = {kind: limit for kind, limit in given.items() if limit is not None}
+    if len(budgets) != 1:
+        raise ValueError(f"exactly one of {', '.join(given)} must be given, got {', '.join(budgets) or 'none'}")
+    ((kind, limit),) = budgets.items()
+    if isinstance(limit, bool) or not isinstance(limit, Real):
+        raise TypeError(f"{kind} must be a number, got {limit!r}")
+    return kind, limit
+
+
+def _decision_layers(layers: Sequence[int], decoder: Decoder) -> list[int]:
+    try:
+        layers = [as_integer(layer) for layer in layers]
+    except TypeError:
+        raise TypeError(f"decision_layers must be a sequence of integers, got {layers!r}") from None
+    if not layers or min(layers) < 0 or max(layers) >= decoder.layers or not _descends(layers[::-1], strictly=True):
+        raise ValueError(
+            f"decision_layers must hold at least one layer, ascending, from 0 to {decoder.layers - 1}, got {layers}"
+        )
+    return layers
+
+
+def _shape(shape: str | Sequence[float], stages: int, action: str) -> list[Fraction]:
+    if isinstance(shape, str) and shape in SHAPES:
+        return [Fraction(1, 2**stage if shape == "pyramid" else 1) for stage in range(stages)]
+    if isinstance(shape, str) or not isinstance(shape, Iterable):
+        raise ValueError(f"shape must be one of {', '.join(map(repr, SHAPES))} or numbers, got {shape!r}")
+    parts = list(shape)
+    if len(parts) != stages or not all(isinstance(part, Real) and 0 < part < math.inf for part in parts):
+        raise ValueError(f"shape must hold a positive number for each of {stages} decision layers, got {parts}")
+    if action == "remove" and not _descends(parts):
+        raise ValueError(f"shape must not increase under 'remove', got {parts}")
+    return [Fraction(part) for part in parts]
+
+
+def _descends(numbers: Sequence[float], strictly: bool = False) -> bool:
+    return all(later < earlier or (later == earlier and not strictly) for earlier, later in pairwise(numbers))

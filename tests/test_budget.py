@@ -1,0 +1,241 @@
+"""Solved schedules, against all that there are of a few tokens and stages."""
+
+import math
+import re
+from fractions import Fraction
+from itertools import pairwise, product
+
+import pytest
+
+import reroute_kernels as rk
+from reroute_kernels import Policy, Stage
+from reroute_kernels.cost import DECODERS, Decoder
+from reroute_kernels.presets import ORIGINALS
+from reroute_kernels.rankings import AllText, LastQuery
+from reroute_kernels.reducers import Nuwa
+
+TOKENS, TEXT, BATCH = 6, 5, 2
+DECODER = Decoder(8, 7, 4, 2, 2, 11, mlp_weights=(3 * 8 * 12,) * 7)
+TOTALS = {"avg_tokens": "average_visual_tokens", "flops": "prefill_flops", "kv_bytes": "kv_bytes"}
+RANKING = AllText()
+
+
+def total(kind, layers, counts, action, reducer=None):
+    """What a budget of this kind limits, of stages that select so many tokens."""
+    stages = [Stage(layer, min(1, (count + 0.5) / TOKENS)) for layer, count in zip(layers, counts, strict=True)]
+    policy = Policy(stages, action, RANKING, reducer=reducer)
+    assert policy.selected_counts(TOKENS, reducer and reducer.survivors(TOKENS)) == counts
+    return getattr(rk.cost(DECODER, policy, TEXT, TOKENS, BATCH, "float32"), TOTALS[kind])
+
+
+def limits(totals):
+    """Every total, and what is just below and above it."""
+    ordered = sorted(set(totals))
+    between = [(low + high) / 2 for low, high in pairwise(ordered)]
+    return [limit for limit in ordered + between + [2 * ordered[-1]] if limit >= ordered[0]]
+
+
+def solved(kind, limit, layers, shape, action, reducer=None):
+    """Tokens that each stage selects, after checks of what the policy says of itself."""
+    policy = rk.solve(
+        DECODER,
+        layers,
+        shape,
+        **{kind: limit},
+        visual_tokens=TOKENS,
+        text_tokens=TEXT,
+        batch=BATCH,
+        dtype="float32",
+        action=action,
+        ranking=RANKING,
+        reducer=reducer,
+    )
+    counts = policy.selected_counts(TOKENS, reducer and reducer.survivors(TOKENS))
+    assert [stage.layer for stage in policy.schedule] == list(layers)
+    assert (policy.action, policy.ranking, policy.reducer) == (action, RANKING, reducer)
+    reached = total(kind, layers, counts, action, reducer)
+    assert policy.budget == (kind, limit, reached)
+    assert policy.budget.under == limit - reached >= 0
+    return counts
+
+
+def descends(counts):
+    return all(later <= earlier for earlier, later in pairwise(counts))
+
+
+@pytest.mark.parametrize("reducer", [None, Nuwa(keep=0.75, per_cell=3)], ids=["all", "reduced"])
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize("kind", TOTALS)
+@pytest.mark.parametrize("layers", [(3,), (1, 4), (2, 3, 6)], ids=str)
+def test_uniform_comes_closest_of_all(layers, kind, action, reducer):
+    """Of all choices in which stages differ by at most one token, none comes closer."""
+    most = 5 if reducer else TOKENS
+    totals = {
+        counts: total(kind, layers, counts, action, reducer)
+        for counts in product(range(1, most + 1), repeat=len(layers))
+        if max(counts) - min(counts) <= 1 and (action == "reroute" or descends(counts))
+    }
+    for limit in limits(totals.values()):
+        counts = solved(kind, limit, layers, "uniform", action, reducer)
+        assert totals[counts] == max(reached for reached in totals.values() if reached <= limit)
+    assert counts == (most,) * len(layers)  # of a budget above everything
+
+
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize("kind", TOTALS)
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [((1, 4), [3, 2]), ((2, 3, 6), "pyramid"), ((0, 3, 5), [5, 5, 2]), ((1, 2, 6), [1, 0.5, 0.125])],
+)
+def test_shapes_at_the_largest_scale(layers, shape, kind, action):
+    """The largest of all scales on a fine grid, and of all choices of one more token in some stages the closest."""
+    parts = [1, 0.5, 0.25] if shape == "pyramid" else shape
+    scales = [Fraction(step, 24) for step in range(24 * TOKENS * 10 + 1)]
+    at_scale = [tuple(min(TOKENS, max(1, int(scale * Fraction(part)))) for part in parts) for scale in scales]
+    along = list(dict.fromkeys(at_scale))
+    totals = {counts: total(kind, layers, counts, action) for counts in along}
+    for limit in limits(totals.values()):
+        base = [counts for counts in along if totals[counts] <= limit][-1]
+        raised = [
+            tuple(count + more for count, more in zip(base, mores, strict=True))
+            for mores in product((0, 1), repeat=len(layers))
+        ]
+        possible = [each for each in raised if max(each) <= TOKENS and (action == "reroute" or descends(each))]
+        reached = [total(kind, layers, each, action) for each in possible]
+        counts = solved(kind, limit, layers, shape, action)
+        assert counts in possible
+        assert total(kind, layers, counts, action) == max(each for each in reached if each <= limit)
+
+
+def test_many_stages():
+    layers = range(1, 32)
+    policy = rk.solve("llava-1.5-7b", layers, avg_tokens=64)
+    assert policy.budget.under * 32 < 1
+    assert {stage.keep * 576 - 0.5 for stage in policy.schedule} == {47, 48}
+    policy = rk.solve("llava-1.5-7b", layers, avg_tokens=64, action="remove")
+    assert descends(policy.selected_counts(576))
+
+
+def test_what_else_goes_into_the_policy():
+    policy = rk.solve(
+        "qwen2.5-vl-7b", [3, 9], avg_tokens=100, ranking=LastQuery(queries=2), positions="contiguous", action="remove"
+    )
+    assert policy == Policy(policy.schedule, "remove", LastQuery(queries=2), "contiguous")
+    assert policy.budget.kind == "avg_tokens"
+    assert Policy([Stage(1, 0.5)]).budget is None
+
+
+@pytest.mark.parametrize(("model", "layers"), [("llava-1.5-7b", (2, 7, 15, 23)), ("qwen2.5-vl-7b", (2, 6, 13, 20))])
+def test_budgets_agree(model, layers):
+    """What averages as many tokens caches as many bytes, and half the FLOPs are half the FLOPs."""
+    by_tokens = rk.solve(model, layers, "pyramid", avg_tokens=128)
+    width = rk.cost(model, None, 0, 1).kv_bytes
+    by_bytes = rk.solve(model, layers, "pyramid", kv_bytes=(128 + 64) * width, text_tokens=64)
+    assert by_bytes == by_tokens
+    half = rk.cost(model, None, 64, 576).prefill_flops / 2
+    policy = rk.solve(model, layers, "pyramid", flops=half, text_tokens=64)
+    assert policy.budget.reached == rk.cost(model, policy, 64, 576).prefill_flops
+    assert 0.999 * half < policy.budget.reached <= half
+
+
+@pytest.mark.parametrize("name", rk.presets(originals=True), ids=lambda name: "-".join(map(str, name)))
+def test_matched_presets(name):
+    published, policy = rk.preset(*name), rk.preset(*name, matched=True)
+    layers = DECODERS[name.model].layers
+    assert rk.cost.average_visual_tokens(policy, layers, 576) == policy.budget.reached
+    assert policy.budget.limit == name.avg_tokens
+    bound = 29 if len(policy.schedule) == 1 else 5  # layers that one more token would run in
+    assert 0 <= policy.budget.under * layers < bound
+    for attribute in ("action", "ranking", "positions", "reducer", "stage_layers"):
+        assert getattr(policy, attribute) == getattr(published, attribute)
+
+
+@pytest.mark.parametrize("tier", [192, 128, 64])
+@pytest.mark.parametrize("model", DECODERS)
+def test_matched_pairs(model, tier):
+    removed, deferred = (
+        rk.preset(model, method, tier, matched=True).budget.reached for method in ("pdrop", "reroute-pdrop")
+    )
+    assert abs(removed - deferred) <= 4 / 32
+    removed, deferred = (
+        rk.preset(model, method, tier, matched=True).budget.reached for method in ("fastv", "reroute-fastv")
+    )
+    assert removed <= deferred < removed + 29 / 32
+
+
+def test_originals_at_their_own_budget_stay_as_they_are():
+    names = [name for name in rk.presets(originals=True) if name.method in ORIGINALS[1:]]
+    for name in names:
+        if name.model == "llava-1.5-7b" or name.method == "pdrop-original":
+            matched, published = rk.preset(*name, matched=True), rk.preset(*name)
+            assert matched.selected_counts(576) == published.selected_counts(576)
+            assert matched.budget.under == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, "exactly one of avg_tokens, flops, kv_bytes must be given, got none"),
+        (
+            {"avg_tokens": 64, "kv_bytes": 1e9},
+            ValueError,
+            "exactly one of avg_tokens, flops, kv_bytes must be given, got avg_tokens, kv_bytes",
+        ),
+        ({"flops": "1e9"}, TypeError, "flops must be a number, got '1e9'"),
+        (
+            {"avg_tokens": 54},
+            ValueError,
+            "avg_tokens must be 54.90625 or more, which one token at every decision costs, got 54",
+        ),
+        (
+            {"avg_tokens": math.nan},
+            ValueError,
+            "avg_tokens must be 54.90625 or more, which one token at every decision costs, got nan",
+        ),
+        (
+            {"avg_tokens": 64, "decision_layers": [3, 32]},
+            ValueError,
+            "decision_layers must hold at least one layer, ascending, from 0 to 31, got [3, 32]",
+        ),
+        (
+            {"avg_tokens": 64, "decision_layers": [7, 3]},
+            ValueError,
+            "decision_layers must hold at least one layer, ascending, from 0 to 31, got [7, 3]",
+        ),
+        (
+            {"avg_tokens": 64, "decision_layers": []},
+            ValueError,
+            "decision_layers must hold at least one layer, ascending, from 0 to 31, got []",
+        ),
+        (
+            {"avg_tokens": 64, "decision_layers": [3.5]},
+            TypeError,
+            "decision_layers must be a sequence of integers, got [3.5]",
+        ),
+        (
+            {"avg_tokens": 64, "shape": "round"},
+            ValueError,
+            "shape must be one of 'uniform', 'pyramid' or numbers, got 'round'",
+        ),
+        (
+            {"avg_tokens": 64, "shape": [1, 2]},
+            ValueError,
+            "shape must hold a positive number for each of 1 decision layers, got [1, 2]",
+        ),
+        (
+            {"avg_tokens": 64, "shape": [0]},
+            ValueError,
+            "shape must hold a positive number for each of 1 decision layers, got [0]",
+        ),
+        (
+            {"avg_tokens": 64, "decision_layers": [3, 7], "shape": [1, 2], "action": "remove"},
+            ValueError,
+            "shape must not increase under 'remove', got [1, 2]",
+        ),
+        ({"avg_tokens": 64, "action": "drop"}, ValueError, "action must be one of 'reroute', 'remove', got 'drop'"),
+        ({"avg_tokens": 64, "visual_tokens": 0}, ValueError, "visual_tokens must be 1 or more, got 0"),
+    ],
+)
+def test_refuses_and_says_why(arguments, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        rk.solve("llava-1.5-7b", **{"decision_layers": [3]} | arguments)
