@@ -1,7 +1,7 @@
 """Routing done the slow way: one sample, whole attention matrices, full-length gather and scatter around every layer.
 
-Nothing of the library is used here. The hidden states keep their full length between layers, so that everything that a
-model does there (DeepStack) it does itself.
+Nothing of the library is used here but the names of its rankings. The hidden states keep their full length between
+layers, so that everything that a model does there (DeepStack) it does itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 
 import torch
 
+from reroute_kernels.rankings import AllText, KeyNorm, Random, Uniform
 from tests.models.prompts import IMAGE, VIDEO
 
 FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -57,8 +58,8 @@ def rotated(x, cos, sin, interleaved):
     return torch.cat([x * cos[0].float() + turned * sin[0].float(), rest], dim=-1)
 
 
-def attention_of_last_token(decoder, layer, hidden, tables, past_key):
-    """Mean over heads of the last row of the whole attention matrix, at the tokens of this call."""
+def attention(decoder, layer, hidden, tables, past_key):
+    """(H, L, L), the whole attention matrix of one sample, at the tokens of this call."""
     attention, states, kind = layer.self_attn, layer.input_layernorm(hidden), decoder.config.model_type
     length = hidden.shape[1]
     query, key = (projected(attention, name, states, kind.startswith("qwen3_5")) for name in "qk")
@@ -74,7 +75,39 @@ def attention_of_last_token(decoder, layer, hidden, tables, past_key):
     logits = query @ key.transpose(1, 2) / attention.head_dim**0.5
     past = key.shape[1] - length
     causal = torch.ones(length, past + length, dtype=torch.bool).tril(past)
-    return logits.masked_fill(~causal, -torch.inf).softmax(dim=-1).mean(dim=0)[-1, past:]
+    return logits.masked_fill(~causal, -torch.inf).softmax(dim=-1)[:, :, past:]
+
+
+def reduced(rows, ranking):
+    """(L,) of the rows (H, Q, L) of some queries, over queries first, then over heads."""
+    for reduction in (ranking.query_reduction, ranking.head_reduction):
+        dim = 1 if rows.ndim == 3 else 0
+        rows = rows.amax(dim=dim) if reduction == "max" else rows.mean(dim=dim)
+    return rows
+
+
+def murmur(number):
+    number &= 0xFFFFFFFF
+    number = (number ^ number >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    number = (number ^ number >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return number ^ number >> 16
+
+
+def best(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key):
+    """The `count` places in the sequence `hidden` that a ranking puts first, of those in `pool`."""
+    if isinstance(ranking, Uniform):
+        return [pool[-(-number * len(pool) // count) - 1] for number in range(1, count + 1)]
+    if isinstance(ranking, Random):
+        start = (2 * ranking.seed + 1) * 0x9E3779B9 + decision * 0x7F4A7C15
+        scores = {place: murmur(number + 1 + start) >> 8 for number, place in enumerate(pool)}
+    elif isinstance(ranking, KeyNorm):
+        states = layer.input_layernorm(hidden)
+        scores = -projected(layer.self_attn, "k", states, False).norm(dim=-1).mean(dim=0)
+    else:
+        rows = attention(decoder, layer, hidden, tables, past_key)
+        asking = text if isinstance(ranking, AllText) else slice(-ranking.queries, None)
+        scores = reduced(rows[:, asking], ranking)
+    return sorted(pool, key=lambda place: (-float(scores[place]), place))[:count]
 
 
 class SlowWay:
@@ -84,10 +117,11 @@ class SlowWay:
         model: unrouted.
         policy: what to route.
         visual: (L,) bool, for a prompt whose ids are not handed to the model.
+        total: the visual tokens of that prompt, where a reducer dropped some before.
     """
 
-    def __init__(self, model, policy, visual=None):
-        self.model, self.policy, self.visual = model, policy, visual
+    def __init__(self, model, policy, visual=None, total=None):
+        self.model, self.policy, self.visual, self.total_before = model, policy, visual, total
         self.decoder = decoder_of(model)
         self.kinds = layer_types(self.decoder)
         self.stages = {stage.layer: stage for stage in policy.schedule}
@@ -120,24 +154,43 @@ class SlowWay:
         self.past = int(cache.get_seq_length()) if filled else 0
         self.current = visual.nonzero().flatten().tolist()
         if self.routes:
-            self.total, self.selected, self.running = len(self.current), [], None
+            self.total = self.total_before or len(self.current)
+            self.selected, self.running, self.inputs = [], None, {}
 
     def _around(self, number, layer, forward):
         @torch.no_grad()
-        def select(hidden, tables, past_key):
-            stage, length = self.stages[number], hidden.shape[1]
+        def select(tables, cache, past):
+            stage, ranking = self.stages[number], self.policy.ranking
+            ranks = number - 1 if getattr(ranking, "layer", "this") == "previous" else number
+            hidden = self.inputs[ranks]
+            length = hidden.shape[1]
             # `remove` ranks among the survivors, `reroute` among all tokens.
             survivors = self.policy.action == "remove" and self.running is not None
             among = self.running if survivors else torch.arange(length)
             compact = tuple(table[..., :1, among, :] for table in tables)
-            scores = attention_of_last_token(self.decoder, layer, hidden[:1, among], compact, past_key)
-            scores = dict(zip(among.tolist(), scores.tolist(), strict=True))
-            count = min(len(self.current), max(1, int(self.total * stage.keep)))
-            best = sorted(self.current, key=lambda place: (-scores[place], place))[:count]
+            if survivors and self.policy.positions == "contiguous":
+                compact = self._numbered(hidden, torch.arange(len(among)))
+            places = among.tolist()
+            pool = [row for row, place in enumerate(places) if place in self.current]
+            text = [row for row, place in enumerate(places) if place not in self.visual_places]
+            count = min(len(pool), max(1, int(self.total * stage.keep)))
+            chosen = best(
+                ranking,
+                len(self.selected),
+                count,
+                pool,
+                text,
+                self.decoder,
+                self.decoder.layers[ranks],
+                hidden[:1, among],
+                compact,
+                cached_keys(cache, ranks) if past else None,
+            )
+            chosen = [places[row] for row in chosen]
             if self.policy.action == "remove":
-                self.current = best
-            self.selected.append([self.past + place for place in sorted(best)])
-            deferred = set(self.visual_places) - set(best)
+                self.current = chosen
+            self.selected.append([self.past + place for place in sorted(chosen)])
+            deferred = set(self.visual_places) - set(chosen)
             self.running = torch.tensor([place for place in range(length) if place not in deferred])
 
         def slow(hidden, *args, **kwargs):
@@ -147,14 +200,16 @@ class SlowWay:
             past = int(cache.get_seq_length(number)) if counts else 0
             running = torch.arange(length)
             if self.routes:
+                self.inputs[number] = hidden[:1]
                 if self.running is None and number == min(self.stages):
                     self.visual_places = list(self.current)
                 if number in self.stages:
-                    past_key = cached_keys(cache, number) if past else None
-                    select(hidden, kwargs["position_embeddings"], past_key)
+                    select(kwargs["position_embeddings"], cache, past)
                 if self.running is not None:
                     running = self.running
             kwargs["position_embeddings"] = tuple(table[..., running, :] for table in kwargs["position_embeddings"])
+            if self.policy.positions == "contiguous" and self.selected and number >= min(self.stages):
+                kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)))
             kwargs["attention_mask"] = self._mask(number, kind, past, running, cache)
             kwargs["position_ids"] = None
             hidden = hidden.clone()
@@ -162,6 +217,13 @@ class SlowWay:
             return hidden
 
         return slow
+
+    def _numbered(self, hidden, positions):
+        """Rotary tables of text at these positions."""
+        positions = positions[None]
+        if "mrope_section" in (self.decoder.config.rope_parameters or {}):
+            positions = positions.expand(3, -1, -1)
+        return self.decoder.rotary_emb(hidden, positions)
 
     def _mask(self, number, kind, past, running, cache):
         """Causal, by rows; in a sliding window also by positions in the conversation."""

@@ -49,9 +49,22 @@ def test_schedule_beyond_the_last_layer(model):
         rk.apply(model, policy(schedule=(rk.Stage(12, 0.5),)))
 
 
-def test_contiguous_positions(model):
-    with pytest.raises(NotImplementedError, match=r"positions must be 'original' .* got 'contiguous'"):
-        rk.apply(model, rk.Policy([rk.Stage(2, 0.5)], positions="contiguous"))
+@pytest.mark.parametrize("other", [{"positions": "contiguous"}, {"ranking": rk.rankings.LastQuery("previous")}])
+def test_images_on_a_filled_cache(model, inputs, others, other):
+    with rk.apply(model, rk.Policy([rk.Stage(2, 0.5)], **other)), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        del others["attention_mask"]
+        with pytest.raises(
+            NotImplementedError, match=r"past_key_values must be empty where .* images and the previous"
+        ):
+            model(**others, past_key_values=cache)
+
+
+@pytest.mark.parametrize("ranking", [rk.rankings.LastQuery("previous"), rk.rankings.KeyNorm("previous")])
+def test_previous_layer_without_full_attention(ranking):
+    case = load("qwen3_5")
+    with pytest.raises(NotImplementedError, match=r"must decide after layers with full attention .* layer 3 after one"):
+        rk.apply(case.model, rk.Policy([rk.Stage(3, 0.5)], ranking=ranking))
 
 
 def test_refused_model_is_left_untouched(model):

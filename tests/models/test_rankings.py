@@ -1,0 +1,232 @@
+"""Every ranking and both choices of positions, on the golden models, against the slow way."""
+
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import reroute_kernels as rk
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
+from tests.models.prompts import ACTIONS, batch, cached_lengths, offset, selections
+from tests.models.slow_way import SlowWay
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+# Decisions in neighbouring layers too: what the previous layer ranks then is what it has just selected.
+SCHEDULE = (rk.Stage(2, 0.4), rk.Stage(3, 0.25), rk.Stage(7, 0.1))
+RANKINGS = [
+    LastQuery(),
+    LastQuery("previous"),
+    LastQuery(queries=3, head_reduction="max"),
+    LastQuery("previous", queries=2, query_reduction="max"),
+    AllText(),
+    AllText("previous", head_reduction="max"),
+    KeyNorm(),
+    KeyNorm("previous"),
+    Random(3),
+    Uniform(),
+]
+
+
+@pytest.fixture(params=RANKINGS, ids=repr)
+def ranking(request):
+    return request.param
+
+
+def check(model, inputs, policy, atol=1e-5):
+    with SlowWay(model, policy) as slow, torch.no_grad():
+        expected = model(**inputs, use_cache=True)
+        answer = model.generate(**inputs, **GREEDY)
+    with rk.apply(model, policy) as routing, torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        assert selections(routing.trace) == slow.selected
+        assert model.generate(**inputs, **GREEDY).tolist() == answer.tolist()
+    torch.testing.assert_close(output.logits, expected.logits, atol=atol, rtol=0)
+    assert cached_lengths(output.past_key_values) == cached_lengths(expected.past_key_values)
+    return routing.trace
+
+
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_two_images(model, others, ranking, action, positions):
+    check(model, others, rk.Policy(SCHEDULE, action, ranking, positions))
+
+
+def test_rankings_differ(model, inputs):
+    selected = set()
+    for ranking in RANKINGS:
+        with rk.apply(model, rk.Policy(SCHEDULE, ranking=ranking)) as routing, torch.no_grad():
+            model(**inputs)
+        selected.add(tuple(map(tuple, selections(routing.trace))))
+    assert len(selected) == len(RANKINGS)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", ["original", "contiguous"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_batch_equals_its_samples(model, prompt, ranking, action, positions, side):
+    # The second text is shorter than what some rankings ask.
+    prompts = [prompt(1, 4, 9, seed=1), prompt(1, 0, 1, seed=2), prompt(2, 7, 20, seed=2), prompt(0, 4, 30, seed=3)]
+    together, policy = batch(prompts, side), rk.Policy(SCHEDULE, action, ranking, positions)
+    length = together["input_ids"].shape[1]
+    with rk.apply(model, policy) as routing, torch.no_grad():
+        logits = model(**together).logits
+        trace = routing.trace
+        answers = model.generate(**together, **GREEDY)[:, length:]
+        for row, alone in enumerate(map(batch, ([each] for each in prompts))):
+            begin, end = offset(prompts[row], length, side), len(prompts[row])
+            # LLaVA counts positions from the first of the row, and other positions round otherwise.
+            places = {} if "image_grid_thw" in together else {"position_ids": torch.arange(begin, begin + end)[None]}
+            expected = model(**alone, **places).logits[0, -1]
+            torch.testing.assert_close(logits[row, begin + end - 1], expected, atol=1e-4, rtol=0)
+            if row < 3:
+                assert selections(trace, row, begin) == selections(routing.trace)
+            assert answers[row].tolist() == model.generate(**alone, **GREEDY)[0, end:].tolist()
+
+
+def test_decode_positions_follow_each_stage(model, inputs):
+    """PyramidDrop decodes at the number of tokens that a layer has cached, not at the length of the prompt."""
+    seen = {}
+
+    def note(number, module, args, kwargs):
+        seen[number] = kwargs["position_embeddings"][0]
+
+    policy = rk.Policy(SCHEDULE, "remove", positions="contiguous")
+    decoder = model.model.language_model
+    with rk.apply(model, policy) as routing, torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        handles = [
+            layer.register_forward_pre_hook(lambda *given, number=number: note(number, *given), with_kwargs=True)
+            for number, layer in enumerate(decoder.layers)
+        ]
+        held = cached_lengths(cache)
+        model(
+            input_ids=torch.tensor([[5]]),
+            position_ids=torch.tensor([[inputs["input_ids"].shape[1]]]),
+            past_key_values=cache,
+        )
+        for handle in handles:
+            handle.remove()
+    assert [stage.tokens for stage in routing.trace.stages] == [held[2], held[3], held[7]]
+    for number in range(12):
+        axes = 1 if seen[0].ndim == 3 and not hasattr(decoder.config, "vision_config") else 3
+        place = torch.full((axes, 1, 1), held[number])
+        place = place[0] if "mrope_section" not in (decoder.config.rope_parameters or {}) else place.expand(3, 1, 1)
+        assert torch.equal(seen[number], decoder.rotary_emb(torch.empty(1), place)[0])
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_text_turn_after_contiguous_positions(model, prompt, action):
+    """The answer on a kept cache is that of the slow way, which numbers by what is cached."""
+    policy = rk.Policy(SCHEDULE, action, positions="contiguous")
+    first, then = batch([prompt(1, 5, 12, seed=1)]), prompt(0, 3, 3, seed=5).ids[None]
+
+    def talk():
+        output = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+        ids = torch.cat([output.sequences, then], dim=1)
+        # Else what was generated would count as padding where it has that id.
+        settings = {"attention_mask": torch.ones_like(ids), "past_key_values": output.past_key_values}
+        return model.generate(input_ids=ids, **settings, **GREEDY).tolist()
+
+    with SlowWay(model, policy):
+        expected = talk()
+    with rk.apply(model, policy):
+        assert talk() == expected
+
+
+# A ranking of one's own
+
+
+@dataclass(frozen=True)
+class Loud:
+    """Large hidden states first."""
+
+    def rank(self, candidates):
+        return candidates.hidden.float().norm(dim=-1)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_ranking_of_ones_own(model, inputs, action):
+    with rk.apply(model, rk.Policy(SCHEDULE[:1], action, Loud())) as routing, torch.no_grad():
+        states = []
+        handle = model.model.language_model.layers[1].register_forward_hook(lambda *given: states.append(given[2]))
+        model(**inputs)
+        handle.remove()
+    visual = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten().tolist()
+    loudness = states[0][0].norm(dim=-1)
+    loudest = sorted(visual, key=lambda place: -loudness[place])[: int(len(visual) * 0.4)]
+    assert selections(routing.trace) == [sorted(loudest)]
+
+
+@pytest.mark.parametrize(
+    ("given", "described"),
+    [
+        (lambda candidates: None, "NoneType"),
+        (lambda candidates: candidates.hidden, r"\(1, \d+, 64\) torch.float32"),
+        (lambda candidates: candidates.pool, r"\(1, \d+\) torch.bool"),
+    ],
+)
+def test_scores_of_another_shape(model, inputs, given, described):
+    class Wrong:
+        def rank(self, candidates):
+            return given(candidates)
+
+    message = rf"ranking must give scores \(1, \d+\) float32, or .* got {described} from"
+    with rk.apply(model, rk.Policy(SCHEDULE, ranking=Wrong())), pytest.raises(TypeError, match=message):
+        model(**inputs)
+
+
+# Work
+
+
+def test_one_row_where_one_is_needed(model, inputs, monkeypatch):
+    """As many queries are projected and rotated as ask, and scores are computed where they are asked for alone."""
+    queries = []
+    for name in ("route_tokens", "rank_tokens"):
+        original = getattr(rk.ops, name)
+
+        def counted(query, *given, original=original, **named: Tensor):
+            queries.append(query.shape[1])
+            return original(query, *given, **named)
+
+        monkeypatch.setattr(rk.ops, name, counted)
+    text = int((inputs["input_ids"] != model.config.image_token_id).sum())
+    for ranking, expected in (
+        (LastQuery(), 1),
+        (LastQuery("previous"), 1),
+        (LastQuery(queries=3), 3),
+        (AllText(), text),
+        (Random(), None),
+        (Uniform(), None),
+        (KeyNorm(), None),
+    ):
+        queries.clear()
+        with rk.apply(model, rk.Policy(SCHEDULE, ranking=ranking)), torch.no_grad():
+            model(**inputs)
+        assert queries == ([] if expected is None else [expected] * 3), ranking
+
+
+# Rankings themselves
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LastQuery("next"), ValueError, "layer must be one of 'this', 'previous', got 'next'"),
+        (lambda: LastQuery(queries=0), ValueError, "queries must be 1 or more, got 0"),
+        (lambda: LastQuery(queries="all"), TypeError, "queries must be an integer, got 'all'"),
+        (lambda: AllText(head_reduction="sum"), ValueError, "head_reduction must be one of 'mean', 'max', got 'sum'"),
+        (lambda: KeyNorm("last"), ValueError, "layer must be one of 'this', 'previous', got 'last'"),
+        (lambda: Random(0.5), TypeError, "seed must be an integer, got 0.5"),
+    ],
+)
+def test_refuses_and_says_why(make, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        make()
+
+
+def test_a_policy_knows_its_ranking_by_value():
+    policy = rk.Policy(SCHEDULE, ranking=Random(3))
+    assert policy == rk.Policy(SCHEDULE, ranking=Random(3)) != rk.Policy(SCHEDULE, ranking=Random(4))
+    assert replace(policy, ranking="last_query") == rk.Policy(SCHEDULE)
