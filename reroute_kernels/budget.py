@@ -51,8 +51,8 @@ def solve(
 ) -> Policy:
     """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
 
-    The stages select K = max(1, trunc(scale * shape)) tokens with the largest scale that the budget admits, and then up
-    to one more each, those that together come closest to it. Where it admits everything, all tokens are selected.
+    Each stage selects K = max(1, trunc(scale * shape)) tokens or one more: of all scales, and all choices of stages with
+    one more, that which comes closest to the budget. Where it admits everything, all tokens are selected.
 
     Args:
         config: whose decoder is costed, as in `reroute_kernels.cost.Decoder.of`.
@@ -100,16 +100,22 @@ def solve(
 
     # Scales at which some K grows; costs grow with them.
     scales = sorted({Fraction(count) / part for count in range(1, most + 1) for part in parts})
-    counts = at_scale(scales[bisect_right(scales, limit, key=lambda scale: reached(at_scale(scale))) - 1])
-    for first in range(0, len(counts), _TOGETHER):
-        before, together, after = counts[:first], counts[first : first + _TOGETHER], counts[first + _TOGETHER :]
-        raised = [
-            [*before, *(count + more for count, more in zip(together, mores, strict=True)), *after]
-            for mores in product((0, 1), repeat=len(together))
-        ]
-        possible = [each for each in raised if max(each) <= most and (action == "reroute" or _descends(each))]
-        counts = max((each for each in possible if reached(each) <= limit), key=reached)
-    return replace(policy_of(counts), budget=Budget(kind, limit, reached(counts)))
+    largest = bisect_right(scales, limit, key=lambda scale: reached(at_scale(scale)))
+    best = at_scale(scales[largest - 1])
+    for scale in reversed(scales[:largest]):
+        counts = at_scale(scale)
+        if reached([min(most, count + 1) for count in counts]) <= reached(best):
+            break  # nothing comes closer from here on
+        for first in range(0, len(counts), _TOGETHER):
+            before, together, after = counts[:first], counts[first : first + _TOGETHER], counts[first + _TOGETHER :]
+            raised = [
+                [*before, *(count + more for count, more in zip(together, mores, strict=True)), *after]
+                for mores in product((0, 1), repeat=len(together))
+            ]
+            possible = [each for each in raised if max(each) <= most and (action == "reroute" or _descends(each))]
+            counts = max((each for each in possible if reached(each) <= limit), key=reached)
+        best = max(best, counts, key=reached)
+    return replace(policy_of(best), budget=Budget(kind, limit, reached(best)))
 
 
 def _the_budget(**given: float | None) -> tuple[str, float]:

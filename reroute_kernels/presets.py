@@ -123,9 +123,10 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
             84. On Qwen2.5-VL they are 197, 134 and 72 for what is named after FastV (the original at 128: 135), 192,
             129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at 432, 288
             and 144. `reroute_kernels.cost` counts.
-        matched: solve the schedule anew, with its published keep ratios as the shape, so that it averages as close to
-            `avg_tokens` as `solve` comes at 576 tokens, never above; `policy.budget` tells how close. With one
-            decision, as in FastV, it stays below by less than 1 token; with several by at most an eighth of one.
+        matched: solve the schedule anew, with its published keep ratios as the shape, so that pairs match at 576
+            tokens. What removes comes as close to `avg_tokens` as `solve` does, never above: with one decision, as in
+            FastV, to less than 1 token, with several to an eighth of one. What defers comes as close to what its partner
+            that removes then averages. `policy.budget` tells how close.
 
     Raises:
         ValueError: an argument names no published configuration.
@@ -134,11 +135,15 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
     policy = _published(model, method.removesuffix("-stagewise"), avg_tokens)
     if not matched:
         return policy
+    limit = avg_tokens
+    if policy.action == "reroute":
+        partner = method.removeprefix("reroute-").removesuffix("-stagewise")
+        limit = preset(model, partner, avg_tokens, matched=True).budget.reached
     return solve(
         model,
         [stage.layer for stage in policy.schedule],
         [stage.keep for stage in policy.schedule],
-        avg_tokens=avg_tokens,
+        avg_tokens=limit,
         visual_tokens=VISUAL_TOKENS,
         action=policy.action,
         ranking=policy.ranking,

@@ -10,7 +10,7 @@ import pytest
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage
 from reroute_kernels.cost import DECODERS, Decoder
-from reroute_kernels.presets import ORIGINALS
+from reroute_kernels.presets import ORIGINALS, tiers
 from reroute_kernels.rankings import AllText, LastQuery
 from reroute_kernels.reducers import Nuwa
 
@@ -87,24 +87,20 @@ def test_uniform_comes_closest_of_all(layers, kind, action, reducer):
     ("layers", "shape"),
     [((1, 4), [3, 2]), ((2, 3, 6), "pyramid"), ((0, 3, 5), [5, 5, 2]), ((1, 2, 6), [1, 0.5, 0.125])],
 )
-def test_shapes_at_the_largest_scale(layers, shape, kind, action):
-    """The largest of all scales on a fine grid, and of all choices of one more token in some stages the closest."""
+def test_shapes_at_any_scale(layers, shape, kind, action):
+    """Of all scales on a fine grid, and of all choices of one more token in some stages, none comes closer."""
     parts = [1, 0.5, 0.25] if shape == "pyramid" else shape
     scales = [Fraction(step, 24) for step in range(24 * TOKENS * 10 + 1)]
-    at_scale = [tuple(min(TOKENS, max(1, int(scale * Fraction(part)))) for part in parts) for scale in scales]
-    along = list(dict.fromkeys(at_scale))
-    totals = {counts: total(kind, layers, counts, action) for counts in along}
+    bases = {tuple(min(TOKENS, max(1, int(scale * Fraction(part)))) for part in parts) for scale in scales}
+    totals = {}
+    for base in bases:
+        for mores in product((0, 1), repeat=len(layers)):
+            counts = tuple(count + more for count, more in zip(base, mores, strict=True))
+            if max(counts) <= TOKENS and (action == "reroute" or descends(counts)):
+                totals[counts] = total(kind, layers, counts, action)
     for limit in limits(totals.values()):
-        base = [counts for counts in along if totals[counts] <= limit][-1]
-        raised = [
-            tuple(count + more for count, more in zip(base, mores, strict=True))
-            for mores in product((0, 1), repeat=len(layers))
-        ]
-        possible = [each for each in raised if max(each) <= TOKENS and (action == "reroute" or descends(each))]
-        reached = [total(kind, layers, each, action) for each in possible]
         counts = solved(kind, limit, layers, shape, action)
-        assert counts in possible
-        assert total(kind, layers, counts, action) == max(each for each in reached if each <= limit)
+        assert totals[counts] == max(each for each in totals.values() if each <= limit)
 
 
 def test_many_stages():
@@ -143,24 +139,21 @@ def test_matched_presets(name):
     published, policy = rk.preset(*name), rk.preset(*name, matched=True)
     layers = DECODERS[name.model].layers
     assert rk.cost.average_visual_tokens(policy, layers, 576) == policy.budget.reached
-    assert policy.budget.limit == name.avg_tokens
-    bound = 29 if len(policy.schedule) == 1 else 5  # layers that one more token would run in
+    bound = 29 if len(policy.schedule) == 1 else 3  # layers that one more token would run in
+    assert 0 <= (name.avg_tokens - policy.budget.reached) * layers < (29 if "fastv" in name.method else bound)
     assert 0 <= policy.budget.under * layers < bound
     for attribute in ("action", "ranking", "positions", "reducer", "stage_layers"):
         assert getattr(policy, attribute) == getattr(published, attribute)
 
 
-@pytest.mark.parametrize("tier", [192, 128, 64])
+@pytest.mark.parametrize("method", ["fastv", "pdrop", "nuwa"])
 @pytest.mark.parametrize("model", DECODERS)
-def test_matched_pairs(model, tier):
-    removed, deferred = (
-        rk.preset(model, method, tier, matched=True).budget.reached for method in ("pdrop", "reroute-pdrop")
-    )
-    assert abs(removed - deferred) <= 4 / 32
-    removed, deferred = (
-        rk.preset(model, method, tier, matched=True).budget.reached for method in ("fastv", "reroute-fastv")
-    )
-    assert removed <= deferred < removed + 29 / 32
+def test_matched_pairs(model, method):
+    """They differ by at most one token in one layer; as published, the pdrop pair at 64 by 3.7 and 4.8 in all."""
+    for tier in tiers(model, method):
+        pair = [rk.preset(model, each, tier, matched=True).budget for each in (method, f"reroute-{method}")]
+        assert pair[1].limit == pair[0].reached
+        assert 0 <= pair[1].under * DECODERS[model].layers < 1.001
 
 
 def test_originals_at_their_own_budget_stay_as_they_are():
