@@ -425,11 +425,11 @@ class CallReader:
                     f"attention_mask must be None or of shape {expected}, the {length} tokens of the prompt and "
                     f"{new_tokens} after it, got {_shape(mask)}"
                 )
-        elif self._layers.length_is_routed and queries > 1:
+        elif self._layers.length_is_routed and queries > 1 and not generation.uncut:
             # The length of the first attention layer, by which `generate` cuts off what is cached, is not the prompt's.
             raise NotImplementedError(
-                f"attention_mask must be given with {queries} new tokens on a cache that a decision at layer "
-                f"{self._policy.stage_layers[0]} filled, got None"
+                f"attention_mask of the whole conversation must be given, and input_ids of the new tokens alone, on a "
+                f"cache in which layer {self._policy.stage_layers[0]} lacks tokens; got {queries} tokens and no mask"
             )
         if _brings_features(arguments):
             earlier = mask[:, length:-queries].bool() if mask is not None else None

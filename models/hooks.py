@@ -71,7 +71,7 @@ class Routing:
         if adapter.vision is None:
             raise NotImplementedError(
                 f"reducer must be None on a model of type {adapter.model.config.model_type!r}, got "
-                f"{self.policy.reducer!r}"
+                f"{self.policy.reducer!r}; reducers work on llava, llava_next and qwen2_5_vl"
             )
         if self._head_group is not None:
             raise NotImplementedError(

@@ -51,8 +51,8 @@ def solve(
 ) -> Policy:
     """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
 
-    Each stage selects K = max(1, trunc(scale * shape)) tokens or one more: of all scales, and all choices of stages with
-    one more, that which comes closest to the budget. Where it admits everything, all tokens are selected.
+    Each stage selects K = max(1, trunc(scale * shape)) tokens or one more: of all scales, and all choices of stages
+    with one more, that which comes closest to the budget. Where it admits everything, all tokens are selected.
 
     Args:
         config: whose decoder is costed, as in `reroute_kernels.cost.Decoder.of`.

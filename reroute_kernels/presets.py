@@ -125,8 +125,8 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
             and 144. `reroute_kernels.cost` counts.
         matched: solve the schedule anew, with its published keep ratios as the shape, so that pairs match at 576
             tokens. What removes comes as close to `avg_tokens` as `solve` does, never above: with one decision, as in
-            FastV, to less than 1 token, with several to an eighth of one. What defers comes as close to what its partner
-            that removes then averages. `policy.budget` tells how close.
+            FastV, to less than 1 token, with several to an eighth of one. What defers comes as close to what its
+            partner that removes then averages. `policy.budget` tells how close.
 
     Raises:
         ValueError: an argument names no published configuration.

@@ -1,0 +1,401 @@
+"""Reducers on models: what they drop never enters the language model, and everything else goes on as if it had."""
+
+import math
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import transformers
+
+import reroute_kernels as rk
+from reroute_kernels.rankings import LastQuery
+from reroute_kernels.reducers import Nuwa
+from tests.models.families import load
+from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, offset, selections
+from tests.models.reduced_by_hand import reduced_prompt
+from tests.models.slow_way import SlowWay
+
+SCHEDULE = (rk.Stage(3, 0.2), rk.Stage(4, 0.1), rk.Stage(8, 0.08))
+STEPS = 8
+GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+LLAVA = Nuwa(keep=0.3, per_cell=2)
+QWEN = Nuwa(keep=0.6, per_cell=3, distance=0.8, quantile=0.1, keeps_own=False)
+
+
+@pytest.fixture
+def reducer(family):
+    return LLAVA if family == "llava" else QWEN
+
+
+def by_hand(model, inputs, reducer):
+    def distance(grid):
+        return reducer.distance * math.dist((0, 0), [size + size % 2 - 1 for size in grid])
+
+    return reduced_prompt(
+        model,
+        inputs,
+        lambda tokens: math.ceil(tokens * reducer.keep),
+        reducer.per_cell,
+        distance,
+        reducer.quantile,
+        reducer.keeps_own,
+    )
+
+
+@torch.no_grad()
+def talk_by_hand(model, inputs, policy, turns):
+    """Greedy answers to a prompt and to texts that follow, with every position given; logits, cache and selections."""
+    arguments, visual, kept = by_hand(model, inputs, policy.reducer)
+    plain = replace(policy, reducer=None) if policy.schedule else None
+    total = int((inputs["input_ids"] == IMAGE).sum())
+    cache, answers, first = transformers.DynamicCache(config=model.config.get_text_config()), [], None
+    slow = nullcontext() if plain is None else SlowWay(model, plain, visual, total)
+    with slow:
+        output = model(**arguments, past_key_values=cache, use_cache=True)
+        first, selected = output.logits[0, -1], [] if plain is None else slow.selected
+        lengths = cached_lengths(cache)
+        place = int(arguments["position_ids"].max())
+
+        def feed(tokens):
+            nonlocal place
+            positions = torch.arange(place + 1, place + 1 + tokens.shape[1])[None]
+            place += tokens.shape[1]
+            if arguments["position_ids"].ndim == 3:
+                positions = positions.expand(3, -1, -1)
+            return model(input_ids=tokens, position_ids=positions, past_key_values=cache)
+
+        for turn in [None, *turns]:
+            if turn is not None:
+                output = feed(torch.cat([answers[-1][:, -1:], turn], dim=1))
+            answers.append(output.logits[:, -1:].argmax(dim=-1))
+            for _ in range(STEPS - 1):
+                answers[-1] = torch.cat([answers[-1], feed(answers[-1][:, -1:]).logits[:, -1:].argmax(dim=-1)], dim=1)
+    selected = [kept[stage].tolist() for stage in selected]
+    return first, answers, lengths, selected, kept[visual].tolist()
+
+
+def check(model, inputs, policy, turns=()):
+    first, answers, lengths, selected, survivors = talk_by_hand(model, inputs, policy, turns)
+    with rk.apply(model, policy) as routing, torch.no_grad():
+        output = model(**inputs, use_cache=True)
+        trace = routing.trace
+        answer = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        got, whole = [answer.sequences[:, -STEPS:]], None
+        for turn in turns:
+            # The new tokens alone: `generate` would cut off as many as the first layer has cached.
+            whole = torch.cat([answer.sequences if whole is None else whole, turn], dim=1)
+            answer = model.generate(
+                input_ids=torch.cat([answer.sequences[:, -1:], turn], dim=1),
+                attention_mask=torch.ones_like(whole),
+                past_key_values=answer.past_key_values,
+                **GREEDY,
+                return_dict_in_generate=True,
+            )
+            got.append(answer.sequences[:, -STEPS:])
+    assert trace.reduction.selected[0].tolist() == survivors
+    assert selections(trace) == selected
+    assert cached_lengths(output.past_key_values) == lengths
+    torch.testing.assert_close(output.logits[0, -1], first, atol=1e-4, rtol=0)
+    assert [each.tolist() for each in got] == [each.tolist() for each in answers]
+    assert output.logits.shape[1] == inputs["input_ids"].shape[1]
+    assert output.logits.isfinite().all()
+
+
+POLICIES = {
+    "reducer alone": {"schedule": ()},
+    "reroute": {"schedule": SCHEDULE},
+    "remove": {"schedule": SCHEDULE, "action": "remove"},
+    "previous layer": {"schedule": SCHEDULE, "ranking": LastQuery("previous")},
+    "previous layer, remove": {"schedule": SCHEDULE, "ranking": LastQuery("previous"), "action": "remove"},
+    "three queries": {"schedule": SCHEDULE, "ranking": LastQuery("previous", queries=3, head_reduction="max")},
+}
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("title", POLICIES)
+def test_generation_and_a_text_turn_on_the_kept_cache(model, prompt, reducer, title, images):
+    turn = prompt(0, 3, 4, seed=6).ids[None]
+    check(model, batch([prompt(images, 6, 14, seed=11)]), rk.Policy(**POLICIES[title], reducer=reducer), [turn])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("title", POLICIES)
+@torch.no_grad()
+def test_batch_equals_its_samples(model, prompt, reducer, title, side):
+    policy = rk.Policy(**POLICIES[title], reducer=reducer)
+    prompts = [prompt(1, 4, 9, seed=1), prompt(2, 7, 20, seed=2), prompt(0, 4, 30, seed=3), prompt(1, 0, 2, seed=4)]
+    together = batch(prompts, side)
+    length = together["input_ids"].shape[1]
+    with rk.apply(model, policy) as routing:
+        logits = model(**together).logits
+        trace = routing.trace
+        answers = model.generate(**together, **GREEDY)[:, length:]
+    for row, alone in enumerate(prompts):
+        begin, inputs = offset(alone, length, side), batch([alone])
+        if not alone.features:
+            answer = model.generate(**inputs, **GREEDY)[0, -STEPS:]
+            assert answers[row].tolist() == answer.tolist()
+            assert trace.reduction.selected[row].tolist() == []
+            continue
+        first, answer, _, selected, survivors = talk_by_hand(model, inputs, policy, ())
+        assert (trace.reduction.selected[row] - begin).tolist() == survivors
+        assert selections(trace, row, begin) == selected
+        torch.testing.assert_close(logits[row, begin + len(alone) - 1], first, atol=1e-4, rtol=0)
+        assert answers[row].tolist() == answer[0][0].tolist()
+
+
+@torch.no_grad()
+def test_dropped_tokens_enter_no_layer(model, inputs, reducer):
+    """Every layer runs, and caches, text and anchors alone; the tokens that are dropped change nothing after that."""
+    seen = []
+    layers = model.model.language_model.layers
+    handles = [layer.mlp.register_forward_hook(lambda *given: seen.append(given[2].shape[1])) for layer in layers]
+    with rk.apply(model, rk.Policy((), reducer=reducer)) as routing:
+        output = model(**inputs, use_cache=True)
+    for handle in handles:
+        handle.remove()
+    visual = int((inputs["input_ids"] == IMAGE).sum())
+    expected = inputs["input_ids"].shape[1] - visual + math.ceil(visual * reducer.keep)
+    assert seen == [expected] * 12
+    assert cached_lengths(output.past_key_values) == [expected] * 12
+    assert routing.trace.reduction.tokens == expected
+    assert routing.trace.reduction.layer == 0
+    assert routing.trace.stages == []
+
+
+def test_text_only_prompt_runs_untouched(model, prompt, reducer):
+    inputs = batch([prompt(0, 20, 11, seed=3)])
+    expected = model.generate(**inputs, **GREEDY)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    with rk.apply(model, rk.Policy(SCHEDULE, reducer=reducer)) as routing, torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
+        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    assert routing.trace is None
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_gradients_reach_the_vision_tower(model, inputs, reducer, action):
+    core = model.model
+    tower = core.vision_tower if hasattr(core, "vision_tower") else core.visual
+    model.zero_grad()
+    with rk.apply(model, rk.Policy(SCHEDULE, action, reducer=reducer)):
+        model(**inputs).logits[0, -1].logsumexp(-1).backward()
+    gradients = [each.grad for module in (tower, core.language_model) for each in module.parameters()]
+    gradients = [each for each in gradients if each is not None]
+    assert len(gradients) > 100
+    assert all(each.isfinite().all() for each in gradients)
+    assert sum(each.abs().sum() for each in gradients) > 0
+    model.zero_grad()
+
+
+def test_llava_next_tiles():
+    """Tiles are reduced one by one; borders that are cut and newlines between rows are left as they are."""
+    case = load("llava_next")
+    inputs = case.batch([case.prompt(2, 6, 15, seed=1)])
+    features, seen = {}, []
+
+    class Half:
+        def reduce(self, image):
+            index = image.saliency.topk(image.features.shape[1] // 2).indices.sort().values
+            seen.append((image.grid, image.features.shape[0]))
+            return index, image.features.gather(1, index[:, :, None].expand(-1, -1, image.features.shape[2]))
+
+    with torch.no_grad():
+        features = case.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+        with rk.apply(case.model, rk.Policy((), reducer=Half())) as routing:
+            marked = case.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+            output = case.model(**inputs, use_cache=True)
+            answer = case.model.generate(**inputs, **GREEDY)
+    assert seen == [((4, 4), 6)] * 3
+    features, marked = torch.cat(list(features)), torch.cat(list(marked))
+    stays = ~marked.isnan().any(dim=1)
+    assert torch.equal(marked[stays], features[stays])
+    newline = (features == case.model.model.image_newline).all(dim=1)
+    assert newline.any()
+    assert stays[newline].all()
+    assert len(stays) // 3 < stays.sum() < len(stays)
+    visual = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
+    assert torch.equal(routing.trace.reduction.selected[0], visual[stays])
+    # The same with what is left alone.
+    kept = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+    kept[visual[~stays]] = False
+    embeds = case.model.get_input_embeddings()(inputs["input_ids"])
+    embeds[0, visual] = features
+    positions = torch.arange(len(kept))[kept][None]
+    with torch.no_grad():
+        cache = transformers.DynamicCache(config=case.model.config.get_text_config())
+        expected = case.model(inputs_embeds=embeds[:, kept], position_ids=positions, past_key_values=cache)
+        torch.testing.assert_close(output.logits[0, -1], expected.logits[0, -1], atol=1e-4, rtol=0)
+        tokens = []
+        for place in range(len(kept), len(kept) + STEPS):
+            tokens.append(int(expected.logits[0, -1].argmax()))
+            expected = case.model(
+                input_ids=torch.tensor([[tokens[-1]]]), position_ids=torch.tensor([[place]]), past_key_values=cache
+            )
+    assert answer[0, -STEPS:].tolist() == tokens
+
+
+# A reducer of one's own
+
+
+@dataclass(frozen=True)
+class EverySecond:
+    """Every second row and column of the image."""
+
+    def reduce(self, image):
+        height, width = image.grid
+        places = torch.arange(height * width, device=image.features.device).view(height, width)
+        index = places[::2, ::2].flatten().expand(len(image.features), -1)
+        return index, image.features[:, index[0]]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@torch.no_grad()
+def test_reducer_of_ones_own(model, inputs, family, action):
+    height, width = (14, 14) if family == "llava" else (4, 6)
+    visual = (inputs["input_ids"][0] == IMAGE).nonzero().flatten().view(height, width)
+    with rk.apply(model, rk.Policy(SCHEDULE, action, reducer=EverySecond())) as routing:
+        model(**inputs)
+    survivors = visual[::2, ::2].flatten().tolist()
+    assert routing.trace.reduction.selected[0].tolist() == survivors
+    assert all(set(stage) <= set(survivors) for stage in selections(routing.trace))
+    assert len(selections(routing.trace)[0]) == int(visual.numel() * 0.2)
+
+
+def test_keeping_everything_changes_nothing(model, inputs):
+    class All:
+        def reduce(self, image):
+            count, tokens, _ = image.features.shape
+            return torch.arange(tokens).expand(count, -1), image.features
+
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with rk.apply(model, rk.Policy((), reducer=All())) as routing:
+            torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=0)
+    assert len(routing.trace.reduction.selected[0]) == int((inputs["input_ids"] == IMAGE).sum())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (lambda image: (torch.zeros(1, 2), image.features[:, :2]), r"\(1, 2\) torch.float32 and"),
+        (
+            lambda image: (torch.zeros(1, 2, dtype=torch.int64), image.features[:, :3]),
+            r"\(1, 2\) torch.int64 and \(1, 3",
+        ),
+        (
+            lambda image: (torch.zeros(1, 0, dtype=torch.int64), image.features[:, :0]),
+            r"\(1, 0\) torch.int64 and \(1, 0",
+        ),
+        (lambda image: (None, image.features), "NoneType and"),
+    ],
+)
+def test_results_of_another_shape(model, inputs, made, got):
+    class Wrong:
+        def reduce(self, image):
+            return made(image)
+
+    with (
+        rk.apply(model, rk.Policy((), reducer=Wrong())),
+        pytest.raises(TypeError, match=rf"reducer must give \(1, K\) int64 tokens, .* got {got}.*Wrong"),
+        torch.no_grad(),
+    ):
+        model(**inputs)
+
+
+def test_features_that_were_computed_without_it(model, inputs, reducer):
+    """Silently running all tokens is the worst that could happen."""
+    ids = inputs.pop("input_ids")
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        names = ("pixel_values", "image_grid_thw")
+        features = model.model.get_image_features(**{name: inputs.pop(name) for name in names if name in inputs})
+        embeds[ids == IMAGE] = torch.cat(list(features.pooler_output))
+    ran = []
+    handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: ran.append(True))
+    hidden = {"hook": None}
+
+    def merge(embedding, args, output):
+        return embeds
+
+    hidden = model.get_input_embeddings().register_forward_hook(merge)
+    try:
+        with (
+            rk.apply(model, rk.Policy((), reducer=reducer)),
+            pytest.raises(ValueError, match=r"image features must be computed by this model while it is routed"),
+            torch.no_grad(),
+        ):
+            model(input_ids=ids, **inputs)
+    finally:
+        handle.remove()
+        hidden.remove()
+    assert not ran
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl", "idefics3"])
+def test_other_families(name):
+    model = load(name).model
+    message = f"reducer must be None on a model of type {name!r}, got Nuwa.*llava, llava_next and qwen2_5_vl"
+    with pytest.raises(NotImplementedError, match=message):
+        rk.apply(model, rk.Policy((), reducer=LLAVA))
+
+
+def test_other_vision_towers():
+    with pytest.raises(
+        NotImplementedError, match=r"vision tower with a class token, 'clip_vision_model', got 'pixtral'"
+    ):
+        rk.apply(load("llava-pixtral").model, rk.Policy((), reducer=LLAVA))
+
+
+def test_prompt_that_ends_in_an_image(model, prompt, reducer):
+    inputs = batch([prompt(1, 5, 12, seed=1)])
+    end = int((inputs["input_ids"][0] == IMAGE).nonzero().max()) + 1
+    inputs = {
+        name: value[:, :end] if value.shape[:1] == (1,) and value.ndim == 2 else value for name, value in inputs.items()
+    }
+    if "image_grid_thw" in inputs:
+        inputs["image_grid_thw"] = torch.tensor([[1, 8, 12]])
+
+    class First:
+        def reduce(self, image):
+            return torch.zeros(len(image.features), 1, dtype=torch.int64), image.features[:, :1]
+
+    with (
+        rk.apply(model, rk.Policy((), reducer=First())),
+        pytest.raises(ValueError, match=re.escape("input_ids must end with text where there is a reducer")),
+        torch.no_grad(),
+    ):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_images_on_a_filled_cache(model, inputs, others, reducer):
+    with rk.apply(model, rk.Policy((), reducer=reducer)):
+        cache = model(**inputs, use_cache=True).past_key_values
+        others["attention_mask"] = torch.ones(1, inputs["input_ids"].shape[1] + others["input_ids"].shape[1])
+        with pytest.raises(NotImplementedError, match=r"past_key_values must be empty where a prompt brings images"):
+            model(**others, past_key_values=cache)
+
+
+def test_turn_that_generate_cuts_wrongly(model, inputs, prompt, reducer):
+    """It cuts off as many tokens as the first layer has cached, which are too few."""
+    with rk.apply(model, rk.Policy((), reducer=reducer)):
+        answer = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        whole = torch.cat([answer.sequences, prompt(0, 3, 4, seed=6).ids[None]], dim=1)
+        ran = []
+        handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: ran.append(True))
+        with pytest.raises(
+            (NotImplementedError, ValueError),
+            match=r"attention_mask .* the whole conversation|attention_mask must be None or of",
+        ):
+            model.generate(
+                input_ids=whole, attention_mask=torch.ones_like(whole), past_key_values=answer.past_key_values
+            )
+        handle.remove()
+    assert not ran
