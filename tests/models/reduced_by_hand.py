@@ -103,8 +103,8 @@ def reduced_prompt(model, inputs, count, per_cell, distance, quantile, keeps_own
         distance: gives the distance in tokens for a grid.
 
     Returns:
-        The model's arguments, (M,) bool of the visual tokens among the M that are left, and (M,) their positions in the
-        full prompt.
+        The model's arguments, (M,) bool of the visual tokens among the M that are left, (M,) their places in the full
+        prompt, and the position of the token that follows.
     """
     core, ids = model.model, inputs["input_ids"][0]
     qwen = "image_grid_thw" in inputs
@@ -130,4 +130,5 @@ def reduced_prompt(model, inputs, count, per_cell, distance, quantile, keeps_own
     else:
         positions = torch.arange(len(ids))[None]
     arguments = {"inputs_embeds": embeds[None, kept], "position_ids": positions[..., kept]}
-    return arguments, ids[kept] == IMAGE, kept
+    # `generate` goes on from the last token, which in transformers 5.4 may stand before the end of an image.
+    return arguments, ids[kept] == IMAGE, kept, int(positions[..., -1].max()) + 1

@@ -47,7 +47,7 @@ def by_hand(model, inputs, reducer):
 @torch.no_grad()
 def talk_by_hand(model, inputs, policy, turns):
     """Greedy answers to a prompt and to texts that follow, with every position given; logits, cache and selections."""
-    arguments, visual, kept = by_hand(model, inputs, policy.reducer)
+    arguments, visual, kept, place = by_hand(model, inputs, policy.reducer)
     plain = replace(policy, reducer=None) if policy.schedule else None
     total = int((inputs["input_ids"] == IMAGE).sum())
     cache, answers, first = transformers.DynamicCache(config=model.config.get_text_config()), [], None
@@ -56,11 +56,10 @@ def talk_by_hand(model, inputs, policy, turns):
         output = model(**arguments, past_key_values=cache, use_cache=True)
         first, selected = output.logits[0, -1], [] if plain is None else slow.selected
         lengths = cached_lengths(cache)
-        place = int(arguments["position_ids"].max())
 
         def feed(tokens):
             nonlocal place
-            positions = torch.arange(place + 1, place + 1 + tokens.shape[1])[None]
+            positions = torch.arange(place, place + tokens.shape[1])[None]
             place += tokens.shape[1]
             if arguments["position_ids"].ndim == 3:
                 positions = positions.expand(3, -1, -1)
