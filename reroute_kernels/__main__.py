@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,13 +31,17 @@ UsageError = typer.BadParameter.__base__
 
 
 class _Commands(TyperGroup):
-    """Commands whose usage errors are one line, as all other errors are."""
+    """Commands whose usage errors are one line that tells what came, as all other errors are."""
+
+    def parse_args(self, context, arguments):
+        context.obj = shlex.join(arguments)
+        return super().parse_args(context, arguments)
 
     def invoke(self, context):
         try:
             return super().invoke(context)
         except UsageError as error:
-            _fail(error.format_message())
+            _fail(f"{error.format_message().rstrip('.')}; got {context.obj}")
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -85,7 +90,7 @@ def count_cost(
     policies: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[POLICY]...",
+            metavar="POLICY",
             help="Presets (see the command presets), such as reroute-fastv/192 or llava-1.5-7b/fastv/192, or "
             "schedules, such as 3:0.25,7:0.25 or remove:3:0.25.",
         ),
@@ -261,7 +266,9 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
 def show_environment(as_json: AsJson = False) -> None:
     """Tell what is installed and which backend runs where, and try it: a small decision, held against the reference.
 
-    Exits with 1 if that fails. Example: reroute-kernels env
+    Example: reroute-kernels env
+
+    Exits with 1 where that fails. The decision is made on every CUDA or ROCm device, or on the CPU if there are none.
     """
     from .environment import try_devices, versions
 

@@ -33,8 +33,8 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "reroute-kernels": _version("reroute-kernels"),
         "torch": str(torch.__version__),
-        "torch's CUDA": torch.version.cuda,
-        "torch's HIP": torch.version.hip,
+        "torch.version.cuda": torch.version.cuda,
+        "torch.version.hip": torch.version.hip,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from pathlib import Path
 
 from .budget import SHAPES
 from .cost import DECODERS, Cost, Decoder
@@ -29,6 +30,8 @@ def parse_preset(text: str, model: str | None = None) -> Preset:
     parts = text.split("/")
     if len(parts) == 2 and model is not None:
         parts = [model, *parts]
+    if len(parts) != 3:
+        raise ValueError("a preset has three parts, model/method/avg_tokens")
     model, method, tier = parts
     return Preset(model, method, int(tier))
 
@@ -66,13 +69,15 @@ def parse_decoder(text: str) -> Decoder:
     """
     if text in DECODERS:
         return DECODERS[text]
+    accepted = f"{', '.join(DECODERS)}, or the folder or hub id (owner/name) of a checkpoint that can be costed"
+    if "/" not in text and not Path(text).is_dir():  # mistyped: nothing to ask the hub for
+        raise ValueError(f"model must be {accepted}, got {text!r}")
     from transformers import AutoConfig
 
     try:
         # Without the second argument, transformers asks whether to run code that comes with a checkpoint.
         return Decoder.of(AutoConfig.from_pretrained(text, trust_remote_code=False))
     except Exception as error:
-        accepted = f"{', '.join(DECODERS)}, or the folder or hub id of a checkpoint that can be costed"
         raise ValueError(f"model must be {accepted}, got {text!r}: {first_line(error)}") from None
 
 
