@@ -291,7 +291,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        _fail(f"this needs {error.name}: pip install 'reroute-kernels[demo]'")
+        _fail(f"a command with these arguments needs {error.name}: pip install 'reroute-kernels[demo]'")
     except (ValueError, OSError) as error:
         _fail(str(error))
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import reroute_kernels as rk
 from reroute_kernels import environment, notation, plot
 from reroute_kernels.__main__ import app
-from reroute_kernels.cost import visual_tokens_per_layer
+from reroute_kernels.cost import Decoder, visual_tokens_per_layer
 from reroute_kernels.presets import NUM_LAYERS, ORIGINALS
 
 ROOT = Path(__file__).parents[1]
@@ -253,9 +253,9 @@ def test_one_clear_line_and_exit_code_2(arguments, message, tmp_path, monkeypatc
     assert not result.stdout
 
 
-def costed(policies, model=LLAVA, visual_tokens=576):
-    rows = [("unrouted", None), *policies.items()]
-    return [(name, policy, rk.cost(model, policy, 64, visual_tokens)) for name, policy in rows]
+def costed(policies):
+    named = [("unrouted", None), *policies.items()]
+    return [(name, policy, rk.cost(LLAVA, policy, 64, 576)) for name, policy in named]
 
 
 @pytest.mark.parametrize("count", range(len(POLICIES) + 1))
