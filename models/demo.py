@@ -5,7 +5,6 @@ The command line in `reroute_kernels/__main__.py` prints and saves what `compare
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -17,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..policy import Policy, Stage
+from ..notation import first_line, parse_preset, parse_schedule
+from ..policy import Policy
 from ..presets import Preset, preset
 from ..routing import Trace
 from . import ADAPTERS, apply
@@ -25,8 +25,6 @@ from .adapter import visual_token_ids
 
 TINY_CHECKPOINT = Path(__file__).with_name("tiny_llava")
 """A LLaVA-1.5 of 32 narrow layers and 576 visual tokens with random weights."""
-
-PICTURE_FORMATS = (".png", ".jpg", ".pdf", ".svg")
 
 DEFAULT_PRESETS = {
     "llava": Preset("llava-1.5-7b", "reroute-fastv", 192),
@@ -80,13 +78,11 @@ def parse_policies(text: str | None, model_type: str) -> tuple[Policy, Policy]:
     """
     try:
         if text is not None and ":" in text:
-            stages = [stage.split(":") for stage in text.split(",")]
-            schedule = tuple(Stage(int(layer), float(keep)) for layer, keep in stages)
+            schedule = parse_schedule(text)
             return Policy(schedule, "remove"), Policy(schedule, "reroute")
         name = DEFAULT_PRESETS[model_type]
         if text is not None:
-            model, method, tier = text.split("/")
-            name = Preset(model, method, int(tier))
+            name = parse_preset(text)
         baseline = name.method.removeprefix("reroute-").removesuffix("-stagewise")
         return preset(*name._replace(method=baseline)), preset(*name._replace(method=f"reroute-{baseline}"))
     except (ValueError, TypeError) as error:
@@ -113,14 +109,6 @@ def open_image(path: Path | None):
         raise DemoError(f"image must be an existing file, got {path}") from None
     except (UnidentifiedImageError, OSError) as error:
         raise DemoError(f"image must be readable, got {path}: {error}") from None
-
-
-def check_output(path: Path) -> None:
-    """Refuse, before anything runs, a picture that could not be saved."""
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise DemoError(f"output must be a file that can be written, got {path}")
-    if path.suffix.lower() not in PICTURE_FORMATS:
-        raise DemoError(f"output must end in one of {', '.join(PICTURE_FORMATS)}, got {path}")
 
 
 def load(model: str | None, image, prompt: str, policy: str | None, *, chat: bool, device: str, dtype: str) -> Subject:
@@ -187,10 +175,6 @@ def seen_picture(config, processor, inputs, image):
     pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     patch = config.vision_config.patch_size
     return Image.fromarray(pixels.permute(1, 2, 0).numpy()), (pixels.shape[1] // patch, pixels.shape[2] // patch)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]:

@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 try:
     import typer
     from rich.console import Console
-    from rich.table import Column, Table
-    from rich.text import Text
+    from typer.core import TyperGroup
+
+    from . import tables
 except ModuleNotFoundError as error:
     print(f"reroute-kernels: the command line needs {error.name}: pip install 'reroute-kernels[demo]'", file=sys.stderr)
     sys.exit(2)
 
-from .cost import average_visual_tokens
-from .presets import NUM_LAYERS, preset, presets
+from . import notation
+from .budget import SHAPES, solve
+from .cost import DECODERS, average_visual_tokens, cost
+from .presets import NUM_LAYERS, VISUAL_TOKENS, preset, presets
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+UsageError = typer.BadParameter.__base__
+
+
+class _Commands(TyperGroup):
+    """Commands whose usage errors are one line that tells what came, as all other errors are."""
+
+    def parse_args(self, context, arguments):
+        context.obj = shlex.join(arguments)
+        return super().parse_args(context, arguments)
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except UsageError as error:
+            _fail(f"{error.format_message().rstrip('.')}; got {context.obj}")
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help=f"{' or '.join(DECODERS)}, or a checkpoint folder or hub id; only its config is read.")
+]
+TextTokens = Annotated[int, typer.Option(min=0, help="Tokens of the prompt that are no visual ones.")]
+VisualTokens = Annotated[int, typer.Option(min=1, help="Visual tokens of the prompt.")]
+Batch = Annotated[int, typer.Option(min=1, help="Prompts, all alike.")]
+CacheType = Annotated[str, typer.Option(help="Of keys and values in the cache.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @app.callback()
@@ -27,23 +62,125 @@ def _reroute_kernels() -> None:
 
 
 @app.command("presets")
-def list_presets() -> None:
+def list_presets(
+    everything: Annotated[
+        bool, typer.Option("--all", help="FastV, PyramidDrop and Nüwa as their own authors run them, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """List the published configurations with what they really cost.
 
-    Example: reroute-kernels presets
+    Example: reroute-kernels presets --all
     """
-    table = Table(Column("preset", no_wrap=True, min_width=42), "action", "layer: keep", "average of 576 tokens")
-    for name in presets():
+    listed = []
+    for name in presets(originals=everything):
         policy = preset(*name)
-        table.add_row(
-            f"{name.model}/{name.method}/{name.avg_tokens}",
-            policy.action,
-            "  ".join(f"{stage.layer}: {stage.keep:g}" for stage in policy.schedule),
-            f"{average_visual_tokens(policy, NUM_LAYERS[name.model], 576):.1f}",
-        )
+        listed.append((name, policy, average_visual_tokens(policy, NUM_LAYERS[name.model], VISUAL_TOKENS)))
+    if as_json:
+        _print_json([notation.preset_dict(*each) for each in listed])
+        return
     console = _console()
-    console.print(table)
+    console.print(tables.presets_table(listed, rules=everything))
     console.print("A -stagewise configuration is the same policy as the one without.", highlight=False)
+
+
+@app.command("cost")
+def count_cost(
+    model: ModelArgument,
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="POLICY",
+            help="Presets (see the command presets), such as reroute-fastv/192 or llava-1.5-7b/fastv/192, or "
+            "schedules, such as 3:0.25,7:0.25 or remove:3:0.25.",
+        ),
+    ] = None,
+    text_tokens: TextTokens = 64,
+    visual_tokens: VisualTokens = 576,
+    batch: Batch = 1,
+    dtype: CacheType = "float16",
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Where to save a picture of the schedules.")] = None,
+) -> None:
+    """Count the FLOPs and cache bytes of policies, beside those of the model without routing.
+
+    Example: reroute-kernels cost llava-1.5-7b fastv/192 reroute-fastv/192 3:0.5,16:0.1
+    """
+    with _one_line_errors():
+        if plot is not None:
+            from .plot import check_picture, draw_schedules
+
+            check_picture(plot, "plot")
+        decoder = notation.parse_decoder(model)
+        given = [("unrouted", None), *((text, notation.parse_policy(text, model)) for text in policies or ())]
+        costed = [
+            (name, policy, cost(decoder, policy, text_tokens, visual_tokens, batch, dtype)) for name, policy in given
+        ]
+        if plot is not None:
+            draw_schedules(costed).savefig(plot, dpi=110)
+    if as_json:
+        _print_json([notation.cost_dict(*each) for each in costed])
+        return
+    console = _console()
+    console.print(tables.costs_table(costed))
+    if len(costed) == 2:
+        console.print(tables.stages_table(costed[1][2]))
+    console.print(
+        "FLOPs: matrix products of the decoder layers, no vision tower, no LM head. "
+        "Percentages: of unrouted; for ranking, of its prefill.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if plot is not None:
+        console.print(f"Picture: {plot}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("solve")
+def solve_schedule(
+    model: ModelArgument,
+    layers: Annotated[str, typer.Argument(help="Decision layers, such as 3,7,15.")],
+    avg_tokens: Annotated[float | None, typer.Option(help="Budget of visual tokens per layer on average.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget of FLOPs of the prefill, such as 2.5e12.")] = None,
+    kv_bytes: Annotated[float | None, typer.Option(help="Budget of bytes in the cache, text included.")] = None,
+    shape: Annotated[
+        str, typer.Option(help=f"How the stages relate: {', '.join(SHAPES)}, or numbers such as 1,.5,.25.")
+    ] = "uniform",
+    action: Annotated[str, typer.Option(help="reroute or remove.")] = "reroute",
+    text_tokens: TextTokens = 64,
+    visual_tokens: VisualTokens = 576,
+    batch: Batch = 1,
+    dtype: CacheType = "float16",
+    as_json: AsJson = False,
+) -> None:
+    """Find a schedule that comes close to a budget and never exceeds it.
+
+    Example: reroute-kernels solve llava-1.5-7b 3,7,15 --avg-tokens 96 --shape pyramid
+    """
+    with _one_line_errors():
+        policy = solve(
+            notation.parse_decoder(model),
+            notation.parse_layers(layers),
+            notation.parse_shape(shape),
+            avg_tokens=avg_tokens,
+            flops=flops,
+            kv_bytes=kv_bytes,
+            visual_tokens=visual_tokens,
+            text_tokens=text_tokens,
+            batch=batch,
+            dtype=dtype,
+            action=action,
+        )
+    if as_json:
+        _print_json(notation.solution_dict(policy))
+        return
+    console = _console()
+    console.print(tables.solution_table(policy, visual_tokens))
+    for line in (
+        notation.budget_text(policy.budget),
+        f"In the command cost: {notation.policy_text(policy)}",
+        f"In Python: {notation.policy_python(policy)}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -81,6 +218,7 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
     import torch
 
     from .models import demo as demonstration
+    from .plot import check_picture
 
     console = _console()
     try:
@@ -91,7 +229,10 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
         except (RuntimeError, AssertionError) as error:
             message = demonstration.first_line(error)
             raise demonstration.DemoError(f"device must be one of this machine's, got {device!r}: {message}") from None
-        demonstration.check_output(output)
+        try:
+            check_picture(output, "output")
+        except ValueError as error:
+            raise demonstration.DemoError(str(error)) from None
         photo = demonstration.open_image(image)
         if prompt is None:
             chat, prompt = True, "Where is the temple?" if image is None else "Describe the image."
@@ -105,36 +246,8 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
     except demonstration.DemoError as error:
         _fail(str(error))
 
-    table = Table(
-        "",
-        Column("answer", overflow="fold"),
-        "visual tokens\nper layer",
-        "cached tokens\n(all layers)",
-        "KV bytes",
-        "prefill ms",
-    )
-    for run in runs:
-        table.add_row(
-            run.name,
-            Text(run.answer),
-            f"{run.average_visual_tokens:.1f}",
-            f"{run.cached_tokens:,}",
-            f"{run.kv_bytes:,}",
-            f"{run.prefill_ms:.1f}",
-        )
-    console.print(table)
-    stages = Table(
-        "reroute, from layer", "visual tokens that ran", "deferred", "picked back", "share of those that ran"
-    )
-    for share in shares:
-        stages.add_row(
-            str(share.layer),
-            str(len(share.ran)),
-            str(len(share.deferred)),
-            str(len(share.returned)),
-            f"{len(share.returned) / len(share.ran):.0%}",
-        )
-    console.print(stages)
+    console.print(tables.runs_table(runs))
+    console.print(tables.shares_table(shares))
     console.print(
         f"{len(positions)} visual tokens; {device}, {dtype}; prefill: median of {repeats}, the three in turn. "
         f"Picture: {output}",
@@ -147,6 +260,44 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
             "to say anything about a real model. Pass --model for one.",
             soft_wrap=True,
         )
+
+
+@app.command("env")
+def show_environment(as_json: AsJson = False) -> None:
+    """Tell what is installed and which backend runs where, and try it: a small decision, held against the reference.
+
+    Example: reroute-kernels env
+
+    Exits with 1 where that fails. The decision is made on every CUDA or ROCm device, or on the CPU if there are none.
+    """
+    from .environment import try_devices, versions
+
+    devices, forced = try_devices(), os.environ.get("REROUTE_BACKEND") or None
+    if as_json:
+        _print_json({"versions": versions(), "REROUTE_BACKEND": forced, "devices": [asdict(each) for each in devices]})
+    else:
+        console = _console()
+        console.print(tables.versions_table(versions()))
+        console.print(tables.devices_table(devices))
+        console.print(f"REROUTE_BACKEND: {forced or 'not set'}", markup=False, highlight=False)
+    for device in devices:
+        if device.tried and device.error:
+            print(f"reroute-kernels: {device.device}: {device.error}", file=sys.stderr)
+    raise typer.Exit(int(any(device.tried and device.error for device in devices)))
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _fail(f"a command with these arguments needs {error.name}: pip install 'reroute-kernels[demo]'")
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
 
 
 def _console() -> Console:

@@ -1,0 +1,114 @@
+"""Pictures of schedules. They need matplotlib, which is imported when one is drawn."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from .cost import Cost, surviving_tokens
+from .policy import Policy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PICTURE_FORMATS = (".png", ".jpg", ".pdf", ".svg")
+
+_MOST_COLUMNS = 3
+_COLORS = {"removed": "#e4e7ec", "deferred": "#b9d2ee", "run": "#2563a8"}
+
+
+def check_picture(path: Path, name: str) -> None:
+    """Refuse, before anything runs, a picture that could not be saved.
+
+    Args:
+        path: of the picture.
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: the path cannot be written, or names no format of a picture.
+    """
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"{name} must be a file that can be written, got {path}")
+    if path.suffix.lower() not in PICTURE_FORMATS:
+        raise ValueError(f"{name} must end in one of {', '.join(PICTURE_FORMATS)}, got {path}")
+
+
+def draw_schedules(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Figure:
+    """The visual tokens that run in each layer, one panel for each policy, all on the same scale.
+
+    Args:
+        costed: names, policies and their costs on one model with one prompt; the first is the model without routing,
+            which is drawn where there is nothing else.
+
+    Returns:
+        A figure, to be saved by its method `savefig`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    unrouted, shown = costed[0][2], costed[1:] or costed
+    columns = min(_MOST_COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(4.4 * columns + 0.4, 3.4 * rows + 0.8), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axis, panel in zip_longest(panels.flat, shown):
+        if panel is None:
+            axis.remove()
+        else:
+            _draw_schedule(axis, *panel, unrouted)
+    for axis in panels[:, 0]:
+        axis.set_ylabel("visual tokens")
+    figure.legend(
+        handles=[Patch(color=color, label=label) for label, color in _COLORS.items()],
+        loc="outside lower center",
+        ncols=len(_COLORS),
+        frameon=False,
+    )
+    return figure
+
+
+def _draw_schedule(axis: Axes, name: str, policy: Policy | None, cost: Cost, unrouted: Cost) -> None:
+    from matplotlib.patheffects import withStroke
+
+    removed, deferred, run = _COLORS.values()
+    candidates, running = [], []
+    pool = surviving_tokens(None if policy is None else policy.reducer, cost.visual_tokens)
+    for stage in cost.stages:
+        if policy is not None and policy.action == "remove":
+            pool = stage.visual_tokens
+        candidates += [pool] * stage.layers
+        running += [stage.visual_tokens] * stage.layers
+    layers = len(running)
+    edges = [layer - 0.5 for layer in range(layers + 1)]
+    for heights, color in (([cost.visual_tokens] * layers, removed), (candidates, deferred), (running, run)):
+        axis.stairs(heights, edges, fill=True, color=color)
+    for stage in cost.stages:
+        if stage.first_layer:
+            axis.axvline(stage.first_layer - 0.5, color="white", linewidth=1)
+        axis.annotate(
+            str(stage.visual_tokens),
+            (stage.first_layer + (stage.layers - 1) / 2, stage.visual_tokens),
+            (0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+        )
+    axis.set_xlim(edges[0], edges[-1])
+    axis.set_ylim(0, 1.1 * cost.visual_tokens)
+    axis.set_xticks(range(0, layers, 4 * math.ceil(layers / 40)))
+    axis.set_xlabel("layer")
+    axis.spines[["top", "right"]].set_visible(False)
+    title = [
+        *wrap(name.replace(",", ", "), 48),
+        f"{cost.average_visual_tokens:.1f} visual tokens per layer",
+        f"{cost.prefill_flops / unrouted.prefill_flops:.1%} of unrouted prefill FLOPs, "
+        f"{cost.kv_bytes / unrouted.kv_bytes:.1%} of its KV bytes",
+    ]
+    axis.set_title("\n".join(title), fontsize=10)

@@ -1,0 +1,364 @@
+"""The command line, but for `demo`, which tests/models/test_demo.py runs."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+import reroute_kernels as rk
+from reroute_kernels import environment, notation, plot
+from reroute_kernels.__main__ import app
+from reroute_kernels.cost import Decoder, visual_tokens_per_layer
+from reroute_kernels.presets import NUM_LAYERS, ORIGINALS
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = typer.main.get_command(app).commands
+LLAVA = "llava-1.5-7b"
+POLICIES = {
+    "fastv/192": rk.preset(LLAVA, "fastv", 192),
+    "llava-1.5-7b/reroute-nuwa/64": rk.preset(LLAVA, "reroute-nuwa", 64),
+    "3:0.5,16:0.1": rk.Policy([rk.Stage(3, 0.5), rk.Stage(16, 0.1)]),
+    "remove:3:.5": rk.Policy([rk.Stage(3, 0.5)], "remove"),
+}
+CHECKPOINT = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def answer(*arguments):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def rows(output):
+    return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in output.splitlines() if line[:1] in "│┃"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_in_the_help_runs(name, tmp_path, monkeypatch):
+    (example,) = re.findall(r"Example: reroute-kernels (.*)", COMMANDS[name].help)
+    assert f"Example: reroute-kernels {example}" in " ".join(run(name, "--help").output.split())
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 48), "red").save("photo.jpg")
+    arguments = shlex.split(example) + (["--repeats", "1", "--max-new-tokens", "1"] if name == "demo" else [])
+    assert arguments[0] == name
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "┃" in result.output
+
+
+def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
+    section = (ROOT / "README.md").read_text().partition("## Command line")[2].partition("\n## ")[0]
+    commands = re.findall(r"^reroute-kernels (.*?)(?: +#.*)?$", section, flags=re.MULTILINE)
+    assert {command.split()[0] for command in commands} == set(COMMANDS)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        result = run(*shlex.split(command), *(["--repeats", "1"] if command.startswith("demo") else []))
+        assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"cost.png", "demo.png"}
+
+
+@pytest.mark.parametrize("originals", [False, True])
+def test_presets(originals):
+    names = rk.presets(originals=originals)
+    listed = answer("presets", *(["--all"] if originals else []))
+    assert [(each["model"], each["method"], each["avg_tokens"]) for each in listed] == names
+    for name, each in zip(names, listed, strict=True):
+        policy = rk.preset(*name)
+        assert each["average_visual_tokens"] == rk.cost.average_visual_tokens(policy, NUM_LAYERS[name.model], 576)
+        assert each["policy"] == json.loads(json.dumps(notation.policy_dict(policy)))
+        assert rebuilt(each["policy"]) == policy
+
+
+def rebuilt(policy):
+    rules = {name: policy[name] and dict(policy[name]) for name in ("ranking", "reducer")}
+    ranking = getattr(rk.rankings, rules["ranking"].pop("name"))(**rules["ranking"])
+    reducer = rules["reducer"] and getattr(rk.reducers, rules["reducer"].pop("name"))(**rules["reducer"])
+    schedule = [rk.Stage(**stage) for stage in policy["schedule"]]
+    return rk.Policy(schedule, policy["action"], ranking, policy["positions"], reducer)
+
+
+def test_the_table_of_all_presets_shows_every_rule():
+    output = run("presets", "--all").output
+    assert "…" not in output
+    assert {row[0].split("/")[1] for row in rows(output) if "/" in row[0]} >= set(ORIGINALS)
+    table = "".join("".join(row[4] for row in rows(output)).split())
+    assert "LastQuery(layer=previous,queries=3,head_reduction=max)" in table
+    assert "contiguous" in output
+    assert "keeps_own=False" in output
+
+
+def test_cost_as_json_is_what_cost_counts():
+    options = {"text_tokens": 10, "visual_tokens": 400, "batch": 3, "dtype": "float32"}
+    arguments = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
+    counted = answer("cost", LLAVA, *POLICIES, *arguments)
+    assert [each["name"] for each in counted] == ["unrouted", *POLICIES]
+    for each, policy in zip(counted, [None, *POLICIES.values()], strict=True):
+        expected = rk.cost(LLAVA, policy, **options)
+        assert each["cost"] == json.loads(json.dumps(expected.as_dict()))
+        assert each["next_token_flops"] == expected.decode_flops(410)
+        assert (each["policy"] and rebuilt(each["policy"])) == policy
+
+
+def test_cost_table():
+    output = run("cost", LLAVA, "reroute-fastv/192").output
+    table = rows(output)
+    unrouted, routed = (rk.cost(LLAVA, policy, 64, 576) for policy in (None, rk.preset(LLAVA, "reroute-fastv", 192)))
+    place = [row[0] for row in table].index("reroute-fastv/192")
+    assert next(row for row in table if row[0] == "unrouted")[1:3] == ["576", f"{unrouted.prefill_flops / 1e12:.4g}"]
+    values, shares = table[place][1:], table[place + 1][1:]
+    assert values[0] == "191.8"
+    names = ("prefill_flops", "projections", "attention", "mlp", "ranking")
+    assert values[1:6] == [f"{getattr(routed, name) / 1e12:.4g}" for name in names]
+    wholes = [getattr(unrouted, name) or unrouted.prefill_flops for name in names]
+    assert shares[1:6] == [f"{getattr(routed, name) / whole:.1%}" for name, whole in zip(names, wholes, strict=True)]
+    assert values[6:] == [f"{routed.decode_flops(640) / 1e9:.4g}", f"{routed.kv_bytes / 2**20:.4g}"]
+    assert shares[6:] == ["98.5%", "40.0%"]
+    stages = [row for row in table if re.fullmatch(r"\d+ to \d+", row[0])]
+    assert [row[:3] for row in stages[:2]] == [["0 to 2", "576", "640"], ["3 to 6", "152", "216"]]
+    assert [row[3] for row in stages] == [f"{stage.flops / 1e12:.4g}" for stage in routed.stages]
+    assert "no vision tower, no LM head" in output
+    several = rows(run("cost", LLAVA, "fastv/192", "fastv/64").output)
+    assert not [row for row in several if re.fullmatch(r"\d+ to \d+", row[0])]
+
+
+def test_cost_of_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CHECKPOINT))
+    unrouted, routed = answer("cost", tmp_path, "2:0.25")
+    decoder = unrouted["cost"]["decoder"]
+    assert (decoder["hidden_size"], decoder["layers"], decoder["kv_heads"]) == (64, 6, 2)
+    expected = rk.cost(Decoder(**decoder), rk.Policy([rk.Stage(2, 0.25)]), 64, 576)
+    assert routed["cost"] == json.loads(json.dumps(expected.as_dict()))
+
+
+WITHOUT = "import sys; sys.modules[{!r}] = None; from reroute_kernels.__main__ import main; sys.argv[1:] = {!r}; main()"
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "code"),
+    [
+        ("transformers", ["cost", LLAVA, "fastv/192"], 0),
+        ("transformers", ["solve", LLAVA, "3", "--avg-tokens", "64"], 0),
+        ("transformers", ["env"], 0),
+        ("transformers", ["cost", str(ROOT)], 2),
+        ("matplotlib", ["cost", LLAVA, "fastv/192"], 0),
+        ("matplotlib", ["cost", LLAVA, "--plot", "cost.png"], 2),
+        ("typer", ["env"], 2),
+    ],
+    ids=lambda value: "-".join(value[:1] + value[2:3]) if isinstance(value, list) else str(value),
+)
+def test_missing_modules_are_named_where_they_are_needed(missing, arguments, code, tmp_path):
+    command = [sys.executable, "-c", WITHOUT.format(missing, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    if code:
+        assert re.fullmatch(
+            rf"reroute-kernels: .* needs {missing}.*: pip install 'reroute-kernels\[demo\]'\n", result.stderr
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        (["--avg-tokens", "96"], {"avg_tokens": 96}),
+        (["--avg-tokens", "96", "--shape", "pyramid", "--action", "remove"], {"shape": "pyramid", "action": "remove"}),
+        (["--flops", "3e12", "--shape", "1,.5,.25"], {"flops": 3e12, "shape": [1, 0.5, 0.25]}),
+        (["--kv-bytes", "9e7", "--visual-tokens", "300", "--text-tokens", "5"], {"kv_bytes": 9e7}),
+    ],
+    ids=["avg-tokens", "remove", "flops", "kv-bytes"],
+)
+def test_solve(options, keywords):
+    if "kv_bytes" in keywords:
+        keywords = keywords | {"visual_tokens": 300, "text_tokens": 5}
+    if not {"flops", "kv_bytes"} & set(keywords):
+        keywords = keywords | {"avg_tokens": 96}
+    expected = rk.solve(LLAVA, [3, 7, 15], **{"text_tokens": 64, **keywords})
+    solved = answer("solve", LLAVA, "3,7,15", *options)
+    assert rebuilt(solved["policy"]) == expected
+    assert solved["budget"] == expected.budget._asdict() | {"under": expected.budget.under}
+    assert notation.parse_policy(solved["text"]) == expected
+    names = {"rk": rk}
+    exec(solved["python"], names)
+    assert names["policy"] == expected
+    output = run("solve", LLAVA, "3,7,15", *options).output
+    counts = expected.selected_counts(keywords.get("visual_tokens", 576))
+    assert [int(row[2]) for row in rows(output)[1:]] == list(counts)
+    assert f"In Python: {solved['python']}\n" in output
+    assert f"In the command cost: {solved['text']}\n" in output
+    assert f"which is {expected.budget.under:,.12g} under" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("cost llava", "model must be llava-1.5-7b, qwen2.5-vl-7b, or .*, got 'llava'"),
+        ("cost ./missing", "model must be .*, got './missing': "),
+        ("cost {gemma}", "model must be .*, got '.*': .*sliding_attention"),
+        (
+            "cost llava-1.5-7b nonsense",
+            "policy must be a preset like reroute-fastv/192 or .*, got 'nonsense': a preset has three parts",
+        ),
+        ("cost {llama} fastv/192", "policy must be a preset like llava-1.5-7b/.*, got 'fastv/192': a preset has three"),
+        ("cost {llama} 3:0.5,6:0.5", "schedule must stay below layer 6 of this model, got layer 6"),
+        ("cost llava-1.5-7b fastv/100", "got 'fastv/100': avg_tokens must be one of 192, 128, 64, got 100"),
+        ("cost llava-1.5-7b drop:3:0.5", "policy must be .* got 'drop:3:0.5'"),
+        ("cost llava-1.5-7b 3:1.5", r"got '3:1.5': keep must be in \(0, 1\], got 1.5 at layer 3"),
+        ("cost llava-1.5-7b --visual-tokens 0", "--visual-tokens.*1.*--visual-tokens 0"),
+        ("cost llava-1.5-7b --batch x", "--batch.*integer.*--batch x"),
+        ("cost llava-1.5-7b --dtype half16", "dtype must be a torch.dtype or the name of one, got 'half16'"),
+        ("cost llava-1.5-7b --plot x.txt", "plot must end in one of .png, .jpg, .pdf, .svg, got x.txt"),
+        ("cost llava-1.5-7b --plot missing/x.png", "plot must be a file that can be written, got missing/x.png"),
+        ("cost --unknown", "--unknown"),
+        ("unknown", "unknown"),
+        ("solve llava-1.5-7b 3", "exactly one of avg_tokens, flops, kv_bytes must be given, got none"),
+        ("solve llava-1.5-7b 3,x --flops 1", "layers must be integers such as 3,7,15, got '3,x'"),
+        ("solve llava-1.5-7b 3,40 --flops 1", r"decision_layers must hold .* from 0 to 31, got \[3, 40\]"),
+        ("solve llava-1.5-7b 3 --avg-tokens 5", "avg_tokens must be 54.90625 or more, .* got 5.0"),
+        ("solve llava-1.5-7b 3 --flops 9e12 --shape cone", "shape must be uniform, pyramid or numbers .* got 'cone'"),
+        ("solve llava-1.5-7b 3 --flops 9e12 --action drop", "action must be one of 'reroute', 'remove', got 'drop'"),
+    ],
+    ids=lambda value: value.replace("llava-1.5-7b ", "").replace(" ", "_"),
+)
+def test_one_clear_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sliding = {"model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 6}
+    for name, config in (("llama", CHECKPOINT), ("gemma", CHECKPOINT | sliding)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    result = run(*arguments.format(llama=tmp_path / "llama", gemma=tmp_path / "gemma").split())
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("reroute-kernels: ")
+    assert re.search(message, line), line
+    assert not result.stdout
+
+
+def costed(policies):
+    named = [("unrouted", None), *policies.items()]
+    return [(name, policy, rk.cost(LLAVA, policy, 64, 576)) for name, policy in named]
+
+
+@pytest.mark.parametrize("count", range(len(POLICIES) + 1))
+def test_steps_of_the_picture_are_the_tokens_that_run(count):
+    policies = dict(list(POLICIES.items())[:count])
+    shown = costed(policies)[1:] or costed({})
+    figure = plot.draw_schedules(costed(policies))
+    assert len(figure.axes) == len(shown)
+    for axis, (name, policy, cost) in zip(figure.axes, shown, strict=True):
+        everything, candidates, running = (step.get_data() for step in axis.patches)
+        expected = [576] * 32 if policy is None else visual_tokens_per_layer(policy, 32, 576)
+        assert running.values.tolist() == expected
+        assert running.edges.tolist() == [layer - 0.5 for layer in range(33)]
+        assert everything.values.tolist() == [576] * 32
+        pool = 576 if policy is None or policy.reducer is None else policy.reducer.survivors(576)
+        is_removed = policy is not None and policy.action == "remove"
+        assert candidates.values.tolist() == (expected if is_removed else [pool] * 32)
+        title, unrouted = axis.get_title().splitlines(), rk.cost(LLAVA, None, 64, 576)
+        assert title[:2] == [name.replace(",", ", "), f"{sum(expected) / 32:.1f} visual tokens per layer"]
+        assert title[2].startswith(f"{cost.prefill_flops / unrouted.prefill_flops:.1%} of unrouted prefill FLOPs, ")
+        assert title[2].endswith(f", {cost.kv_bytes / unrouted.kv_bytes:.1%} of its KV bytes")
+        assert axis.get_ylim() == figure.axes[0].get_ylim()
+        assert [int(text.get_text()) for text in axis.texts] == [stage.visual_tokens for stage in cost.stages]
+
+
+def test_titles_stay_beside_each_other():
+    solved = rk.solve(LLAVA, [3, 7, 15, 23, 27], avg_tokens=100)
+    figure = plot.draw_schedules(costed(POLICIES | {notation.policy_text(solved): solved, "3:0.1": solved}))
+    figure.draw_without_rendering()
+    boxes = [axis.title.get_window_extent() for axis in figure.axes]
+    assert not [(one, other) for one in boxes for other in boxes if one is not other and one.overlaps(other)]
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
+@pytest.mark.parametrize("suffix", plot.PICTURE_FORMATS)
+def test_picture_is_written(suffix, tmp_path):
+    picture = tmp_path / f"cost{suffix}"
+    result = run("cost", LLAVA, "fastv/192", "--plot", picture)
+    assert result.exit_code == 0, result.output
+    assert str(picture) in result.output
+    assert picture.read_bytes()[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0", b"%PDF", b"<?xm")
+    assert answer("cost", LLAVA, "fastv/192", "--plot", picture)
+
+
+def test_env_tells_what_was_tried():
+    told = answer("env")
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["versions"]["reroute-kernels"] == rk.__version__
+    cpu, *others = told["devices"]
+    assert len(others) == torch.cuda.device_count()
+    assert (cpu["device"], cpu["tried"], cpu["error"]) == ("cpu", not others, None)
+    for device in others:
+        assert (device["backend"], device["tried"], device["error"]) == ("triton", True, None)
+
+
+def test_env_really_calls_the_operation(monkeypatch):
+    calls, route_tokens = [], rk.ops.route_tokens
+    monkeypatch.setattr(
+        rk.ops, "route_tokens", lambda *args, **kwargs: calls.append(1) or route_tokens(*args, **kwargs)
+    )
+    assert run("env").exit_code == 0
+    assert len(calls) == max(1, torch.cuda.device_count())
+
+
+def wrong_index(*arguments, tensors, **keywords):
+    index, rows = rk.ref.route_tokens(*arguments, tensors=tensors, **keywords)
+    return index + 1, rows
+
+
+def wrong_rows(*arguments, tensors, **keywords):
+    index, rows = rk.ref.route_tokens(*arguments, tensors=tensors, **keywords)
+    return index, tuple(table.neg() for table in rows)
+
+
+def broken(*arguments, **keywords):
+    raise RuntimeError("no kernel image\nlong explanation")
+
+
+@pytest.mark.parametrize(
+    ("route_tokens", "message"),
+    [
+        (wrong_index, r"route_tokens must keep \[.*\], as the reference, got \[.*\]"),
+        (wrong_rows, "route_tokens must copy the rows that it keeps, as the reference, got others"),
+        (broken, "no kernel image"),
+    ],
+    ids=["index", "rows", "error"],
+)
+def test_env_fails_where_the_operation_does(route_tokens, message, monkeypatch):
+    monkeypatch.setattr(environment.ops, "route_tokens", route_tokens)
+    result = run("env", "--json")
+    assert result.exit_code == 1
+    assert re.fullmatch(rf"reroute-kernels: \w+(:0)?: {message}\n", result.stderr), result.stderr
+    tried = [device for device in json.loads(result.stdout)["devices"] if device["tried"]]
+    assert re.fullmatch(message, tried[0]["error"])
+    assert run("env").exit_code == 1
+    assert "equals the reference" not in run("env").output
+
+
+def test_env_where_the_forced_backend_cannot_run(monkeypatch):
+    monkeypatch.setenv("REROUTE_BACKEND", "cuda")
+    result = run("env", "--json")
+    assert result.exit_code == 1
+    assert "REROUTE_BACKEND must be one of 'ref', 'triton', got 'cuda'" in result.stderr
+    told = json.loads(result.stdout)
+    assert told["REROUTE_BACKEND"] == "cuda"
+    assert {device["backend"] for device in told["devices"]} == {None}
