@@ -104,7 +104,7 @@ def reduced_prompt(model, inputs, count, per_cell, distance, quantile, keeps_own
 
     Returns:
         The model's arguments, (M,) bool of the visual tokens among the M that are left, (M,) their places in the full
-        prompt, and the position of the token that follows.
+        prompt, and by how much positions after the prompt differ from counts.
     """
     core, ids = model.model, inputs["input_ids"][0]
     qwen = "image_grid_thw" in inputs
@@ -126,9 +126,8 @@ def reduced_prompt(model, inputs, count, per_cell, distance, quantile, keeps_own
     kept = (~dropped).nonzero().flatten()
     if qwen:
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        positions = core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
+        positions, delta = core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})
     else:
-        positions = torch.arange(len(ids))[None]
+        positions, delta = torch.arange(len(ids))[None], 0
     arguments = {"inputs_embeds": embeds[None, kept], "position_ids": positions[..., kept]}
-    # `generate` goes on from the last token, which in transformers 5.4 may stand before the end of an image.
-    return arguments, ids[kept] == IMAGE, kept, int(positions[..., -1].max()) + 1
+    return arguments, ids[kept] == IMAGE, kept, int(delta)

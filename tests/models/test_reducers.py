@@ -47,7 +47,7 @@ def by_hand(model, inputs, reducer):
 @torch.no_grad()
 def talk_by_hand(model, inputs, policy, turns):
     """Greedy answers to a prompt and to texts that follow, with every position given; logits, cache and selections."""
-    arguments, visual, kept, place = by_hand(model, inputs, policy.reducer)
+    arguments, visual, kept, delta = by_hand(model, inputs, policy.reducer)
     plain = replace(policy, reducer=None) if policy.schedule else None
     total = int((inputs["input_ids"] == IMAGE).sum())
     cache, answers, first = transformers.DynamicCache(config=model.config.get_text_config()), [], None
@@ -57,8 +57,13 @@ def talk_by_hand(model, inputs, policy, turns):
         first, selected = output.logits[0, -1], [] if plain is None else slow.selected
         lengths = cached_lengths(cache)
 
+        # `generate` goes on from the last token, which in transformers 5.4 may stand before the end of an image, and
+        # counts from the first one in a later turn.
+        place, count = int(arguments["position_ids"][..., -1].max()) + 1, inputs["input_ids"].shape[1]
+
         def feed(tokens):
-            nonlocal place
+            nonlocal place, count
+            count += tokens.shape[1]
             positions = torch.arange(place, place + tokens.shape[1])[None]
             place += tokens.shape[1]
             if arguments["position_ids"].ndim == 3:
@@ -67,6 +72,7 @@ def talk_by_hand(model, inputs, policy, turns):
 
         for turn in [None, *turns]:
             if turn is not None:
+                place = count + delta
                 output = feed(torch.cat([answers[-1][:, -1:], turn], dim=1))
             answers.append(output.logits[:, -1:].argmax(dim=-1))
             for _ in range(STEPS - 1):
