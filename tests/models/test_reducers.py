@@ -106,6 +106,7 @@ def check(model, inputs, policy, turns=()):
     assert [each.tolist() for each in got] == [each.tolist() for each in answers]
     assert output.logits.shape[1] == inputs["input_ids"].shape[1]
     assert output.logits.isfinite().all()
+    return trace
 
 
 POLICIES = {
