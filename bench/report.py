@@ -1,8 +1,8 @@
-"""Write every table that comes from measurements: `python -m bench.report`.
+"""Write every table of figures: `python -m bench.report`.
 
 README.md has the CPU figures of bench/results/cpu, docs/kernels.md what compilers made of the kernels
-(bench/results/compile), docs/models.md what tests found models to do (bench/results/models), docs/performance.md the
-figures of every GPU that has results.
+(bench/results/compile), docs/models.md what tests found models to do (bench/results/models), docs/methods.md what the
+published methods cost, counted, and docs/performance.md the figures of every GPU that has results.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from reroute_kernels.budget import solve
+from reroute_kernels.cost import Cost, cost
+from reroute_kernels.presets import METHODS, MODELS, ORIGINALS, TIERS, VISUAL_TOKENS, preset, tiers
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 NAMES = ("tests", "sanitizer", "floors", "operations", "copies", "eager")
 DECODERS = ("llava", "qwen2_5_vl")
+METHOD_TEXT = 64  # text tokens of the prompt that methods are costed for
 SIGNS = {"works": "works", "refused": "refused", "not offered": "--"}
 
 
@@ -24,6 +29,7 @@ def main() -> None:
     replace_between(ROOT / "docs" / "kernels.md", "compiled", compile_tables(compiled))
     supported = [_read(path) for path in (RESULTS / "models").glob("transformers-*.json")]
     replace_between(ROOT / "docs" / "models.md", "support", support_tables(supported))
+    replace_between(ROOT / "docs" / "methods.md", "methods", methods_tables())
     performance_page(gpu_folders(), ROOT / "docs")
 
 
@@ -95,7 +101,7 @@ def cpu_tables(results: dict) -> str:
             for (operation, shape), medians in rows.items()
         ),
     )
-    return "\n".join([*lines, *hooks_table(entries)])
+    return "\n".join([*lines, *hooks_table(entries), *reducers_table(entries)])
 
 
 def hooks_table(entries: list[dict]) -> list[str]:
@@ -127,6 +133,22 @@ def hooks_table(entries: list[dict]) -> list[str]:
         "added / it",
     ]
     return ["", *table(header, rows)]
+
+
+def reducers_table(entries: list[dict]) -> list[str]:
+    """What a reducer costs beside the vision tower; nothing where it was not measured."""
+    infos = [entry["extra_info"] for entry in entries if entry["group"] == "reducers"]
+    rows = (
+        [
+            info["description"],
+            f"{info['tower_milliseconds']['median']:,.0f} ({info['measured']})",
+            f"{info['stage_1_milliseconds']['median']:,.1f}",
+            f"{info['stage_1_over_tower']:.1%}",
+        ]
+        for info in infos
+    )
+    header = ["one image through a vision tower", "tower, milliseconds", "stage 1 of Nüwa", "stage 1 / tower"]
+    return ["", *table(header, rows)] if infos else []
 
 
 def compile_tables(records: list[dict]) -> str:
@@ -166,6 +188,59 @@ def compile_tables(records: list[dict]) -> str:
             ),
         ]
     )
+
+
+def methods_tables() -> str:
+    """What every method costs at three budgets, and at those that were published for it alone."""
+    lines = [
+        f"Of {VISUAL_TOKENS} visual and {METHOD_TEXT} text tokens, as `reroute_kernels.cost` counts. Each cell: visual "
+        "tokens per layer on average; prefill FLOPs (with the ranking) and KV cache as shares of the unrouted model's. "
+        "\\*: no schedule was published for this budget; this one is solved from the published keep ratios (under Nüwa "
+        "with the reducer of its smallest budget). --: cannot be reached, whatever the decisions keep.",
+    ]
+    for model in MODELS:
+        unrouted = cost(model, None, METHOD_TEXT, VISUAL_TOKENS)
+        published = {method: tiers(model, method) for method in (*METHODS, *ORIGINALS)}
+        others = sorted({tier for each in published.values() for tier in each} - set(TIERS), reverse=True)
+        rows = []
+        for method in published:
+            if method.endswith("-stagewise"):
+                continue
+            cells = [methods_cell(model, method, tier, unrouted) for tier in TIERS]
+            cells += [
+                methods_cell(model, method, tier, unrouted) if tier in published[method] else "" for tier in others
+            ]
+            rows.append([f"`{method}`", *cells])
+        lines += ["", f"**{model}**", "", *table(["method", *(f"tier {tier}" for tier in (*TIERS, *others))], rows)]
+    return "\n".join(lines)
+
+
+def methods_cell(model: str, method: str, tier: int, unrouted: Cost) -> str:
+    """Costs of a method at a budget, published or solved."""
+    mark = "" if tier in tiers(model, method) else "\\*"
+    like = preset(model, method, tier if not mark else tiers(model, method)[-1])
+    try:
+        policy = (
+            like
+            if not mark
+            else solve(
+                model,
+                [stage.layer for stage in like.schedule],
+                [stage.keep for stage in like.schedule],
+                avg_tokens=tier,
+                action=like.action,
+                ranking=like.ranking,
+                positions=like.positions,
+                reducer=like.reducer,
+            )
+        )
+    except ValueError:
+        return "--"
+    if mark and policy.budget.under > 1:
+        return "--"  # all that the reducer leaves is less
+    counted = cost(model, policy, METHOD_TEXT, VISUAL_TOKENS)
+    flops, cached = (getattr(counted, name) / getattr(unrouted, name) for name in ("prefill_flops", "kv_bytes"))
+    return f"{counted.average_visual_tokens:.1f}{mark}; {flops:.1%}; {cached:.1%}"
 
 
 # docs/performance.md

@@ -24,7 +24,7 @@ from ..ref.rank import rotate_half
 from .devices import loaded
 
 # Queries whose rows of attention are held at a time.
-_QUERIES = 256
+_QUERIES = 1024
 
 
 class ReducedVision(ABC):
@@ -258,17 +258,15 @@ class WindowedVision(ReducedVision):
         block = self._tower.blocks[-1]
         with loaded(block, block.attn):
             states = block.attn.qkv(block.norm1(hidden))
-        query, key, _ = states.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)  # [N, H, D]
+        query, key, _ = states.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
         cos, sin = (table[:, None].float() for table in position_embeddings)
-        query, key = (rotate_half(states.float(), cos, sin) for states in (query, key))
+        query, key = (rotate_half(states.float(), cos, sin).transpose(0, 1) for states in (query, key))  # [H, N, D]
+        query = query * block.attn.scaling
         received = []
-        ends = ends.tolist()
-        for start, end in pairwise(ends):
-            total = 0
-            for chunk in query[start:end].split(_QUERIES):
-                seen = torch.full((1, len(chunk)), end - start - 1, device=hidden.device)
-                total += len(chunk) * ops.rank_tokens(chunk[None], key[None, start:end], query_index=seen)[0]
-            received.append(total)
+        for start, end in pairwise(ends.tolist()):
+            keys = key[:, start:end].transpose(1, 2)
+            chunks = query[:, start:end].split(_QUERIES, dim=1)
+            received.append(sum((chunk @ keys).softmax(dim=-1).sum(dim=1).mean(dim=0) for chunk in chunks))
         return torch.cat(received).view(-1, self._merged**2).mean(dim=1)[back]
 
     @torch.no_grad()

@@ -86,7 +86,7 @@ def test_guide_replaces_an_eager_router(backend, launches, device):
 
 
 def test_tables_are_those_of_the_records(tmp_path):
-    for path in ("README.md", "docs/kernels.md", "docs/models.md"):
+    for path in ("README.md", "docs/kernels.md", "docs/methods.md", "docs/models.md"):
         target = tmp_path / Path(path).name
         target.write_text((ROOT / path).read_text())
     records = [report._read(path) for path in sorted((report.RESULTS / "compile").glob("triton-*.json"))]
@@ -100,6 +100,8 @@ def test_tables_are_those_of_the_records(tmp_path):
     cpu = report.cpu_tables(report._read(report.RESULTS / "cpu" / "benchmarks.json"))
     report.replace_between(tmp_path / "README.md", "benchmarks", cpu)
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    report.replace_between(tmp_path / "methods.md", "methods", report.methods_tables())
+    assert (tmp_path / "methods.md").read_text() == (ROOT / "docs" / "methods.md").read_text()
     report.performance_page(report.gpu_folders(), tmp_path)
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
 

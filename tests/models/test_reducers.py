@@ -3,7 +3,7 @@
 import math
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -242,33 +242,6 @@ def test_llava_next_tiles():
                 input_ids=torch.tensor([[tokens[-1]]]), position_ids=torch.tensor([[place]]), past_key_values=cache
             )
     assert answer[0, -STEPS:].tolist() == tokens
-
-
-# A reducer of one's own
-
-
-@dataclass(frozen=True)
-class EverySecond:
-    """Every second row and column of the image."""
-
-    def reduce(self, image):
-        height, width = image.grid
-        places = torch.arange(height * width, device=image.features.device).view(height, width)
-        index = places[::2, ::2].flatten().expand(len(image.features), -1)
-        return index, image.features[:, index[0]]
-
-
-@pytest.mark.parametrize("action", ACTIONS)
-@torch.no_grad()
-def test_reducer_of_ones_own(model, inputs, family, action):
-    height, width = (14, 14) if family == "llava" else (4, 6)
-    visual = (inputs["input_ids"][0] == IMAGE).nonzero().flatten().view(height, width)
-    with rk.apply(model, rk.Policy(SCHEDULE, action, reducer=EverySecond())) as routing:
-        model(**inputs)
-    survivors = visual[::2, ::2].flatten().tolist()
-    assert routing.trace.reduction.selected[0].tolist() == survivors
-    assert all(set(stage) <= set(survivors) for stage in selections(routing.trace))
-    assert len(selections(routing.trace)[0]) == int(visual.numel() * 0.2)
 
 
 def test_keeping_everything_changes_nothing(model, inputs):
