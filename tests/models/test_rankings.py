@@ -47,9 +47,14 @@ def check(model, inputs, policy, atol=1e-5):
     return routing.trace
 
 
-@pytest.mark.parametrize("positions", ["original", "contiguous"])
-@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize(("action", "positions"), [("reroute", "original"), ("remove", "contiguous")])
 def test_two_images(model, others, ranking, action, positions):
+    check(model, others, rk.Policy(SCHEDULE, action, ranking, positions))
+
+
+@pytest.mark.parametrize(("action", "positions"), [("reroute", "contiguous"), ("remove", "original")])
+@pytest.mark.parametrize("ranking", [LastQuery(), LastQuery("previous")], ids=repr)
+def test_two_images_under_the_other_choices(model, others, ranking, action, positions):
     check(model, others, rk.Policy(SCHEDULE, action, ranking, positions))
 
 
@@ -62,9 +67,9 @@ def test_rankings_differ(model, inputs):
     assert len(selected) == len(RANKINGS)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("positions", ["original", "contiguous"])
-@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize(
+    ("action", "positions", "side"), [("reroute", "original", "left"), ("remove", "contiguous", "right")]
+)
 def test_batch_equals_its_samples(model, prompt, ranking, action, positions, side):
     # The second text is shorter than what some rankings ask.
     prompts = [prompt(1, 4, 9, seed=1), prompt(1, 0, 1, seed=2), prompt(2, 7, 20, seed=2), prompt(0, 4, 30, seed=3)]
@@ -83,6 +88,13 @@ def test_batch_equals_its_samples(model, prompt, ranking, action, positions, sid
             if row < 3:
                 assert selections(trace, row, begin) == selections(routing.trace)
             assert answers[row].tolist() == model.generate(**alone, **GREEDY)[0, end:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("action", "positions", "side"), [("reroute", "contiguous", "left"), ("remove", "original", "right")]
+)
+def test_batch_under_the_other_choices(model, prompt, action, positions, side):
+    test_batch_equals_its_samples(model, prompt, LastQuery("previous"), action, positions, side)
 
 
 def test_decode_positions_follow_each_stage(model, inputs):
