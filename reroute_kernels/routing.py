@@ -189,7 +189,7 @@ class RoutedForward:
         """Rank for the next decision in the layer before it; arguments as in `decide`."""
         source = self._source(hidden, tables)
         ranked = self._ranked(source, project)
-        self._scores = self._combined(ranked.scores(), ranked.head_reduction) if _is_lazy(ranked) else ranked
+        self._scores = self._all_scores(ranked) if isinstance(ranked, Attention) else ranked
 
     def decide(self, hidden: Tensor, tables: tuple[Tensor, ...], project: Project) -> Tensor:
         """Start the next stage: rank, select and compact.
@@ -263,7 +263,7 @@ class RoutedForward:
         )
         with torch.no_grad():
             ranked = self.policy.ranking.rank(candidates)
-        if _is_lazy(ranked):
+        if isinstance(ranked, Attention):
             return ranked
         expected = tuple(source.pool.shape)
         if not isinstance(ranked, Tensor) or ranked.shape != expected or ranked.dtype != torch.float32:
@@ -274,19 +274,20 @@ class RoutedForward:
             )
         return self._combined(ranked.detach(), "mean")
 
+    def _all_scores(self, ranked: Attention) -> Tensor:
+        return self._combined(ranked.scores(), ranked.head_reduction)
+
     def _combined(self, scores: Tensor, reduction: str) -> Tensor:
         """Scores by all heads; on every process the same."""
         return scores if self.combine is None else self.combine(scores, reduction)
 
     def _route(self, ranked: Attention | Tensor, pool, pinned, keep, length, tensors):
         """`ops.route_tokens`, in steps where there are scores, or where they must be combined."""
-        if _is_lazy(ranked):
-            if self.combine is None:
-                arguments = ranked.arguments
-                return ops.route_tokens(
-                    **arguments, pool=pool, pinned=pinned, keep=keep, length=length, tensors=tensors
-                )
-            ranked = self._combined(ranked.scores(), ranked.head_reduction)
+        if isinstance(ranked, Attention) and self.combine is None:
+            selection = {"pool": pool, "pinned": pinned, "keep": keep, "length": length, "tensors": tensors}
+            return ops.route_tokens(**ranked.arguments, **selection)
+        if isinstance(ranked, Attention):
+            ranked = self._all_scores(ranked)
         index = ops.select_tokens(ranked, pool, pinned, keep, length)
         return index, ops.gather_tokens(index, *tensors)
 
@@ -302,17 +303,16 @@ class RoutedForward:
     def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> TokenSequence:
         """The sequence to select from: under `reroute` all tokens, or all that a reducer left, else the survivors."""
         if self._sequence is None:
-            prompt = self.prompt
-            full = TokenSequence(hidden, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None, None)
-            return full.to(hidden.device)
+            return self._full_sequence(hidden, tables)
         self._write_back(hidden)
         if self.policy.action == "remove":
             self._sequence.hidden = hidden
             return self._sequence
-        if self._base is not None:
-            return self._base
+        return self._base or self._full_sequence(self._full, tables)
+
+    def _full_sequence(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> TokenSequence:
         prompt = self.prompt
-        full = TokenSequence(self._full, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None, None)
+        full = TokenSequence(hidden, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None, None)
         return full.to(hidden.device)
 
     def _follow(self, hidden: Tensor) -> None:
@@ -374,10 +374,6 @@ class RoutedForward:
             last_row = full.gather(1, end.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
             full = torch.where(trailing[:, :, None], last_row, full)
         return full
-
-
-def _is_lazy(ranked: object) -> bool:
-    return isinstance(ranked, Attention)
 
 
 @dataclass(frozen=True, eq=False)
