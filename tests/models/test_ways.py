@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 
 import reroute_kernels as rk
+from reroute_kernels.rankings import LastQuery
 from tests.models.families import MODELS, load
 from tests.models.prompts import ACTIONS, IMAGE, Prompt, selections
 from tests.models.slow_way import SlowWay, decoder_of, layer_types
@@ -34,7 +35,7 @@ GREEDY = {
     "output_logits": True,
 }
 MODELS_IN_EVERY_WAY = ("llava", "qwen2_5_vl", "qwen3_vl")
-WAYS_OF_EVERY_MODEL = ("prompt", "padding left", "greedy")
+WAYS_OF_EVERY_MODEL = ("prompt", "padding left", "greedy", "contiguous positions")
 RECORDS = sorted((Path(__file__).parents[2] / "bench" / "results" / "models").glob("*.json"))
 WAYS = {}
 DESCRIPTIONS = {}
@@ -125,8 +126,8 @@ def schedule(case):
     return tuple(rk.Stage(layer, keep) for layer, keep in zip(layers, (0.4, 0.3, 0.2), strict=False))
 
 
-def policies(case):
-    return [rk.Policy(schedule(case), action) for action in ACTIONS]
+def policies(case, **choices):
+    return [rk.Policy(schedule(case), action, **choices) for action in ACTIONS]
 
 
 def hybrid(case):
@@ -179,7 +180,7 @@ def equal(actual, expected, atol=1e-4):
 
 
 @torch.no_grad()
-def compare(case, call, model=None, visual=None, routed=None, routed_call=None, every_policy=True):
+def compare(case, call, model=None, visual=None, routed=None, routed_call=None, every_policy=True, **choices):
     """Both actions of one call, routed and done the slow way.
 
     Args:
@@ -187,9 +188,10 @@ def compare(case, call, model=None, visual=None, routed=None, routed_call=None, 
         model: in place of the family's.
         visual: for calls without ids.
         routed, routed_call: the model to apply the policy to and the call of it, where they are others.
+        choices: of the policies, beside their schedules and actions.
     """
     model = case.model if model is None else model
-    for this in policies(case) if every_policy else policies(case)[:1]:
+    for this in policies(case, **choices)[: None if every_policy else 1]:
         torch.manual_seed(0)
         with SlowWay(model, this, visual) as slow:
             expected = call()
@@ -205,12 +207,12 @@ def generate(case, prompts, **settings):
     return lambda: case.model.generate(**case.batch(prompts), **{**GREEDY, **settings})
 
 
-def compare_batch(case, side="left", routed_in=lambda case: contextlib.nullcontext(), **settings):
+def compare_batch(case, side="left", routed_in=lambda case: contextlib.nullcontext(), choices=None, **settings):
     """A batch of different prompts against each of them alone, through a call and through generate."""
     prompts = [one_image(case), two_images(case), text_only(case)]
     together = case.batch(prompts, side)
     length = together["input_ids"].shape[1]
-    for this in policies(case):
+    for this in policies(case, **(choices or {})):
         with rk.apply(case.model, this) as routing, torch.no_grad(), routed_in(case):
             logits = case.model(**together).logits
             trace = routing.trace
@@ -284,6 +286,23 @@ def _(case):
 @way("several images", "two images of different sizes in a prompt")
 def _(case):
     compare(case, generate(case, [two_images(case)]))
+
+
+@way("contiguous positions", "`generate` where tokens are numbered by what runs in a stage, also of a padded batch")
+def _(case):
+    compare(case, generate(case, [two_images(case)]), positions="contiguous")
+    compare_batch(case, choices={"positions": "contiguous"})
+
+
+@way("ranking by the layer before", "`generate` where the layer before a decision ranks for it, also of a padded batch")
+def _(case):
+    ranking = LastQuery("previous")
+    if hybrid(case):
+        with pytest.raises(NotImplementedError, match="must decide after layers with full attention") as caught:
+            rk.apply(case.model, policies(case, ranking=ranking)[0])
+        raise Refused(str(caught.value))
+    compare(case, generate(case, [two_images(case)]), ranking=ranking)
+    compare_batch(case, choices={"ranking": ranking})
 
 
 @way("video", "a video in a prompt")
