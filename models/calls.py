@@ -211,12 +211,14 @@ class CallReader:
         # The frames that it reads are no matter of torch.compile, which would warn.
         self._prompt_call = torch.compiler.disable(prompt_call)
 
-    def read(self, args: tuple, kwargs: dict, dropped: Tensor | None = None) -> Prefill | Continuation | None:
+    def read(
+        self, args: tuple, kwargs: dict, dropped: Callable[[], Tensor] | None = None
+    ) -> Prefill | Continuation | None:
         """From the arguments of the model inside the head.
 
         Args:
             args, kwargs: its arguments.
-            dropped: (B, L) bool, what a reducer dropped; None where there is no reducer.
+            dropped: gives (B, L) bool, what a reducer dropped of a prompt; None where there is no reducer.
 
         Raises:
             ValueError, NotImplementedError: the call cannot be routed, for a reason that is named.
@@ -257,7 +259,12 @@ class CallReader:
             )
 
     def _prompt(
-        self, cache, arguments: dict, past: Past | None, generation: PromptCall, dropped: Tensor | None = None
+        self,
+        cache,
+        arguments: dict,
+        past: Past | None,
+        generation: PromptCall,
+        dropped: Callable[[], Tensor] | None = None,
     ) -> Prefill | None:
         """A prompt, which is routed if it holds visual tokens."""
         visual = self._visual_tokens(arguments)
@@ -269,8 +276,8 @@ class CallReader:
         jumps = self._position_jumps(cache, arguments)
         asked = {"jumps": jumps, "unlike_causal": unlike_causal}
         asked = {name: number for name, number in asked.items() if number is not None}
-        dropped = None if dropped is None else dropped.to(visual.device)
-        prompt = Prompt(visual, valid, generation.guessed, dropped, asked)
+        left_out = None if dropped is None else dropped().to(visual.device)
+        prompt = Prompt(visual, valid, generation.guessed, left_out, asked)
         if not prompt.has_visual_tokens:
             return None
         self._layers.check_attention()

@@ -19,7 +19,7 @@ from .calls import CallReader, Continuation, Prefill, by_name
 from .devices import loaded, to_layer
 from .layers import RoutedLayers
 from .parallel import check_heads, head_group
-from .vision import ReducedVision
+from .vision import ReducedVision, dropped_tokens
 
 # The routing of each routed decoder: what is routed is the decoder, which `copy.copy` of a model shares with it.
 _routings: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Routing]] = weakref.WeakKeyDictionary()
@@ -168,7 +168,7 @@ class Routing:
         arguments = by_name(self._decoder_signature, args, kwargs)
         if self._vision is not None:
             unread, self._local.unread = self._local.unread, None
-            self._local.call = self._calls.read(*unread, self._vision.dropped(arguments.get("inputs_embeds")))
+            self._local.call = self._calls.read(*unread, partial(dropped_tokens, arguments["inputs_embeds"]))
             self._check_reduction(self._local.call)
         call = self._local.call
         if call is None:
@@ -183,8 +183,10 @@ class Routing:
         return None if positions is None else ((), {**arguments, "position_ids": positions})
 
     def _check_reduction(self, call: Prefill | Continuation | None) -> None:
-        may_keep_all = self._vision.dropped_nothing
-        if isinstance(call, Prefill) and not call.forward.prompt.answers["dropped"] and not may_keep_all:
+        if not isinstance(call, Prefill):
+            return
+        kept_all = self._vision.take_kept_all()
+        if not kept_all and not call.forward.prompt.answers["dropped"]:
             self._local.call = None
             raise ValueError(
                 "image features must be computed by this model while it is routed, where there is a reducer, got a "

@@ -47,15 +47,10 @@ class ReducedVision(ABC):
     def install(self, add: Callable[[object], None]) -> None:
         """Register hooks, whose handles are given to `add`."""
 
-    def dropped(self, embeds: Tensor | None) -> Tensor | None:
-        """(B, L) bool, the tokens that are marked in (B, L, d)."""
-        return None if embeds is None else embeds.isnan().all(dim=-1)
-
-    @property
-    def dropped_nothing(self) -> bool:
-        """Whether the reducer left all tokens of some image since this was last asked."""
-        kept, self._state.kept_all = getattr(self._state, "kept_all", False), False
-        return kept
+    def take_kept_all(self) -> bool:
+        """Whether the reducer left all tokens of some image since the last time that this was asked."""
+        kept_all, self._state.kept_all = getattr(self._state, "kept_all", False), False
+        return kept_all
 
     def _reduced(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
         """(T, N, d), the features with those of the survivors replaced; and (T, N) bool, what is dropped."""
@@ -83,6 +78,11 @@ class ReducedVision(ABC):
 
     def _refuse(self, what: str, got: object) -> NotImplementedError:
         return NotImplementedError(f"reducer needs a vision tower with {what}, got {got!r}")
+
+
+def dropped_tokens(embeds: Tensor) -> Tensor:
+    """(B, L) bool, the tokens that are marked in (B, L, d)."""
+    return embeds.isnan().all(dim=-1)
 
 
 def _marked(features: Tensor, dropped: Tensor) -> Tensor:
