@@ -69,6 +69,12 @@ class Prefill:
         before = past.lengths[stage]
         return layers.mask(number, self.cache, queries, before, past.length + total, valid, lambda: positions, hidden)
 
+    def fill(self, cache) -> None:
+        """Begin a stage, whose layers fill a cache. What a call that failed left there is not mistaken for a prompt."""
+        self.cache = cache
+        if cache is not None and not hasattr(cache, _CACHE_ATTRIBUTE):
+            setattr(cache, _CACHE_ATTRIBUTE, None)
+
     def note_positions(self, positions: Tensor | None) -> None:
         """Keep the position of the last token, where later calls cannot tell it.
 
@@ -212,13 +218,14 @@ class CallReader:
         self._prompt_call = torch.compiler.disable(prompt_call)
 
     def read(
-        self, args: tuple, kwargs: dict, dropped: Callable[[], Tensor] | None = None
+        self, args: tuple, kwargs: dict, marks: Callable[[], tuple[Tensor, Tensor]] | None = None
     ) -> Prefill | Continuation | None:
         """From the arguments of the model inside the head.
 
         Args:
             args, kwargs: its arguments.
-            dropped: gives (B, L) bool, what a reducer dropped of a prompt; None where there is no reducer.
+            marks: gives (B, L) bool, the tokens of a prompt that a reducer dropped, and those that any did; None where
+                there is no reducer.
 
         Raises:
             ValueError, NotImplementedError: the call cannot be routed, for a reason that is named.
@@ -245,7 +252,7 @@ class CallReader:
                     "past_key_values must hold the whole routed prompt or nothing, got layers of "
                     f"{sorted(lengths)} cached tokens"
                 )
-        return self._prompt(cache, arguments, None, generation, dropped)
+        return self._prompt(cache, arguments, None, generation, marks)
 
     def _check_chunks(self, generation: PromptCall, held: int) -> None:
         ids = generation.chunked_ids
@@ -264,7 +271,7 @@ class CallReader:
         arguments: dict,
         past: Past | None,
         generation: PromptCall,
-        dropped: Callable[[], Tensor] | None = None,
+        marks: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> Prefill | None:
         """A prompt, which is routed if it holds visual tokens."""
         visual = self._visual_tokens(arguments)
@@ -276,15 +283,15 @@ class CallReader:
         jumps = self._position_jumps(cache, arguments)
         asked = {"jumps": jumps, "unlike_causal": unlike_causal}
         asked = {name: number for name, number in asked.items() if number is not None}
-        left_out = None if dropped is None else dropped().to(visual.device)
-        prompt = Prompt(visual, valid, generation.guessed, left_out, asked)
+        marked = None if marks is None else tuple(tokens.to(visual.device) for tokens in marks())
+        prompt = Prompt(visual, valid, generation.guessed, marked, asked)
         if not prompt.has_visual_tokens:
             return None
         self._layers.check_attention()
         self._check_cache(cache)
         if past is not None:
             self._check_past(cache)
-        if dropped is not None and prompt.answers["last_dropped"]:
+        if marks is not None and prompt.answers["last_dropped"]:
             raise ValueError(
                 "input_ids must end with text where there is a reducer, got a dropped visual token at the end"
             )
@@ -407,6 +414,8 @@ class CallReader:
                 f"inputs_embeds; got {tokens.shape[1]} of these on a cache"
             )
         prompt: CachedPrompt | None = getattr(cache, _CACHE_ATTRIBUTE, None)
+        if prompt is None and hasattr(cache, _CACHE_ATTRIBUTE):
+            raise ValueError("past_key_values must come from a finished call, got one that a call which failed filled")
         if prompt is None:
             return self._on_unrouted_cache(cache, tokens, arguments, generation)
         if prompt.policy != self._policy:

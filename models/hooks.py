@@ -15,11 +15,11 @@ from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import Trace, on_device
 from .adapter import Adapter
-from .calls import CallReader, Continuation, Prefill, by_name
+from .calls import CallReader, Prefill, by_name
 from .devices import loaded, to_layer
 from .layers import RoutedLayers
 from .parallel import check_heads, head_group
-from .vision import ReducedVision, dropped_tokens
+from .vision import ReducedVision
 
 # The routing of each routed decoder: what is routed is the decoder, which `copy.copy` of a model shares with it.
 _routings: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Routing]] = weakref.WeakKeyDictionary()
@@ -77,7 +77,10 @@ class Routing:
             raise NotImplementedError(
                 f"reducer must be None on a model whose heads are split over processes, got {self.policy.reducer!r}"
             )
-        return adapter.vision(adapter, self.policy.reducer)
+        vision = adapter.vision(adapter, self.policy.reducer)
+        present = _routings.get(adapter.decoder, lambda: None)()
+        vision.check_tower(None if present is None else present._vision)
+        return vision
 
     def _remove_present(self, replace: bool) -> None:
         """Remove the routing that is on the model, or refuse to."""
@@ -93,6 +96,7 @@ class Routing:
 
     def _install(self) -> None:
         adapter, add = self._adapter, self._handles.append
+        self._core_signature = inspect.signature(adapter.core.forward)
         self._decoder_signature = inspect.signature(adapter.decoder.forward)
         add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
         add(adapter.core.register_forward_hook(self._end, always_call=True))
@@ -119,6 +123,8 @@ class Routing:
         for handle in self._handles:
             handle.remove()
         if self._handles:
+            if self._vision is not None:
+                self._vision.remove()
             _routings.pop(self._adapter.decoder, None)
             _forget_compiled_code()
         self._handles.clear()
@@ -168,30 +174,41 @@ class Routing:
         arguments = by_name(self._decoder_signature, args, kwargs)
         if self._vision is not None:
             unread, self._local.unread = self._local.unread, None
-            self._local.call = self._calls.read(*unread, partial(dropped_tokens, arguments["inputs_embeds"]))
-            self._check_reduction(self._local.call)
+            self._read_reduced(*unread, arguments)
         call = self._local.call
         if call is None:
-            return None
+            return None if self._vision is None else ((), arguments)
         given = arguments.get("position_ids")
         if isinstance(call, Prefill):
             call.note_positions(given)
             if self._routes_features:
                 call.layer_features = self._adapter.take_layer_features(arguments)
-            return ((), arguments) if call.layer_features else None
+            return ((), arguments) if call.layer_features or self._vision is not None else None
         positions = call.position_ids(given)
         return None if positions is None else ((), {**arguments, "position_ids": positions})
 
-    def _check_reduction(self, call: Prefill | Continuation | None) -> None:
-        if not isinstance(call, Prefill):
-            return
-        kept_all = self._vision.take_kept_all()
-        if not kept_all and not call.forward.prompt.answers["dropped"]:
-            self._local.call = None
-            raise ValueError(
-                "image features must be computed by this model while it is routed, where there is a reducer, got a "
-                f"prompt of {sum(call.forward.prompt.visual_counts)} visual tokens of which none was dropped"
-            )
+    def _read_reduced(self, args: tuple, kwargs: dict, arguments: dict) -> None:
+        """Read a call of the model; the marks of what was dropped are taken out of what its decoder is handed."""
+        vision, embeds = self._vision, arguments["inputs_embeds"]
+        vision.check_arguments(by_name(self._core_signature, args, kwargs))
+        found: list[Tensor] = []
+
+        def marks() -> tuple[Tensor, Tensor]:
+            found.extend(vision.marks(embeds))
+            return tuple(found)
+
+        call = self._calls.read(args, kwargs, marks)
+        if isinstance(call, Prefill):
+            answers, visual = call.forward.prompt.answers, sum(call.forward.prompt.visual_counts)
+            if answers["foreign"] or not (answers["dropped"] or vision.kept_all):
+                raise ValueError(
+                    "image features must be computed by this model under this routing, where there is a reducer, got a "
+                    f"prompt of {visual} visual tokens of which {answers['dropped']} were dropped by it and "
+                    f"{answers['foreign']} by another"
+                )
+        if found:
+            arguments["inputs_embeds"] = embeds.masked_fill(found[1][:, :, None], 0)
+        self._local.call = call
 
     def _enter_layer(self, stage: int, number: int, layer: nn.Module, args: tuple, kwargs: dict):
         call = getattr(self._local, "call", None)
@@ -218,7 +235,7 @@ class Routing:
             self._rank_ahead(call, number, layer, args[0], kwargs["position_embeddings"])
 
     def _decide(self, call: Prefill, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
-        call.cache = kwargs.get("past_key_values")
+        call.fill(kwargs.get("past_key_values"))
         hidden = to_layer(layer, hidden)
         tables = self._tables(layer, hidden, kwargs["position_embeddings"])
         hidden = call.forward.decide(hidden, tables, partial(self._project, call, number, layer))
@@ -257,12 +274,16 @@ class Routing:
         hidden: Tensor,
         tables: tuple,
         valid: Tensor | None,
-        places: Tensor | None,
+        places: Tensor | None = None,
+        keys_alone: bool = False,
     ) -> dict[str, object]:
         with loaded(layer, layer.self_attn):
-            arguments = self._adapter.ranking(layer, hidden, *tables, valid, places)
+            if keys_alone:
+                arguments = {"key": self._adapter.keys(layer.self_attn, layer.input_layernorm(hidden))}
+            else:
+                arguments = self._adapter.ranking(layer, hidden, *tables, valid, places)
         check_heads(arguments, self._adapter.decoder.config, self._head_group)
-        if call.past is not None:
+        if call.past is not None and not keys_alone:
             keys = self._adapter.cached_keys(call.cache, number)[:, :, : call.past.lengths[call.stage]]
             valid = call.past.valid[call.stage]
             arguments |= {

@@ -25,15 +25,17 @@ def check_heads(ranking: dict[str, object], config, group) -> None:
     """Make sure that the heads of all ranks are those of the model.
 
     Args:
-        ranking: of a decision layer, as `Adapter.ranking` gives it.
+        ranking: of a decision layer, as `Adapter.ranking` gives it, or its keys alone.
         config: of the decoder.
         group: of `head_group`.
 
     Raises:
         NotImplementedError: some heads are missing.
     """
-    got = ranking["query"].shape[2], ranking["key"].shape[2]
-    expected = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    expected = config.num_attention_heads, key_heads
+    query = ranking.get("query")
+    got = expected[0] if query is None else query.shape[2], ranking["key"].shape[2]
     if got == expected:
         return
     if group is None:

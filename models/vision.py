@@ -1,8 +1,9 @@
 """Reducers at work on a vision tower.
 
-A dropped token is marked in its features, all of which become NaN: the mark travels with them through `generate`, which
-may encode images before the prompt's call, through tiles that are cut, and into the batch, and cannot be mistaken for
-one of another image. What is marked never reaches a decoder layer.
+A dropped token is marked in its features, which become infinite, with signs that spell the number of the routing: the
+mark travels with them through `generate`, which may encode images before the prompt's call, through tiles that are cut,
+and into the batch. It cannot be mistaken for that of another image, nor for what an overflow leaves. What is marked
+never reaches a decoder layer.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import inspect
 import math
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,13 @@ from .. import ops
 from ..reducers import Reducer, VisionFeatures
 from ..ref.rank import rotate_half
 from .devices import loaded
+
+# Routings with a reducer are numbered, in as many bits.
+_BITS = 16
+_numbers = cycle(range(2**_BITS))
+
+# The reducer that is at work on a tower.
+_reduced_towers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ReducedVision]] = weakref.WeakKeyDictionary()
 
 # Queries whose rows of attention are held at a time.
 _QUERIES = 1024
@@ -34,23 +43,89 @@ class ReducedVision(ABC):
         adapter: of the model.
         reducer: the reducer.
 
+    Attributes:
+        kept_all: whether the reducer ever left all tokens of some image.
+        fixed_arguments: of the model, by name, and what they must be if they are given.
+
     Raises:
         NotImplementedError: this vision tower cannot be reduced.
     """
 
     def __init__(self, adapter, reducer: Reducer):
+        self.kept_all = False
+        self.fixed_arguments: dict[str, object] = {}
         self._adapter = adapter
         self._reducer = reducer
+        self._number = next(_numbers)
         self._state = threading.local()  # of the images that are encoded; one call per thread
 
+    @property
     @abstractmethod
-    def install(self, add: Callable[[object], None]) -> None:
+    def tower(self) -> nn.Module:
+        """What encodes images."""
+
+    @abstractmethod
+    def _install(self, add: Callable[[object], None]) -> None:
         """Register hooks, whose handles are given to `add`."""
 
-    def take_kept_all(self) -> bool:
-        """Whether the reducer left all tokens of some image since the last time that this was asked."""
-        kept_all, self._state.kept_all = getattr(self._state, "kept_all", False), False
-        return kept_all
+    def install(self, add: Callable[[object], None]) -> None:
+        """Register hooks, whose handles are given to `add`."""
+        self._install(add)
+        _reduced_towers[self.tower] = weakref.ref(self)
+
+    def remove(self) -> None:
+        """Let another routing reduce the tower."""
+        _reduced_towers.pop(self.tower, None)
+
+    def check_tower(self, present: ReducedVision | None) -> None:
+        """Whether this reducer can work on the tower.
+
+        Args:
+            present: what it will replace, if anything.
+
+        Raises:
+            ValueError: another model that shares the tower is routed with a reducer.
+        """
+        owner = _reduced_towers.get(self.tower, lambda: None)()
+        if owner is not None and owner is not present:
+            raise ValueError(
+                "reducer must be None on a model whose vision tower belongs to another one, too, that is routed with a "
+                f"reducer, got {self._reducer!r}"
+            )
+
+    def check_arguments(self, arguments: dict) -> None:
+        """Whether a call asks for the features that are reduced.
+
+        Raises:
+            NotImplementedError: it does not.
+        """
+        for name, expected in self.fixed_arguments.items():
+            if arguments.get(name) not in (None, expected):
+                raise NotImplementedError(
+                    f"{name} must be {expected!r}, as in the configuration, where there is a reducer, got "
+                    f"{arguments[name]!r}"
+                )
+
+    def marks(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens are dropped.
+
+        Args:
+            embeds: (B, L, d), what the decoder is handed.
+
+        Returns:
+            (B, L) bool, marked by this routing; and (B, L) bool, marked by any.
+        """
+        marked = embeds.isinf().all(dim=-1)
+        return marked & (embeds == self._mark(embeds)).all(dim=-1), marked
+
+    def _mark(self, like: Tensor) -> Tensor:
+        """(d,), infinities with the signs of the bits of the routing's number."""
+        bits = torch.arange(like.shape[-1], device=like.device).clamp(max=_BITS)
+        return torch.where((self._number >> bits) & 1 == 1, math.inf, -math.inf).to(like.dtype)
+
+    def _marked(self, features: Tensor, dropped: Tensor) -> Tensor:
+        """(..., d) with the mark where (...) says so."""
+        return torch.where(dropped[..., None], self._mark(features), features)
 
     def _reduced(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
         """(T, N, d), the features with those of the survivors replaced; and (T, N) bool, what is dropped."""
@@ -73,29 +148,24 @@ class ReducedVision(ABC):
             )
         places = index[:, :, None].expand(-1, -1, channels)
         dropped = torch.ones(count, tokens, dtype=torch.bool, device=features.device).scatter(1, index, False)
-        self._state.kept_all = getattr(self._state, "kept_all", False) or index.shape[1] == tokens
+        self.kept_all |= index.shape[1] == tokens
         return features.scatter(1, places, made), dropped
+
+    def _note_output(self, layer: nn.Module, args: tuple, output: object) -> None:
+        outputs = getattr(self._state, "outputs", None)
+        if outputs is not None:  # else the layer runs again, for gradients
+            outputs.append(_hidden(output))
 
     def _refuse(self, what: str, got: object) -> NotImplementedError:
         return NotImplementedError(f"reducer needs a vision tower with {what}, got {got!r}")
 
 
-def dropped_tokens(embeds: Tensor) -> Tensor:
-    """(B, L) bool, the tokens that are marked in (B, L, d)."""
-    return embeds.isnan().all(dim=-1)
-
-
-def _marked(features: Tensor, dropped: Tensor) -> Tensor:
-    """(..., d) with NaN where (...) says so."""
-    return features.masked_fill(dropped[..., None], math.nan)
+def _hidden(output: object) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _described(value: object) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _hidden(output: object) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 class ClassTokenVision(ReducedVision):
@@ -115,34 +185,51 @@ class ClassTokenVision(ReducedVision):
         output = config.vision_feature_layer
         if not isinstance(output, int):
             raise self._refuse("one vision_feature_layer", output)
-        tower = adapter.core.vision_tower
+        self.fixed_arguments = {"vision_feature_layer": output, "vision_feature_select_strategy": "default"}
+        tower = self.tower
         self._layers = getattr(tower, "vision_model", tower).encoder.layers  # transformers before 5.17 wraps it
         depth = len(self._layers)
-        self._salient_layer = self._layers[(output if output >= 0 else output + depth + 1) - 1]
+        number = output if output >= 0 else output + depth + 1
+        if not 1 <= number <= depth:
+            raise self._refuse(f"a vision_feature_layer of 1 to {depth}", output)
+        self._salient_layer = self._layers[number - 1]
         # Outputs 16 to 24 of 24 layers in Nüwa.
         self._compared_layers = self._layers[max(0, depth * 2 // 3 - 1) :]
+        self._other_layers = [layer for layer in self._layers if layer is not self._salient_layer]
 
-    def install(self, add) -> None:
+    @property
+    def tower(self) -> nn.Module:
+        return self._adapter.core.vision_tower
+
+    def _install(self, add) -> None:
         add(self._layers[0].register_forward_pre_hook(self._begin))
         add(self._salient_layer.register_forward_pre_hook(self._note_input, with_kwargs=True))
         for layer in self._compared_layers:
             add(layer.register_forward_hook(self._note_output))
+        for layer in self._other_layers:
+            add(layer.register_forward_hook(self._note_other_output))
         projector = self._adapter.core.multi_modal_projector
         add(projector.register_forward_pre_hook(self._reduce))
-        add(projector.register_forward_hook(self._mark))
+        add(projector.register_forward_hook(self._mark_dropped))
 
     def _begin(self, layer: nn.Module, args: tuple) -> None:
-        self._state.outputs = []
+        self._state.outputs, self._state.others = [], set()
 
     def _note_input(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._state.input = args[0] if args else kwargs["hidden_states"]
 
-    def _note_output(self, layer: nn.Module, args: tuple, output: object) -> None:
-        self._state.outputs.append(_hidden(output))
+    def _note_other_output(self, layer: nn.Module, args: tuple, output: object) -> None:
+        if getattr(self._state, "outputs", None) is not None:
+            self._state.others.add(_hidden(output).untyped_storage().data_ptr())
 
     def _reduce(self, projector: nn.Module, args: tuple) -> tuple:
         features, *others = args
         state = self._state
+        if features.untyped_storage().data_ptr() in state.others:
+            raise NotImplementedError(
+                f"vision_feature_layer must be {self.fixed_arguments['vision_feature_layer']}, as in the "
+                "configuration, where there is a reducer, got another"
+            )
         side = math.isqrt(features.shape[1])
         if side * side != features.shape[1]:
             raise self._refuse("square images", f"{features.shape[1]} tokens")
@@ -153,12 +240,12 @@ class ClassTokenVision(ReducedVision):
             partial(self._similarity_features, state.outputs),
         )
         features, state.dropped = self._reduced(image)
-        state.input, state.outputs = None, []
+        state.input = state.outputs = None
         return features, *others
 
-    def _mark(self, projector: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _mark_dropped(self, projector: nn.Module, args: tuple, output: Tensor) -> Tensor:
         dropped, self._state.dropped = self._state.dropped, None
-        return _marked(output, dropped)
+        return self._marked(output, dropped)
 
     @torch.no_grad()
     def _saliency(self, hidden: Tensor) -> Tensor:
@@ -184,7 +271,7 @@ class WindowedVision(ReducedVision):
 
     def __init__(self, adapter, reducer: Reducer):
         super().__init__(adapter, reducer)
-        self._tower = tower = adapter.core.visual
+        tower = self.tower
         self._signature = inspect.signature(tower.forward)
         self._merged = tower.spatial_merge_size
         self._window = tower.window_size // tower.spatial_merge_size // tower.patch_size  # in merged patches
@@ -192,8 +279,12 @@ class WindowedVision(ReducedVision):
         # Blocks 7 to 23 of 32 in Nüwa.
         self._compared_blocks = tower.blocks[depth * 7 // 32 : depth * 23 // 32 + 1]
 
-    def install(self, add) -> None:
-        tower = self._tower
+    @property
+    def tower(self) -> nn.Module:
+        return self._adapter.core.visual
+
+    def _install(self, add) -> None:
+        tower = self.tower
         add(tower.register_forward_pre_hook(self._begin, with_kwargs=True))
         add(tower.blocks[-1].register_forward_pre_hook(self._note_input, with_kwargs=True))
         for block in self._compared_blocks:
@@ -207,9 +298,6 @@ class WindowedVision(ReducedVision):
     def _note_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = inspect.signature(block.forward).bind(*args, **kwargs).arguments
         self._state.input = [arguments[name] for name in ("hidden_states", "cu_seqlens", "position_embeddings")]
-
-    def _note_output(self, block: nn.Module, args: tuple, output: object) -> None:
-        self._state.outputs.append(_hidden(output))
 
     def _reduce(self, tower: nn.Module, args: tuple, output):
         state = self._state
@@ -236,8 +324,8 @@ class WindowedVision(ReducedVision):
                 lambda of_frames=of_frames: of_frames(saliency()),
                 lambda of_frames=of_frames: of_frames(similarity_features()),
             )
-            reduced.append(_marked(*self._reduced(image)).flatten(0, 1))
-        state.input, state.outputs = None, []
+            reduced.append(self._marked(*self._reduced(image)).flatten(0, 1))
+        state.input = state.outputs = None
         output.pooler_output = torch.cat(reduced)
         return output
 
@@ -255,7 +343,7 @@ class WindowedVision(ReducedVision):
     @torch.no_grad()
     def _saliency(self, hidden: Tensor, ends: Tensor, position_embeddings, back: Tensor) -> Tensor:
         """Attention that patches receive from all in the last block, by merged patches in the order of the image."""
-        block = self._tower.blocks[-1]
+        block = self.tower.blocks[-1]
         with loaded(block, block.attn):
             states = block.attn.qkv(block.norm1(hidden))
         query, key, _ = states.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
@@ -271,7 +359,7 @@ class WindowedVision(ReducedVision):
 
     @torch.no_grad()
     def _similarity_features(self, outputs: list[Tensor], back: Tensor) -> Tensor:
-        return self._tower.merger(torch.stack(outputs).mean(dim=0))[back]
+        return self.tower.merger(torch.stack(outputs).mean(dim=0))[back]
 
 
 def _once(function: Callable[[], Tensor]) -> Callable[[], Tensor]:

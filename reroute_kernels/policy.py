@@ -132,6 +132,9 @@ class Policy:
                 f"{self.ranking!r}"
             )
 
+    def __deepcopy__(self, memo) -> Policy:
+        return self  # nothing in it changes, and a copy of a ranking may not equal it
+
     @property
     def ranks_by_previous_layer(self) -> bool:
         return getattr(self.ranking, "layer", "this") == "previous"

@@ -43,7 +43,8 @@ class Attention:
 class Candidates:
     """What a ranking sees of a decision: the tokens that it may choose from, and those beside them.
 
-    Under `reroute` these are all tokens of the prompt, or all that a reducer left; under `remove` those that ran.
+    Under `reroute` these are all tokens of the prompt, or all that a reducer left; under `remove` those that ran. The
+    tensors are to be read, not written to.
     """
 
     hidden: Tensor
@@ -100,7 +101,7 @@ class Candidates:
 
     def keys(self) -> Tensor:
         """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected."""
-        return self._project(None)["key"]
+        return self._project(keys_alone=True)["key"]
 
 
 class Ranking(ABC):

@@ -57,7 +57,8 @@ class Reducer(ABC):
         """Choose tokens, and make their features.
 
         Returns:
-            (T, K) int64, the tokens that stay, and (T, K, d), their features in the dtype of `image.features`.
+            (T, K) int64, the tokens that stay, each once, and (T, K, d), their features in the dtype of
+            `image.features`.
         """
 
     @abstractmethod
@@ -183,7 +184,7 @@ class Nuwa(Reducer):
             raise ValueError(f"distance must be above 0, got {self.distance}")
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"quantile must be in [0, 1], got {self.quantile}")
-        if self.per_cell not in (1, 2, 3, 4):
+        if self.per_cell not in (1, 2, 3, 4) or not isinstance(self.per_cell, int) or isinstance(self.per_cell, bool):
             raise ValueError(f"per_cell must be 1, 2, 3 or 4, got {self.per_cell!r}")
         if not isinstance(self.keeps_own, bool):
             raise TypeError(f"keeps_own must be a bool, got {self.keeps_own!r}")

@@ -17,8 +17,8 @@ from .policy import Policy
 from .rankings import Attention, Candidates
 
 # What `ops.rank_tokens` takes to score the tokens of a sequence, from (hidden, tables, key mask or None, places of the
-# queries (B, Q) or None where only the last token asks).
-Project = Callable[[Tensor, "tuple[Tensor, ...]", "Tensor | None", "Tensor | None"], "dict[str, object]"]
+# queries (B, Q) or None where only the last token asks); its keys alone with `keys_alone=True`.
+Project = Callable[..., "dict[str, object]"]
 
 # Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
 Combine = Callable[[Tensor, str], Tensor]
@@ -38,7 +38,7 @@ class Prompt:
         visual: (B, L) bool, positions that hold image or video features.
         valid: (B, L) bool, False at padding; None where there is none.
         guessed: tokens at the end of every row that a draft model guessed. They run, and do not rank.
-        dropped: (B, L) bool, visual tokens that a reducer left out; None where there is no reducer.
+        marks: (B, L) bool, tokens that a reducer dropped, and those that any did; None where there is no reducer.
         asked: integer tensors without dimensions, by name, to be read in the same transfer.
 
     Attributes:
@@ -50,7 +50,7 @@ class Prompt:
         visual: Tensor,
         valid: Tensor | None,
         guessed: int = 0,
-        dropped: Tensor | None = None,
+        marks: tuple[Tensor, Tensor] | None = None,
         asked: Mapping[str, Tensor] | None = None,
     ):
         asked = asked or {}
@@ -67,11 +67,11 @@ class Prompt:
         self.pinned = (valid & ~visual) | is_last
         self.pool = visual & ~is_last
         self.visual = visual
-        if dropped is not None:
-            dropped = dropped & visual
+        if marks is not None:
+            dropped, foreign = marks[0] & visual, (marks[1] & ~marks[0]) & visual
             self.pool = self.pool & ~dropped
-            asked = {**asked, "dropped": dropped.sum(), "last_dropped": (dropped & is_last).sum()}
-        self.dropped = dropped
+            counts = {"dropped": dropped, "last_dropped": dropped & is_last, "foreign": foreign}
+            asked = {**asked, **{name: tokens.sum() for name, tokens in counts.items()}}
         counts = torch.stack(
             [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end]
             + [number.to(end.device, end.dtype).expand_as(end) for number in asked.values()]
@@ -204,10 +204,6 @@ class RoutedForward:
         """
         stage = len(self.kept)
         reduces = self._reduces and stage == 0
-        if reduces:
-            # What was dropped shows as zeros in the output.
-            hidden = hidden.masked_fill(on_device(hidden.device, self.prompt.dropped)[:, :, None], 0)
-            self._owns_full = True
         source = self._source(hidden, tables)
         if stage == 0:
             self._full = hidden

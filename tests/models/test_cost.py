@@ -10,8 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reroute_kernels as rk
 from reroute_kernels.cost import DECODERS
+from reroute_kernels.rankings import LastQuery
+from reroute_kernels.reducers import Nuwa
 from tests.models.families import CLIP, IDS, MODELS, VISION, load
-from tests.models.prompts import IMAGE
+from tests.models.prompts import IMAGE, batch, llava_prompt
+from tests.models.test_rankings import RANKINGS
 
 BEFORE, VISUAL, AFTER = 16, 576, 48
 TEXT = BEFORE + AFTER
@@ -177,3 +180,26 @@ def test_other_attention_is_refused(name, kind):
         NotImplementedError, match=f"layers all have 'full_attention', got '.*' with '{kind}' at layer 0"
     ):
         rk.cost(load(name).model, None, 1, 1)
+
+
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize("ranking", RANKINGS, ids=repr)
+def test_rankings(ranking, action):
+    model = copy.deepcopy(load("llava").model)
+    model.set_attn_implementation("eager")
+    check_routed(model, rk.Policy([rk.Stage(1, 0.5), rk.Stage(2, 0.4), rk.Stage(6, 0.2)], action, ranking), visual=40)
+
+
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize("schedule", [(), (rk.Stage(3, 0.2), rk.Stage(7, 0.1))])
+@torch.no_grad()
+def test_reducers(schedule, action):
+    model = copy.deepcopy(load("llava").model)
+    model.set_attn_implementation("eager")
+    policy = rk.Policy(schedule, action, LastQuery("previous"), reducer=Nuwa(keep=0.3, per_cell=2))
+    inputs = batch([llava_prompt(1, BEFORE, AFTER - 3, seed=1)])  # three follow on the image
+    visual = int((inputs["input_ids"] == IMAGE).sum())
+    with rk.apply(model, policy):
+        decoder, _, past = count(model, **inputs)
+    expected = rk.cost(model, policy, TEXT, visual, dtype=model.dtype)
+    assert (decoder, cached_bytes(past)) == (expected.prefill_flops, expected.kv_bytes)

@@ -1,9 +1,11 @@
 """Reducers on models: what they drop never enters the language model, and everything else goes on as if it had."""
 
+import copy
 import math
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import reroute_kernels as rk
 from reroute_kernels.rankings import LastQuery
 from reroute_kernels.reducers import Nuwa
 from tests.models.families import load
-from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, offset, selections
+from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, llava_prompt, offset, selections
 from tests.models.reduced_by_hand import reduced_prompt
 from tests.models.slow_way import SlowWay
 
@@ -217,7 +219,7 @@ def test_llava_next_tiles():
             answer = case.model.generate(**inputs, **GREEDY)
     assert seen == [((4, 4), 6)] * 3
     features, marked = torch.cat(list(features)), torch.cat(list(marked))
-    stays = ~marked.isnan().any(dim=1)
+    stays = ~marked.isinf().any(dim=1)
     assert torch.equal(marked[stays], features[stays])
     newline = (features == case.model.model.image_newline).all(dim=1)
     assert newline.any()
@@ -288,33 +290,152 @@ def test_results_of_another_shape(model, inputs, made, got):
         model(**inputs)
 
 
+@torch.no_grad()
 def test_features_that_were_computed_without_it(model, inputs, reducer):
     """Silently running all tokens is the worst that could happen."""
-    ids = inputs.pop("input_ids")
-    with torch.no_grad():
-        embeds = model.get_input_embeddings()(ids)
-        names = ("pixel_values", "image_grid_thw")
-        features = model.model.get_image_features(**{name: inputs.pop(name) for name in names if name in inputs})
-        embeds[ids == IMAGE] = torch.cat(list(features.pooler_output))
+    features = {name: inputs.pop(name) for name in ("pixel_values", "image_grid_thw") if name in inputs}
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[inputs["input_ids"] == IMAGE] = torch.cat(list(model.model.get_image_features(**features).pooler_output))
     ran = []
     handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: ran.append(True))
-    hidden = {"hook": None}
+    with (
+        given_embeddings(model, embeds),
+        rk.apply(model, rk.Policy((), reducer=reducer)),
+        pytest.raises(ValueError, match=r"image features must be computed .* 0 were dropped by it and 0 by another"),
+    ):
+        model(**inputs)
+    handle.remove()
+    assert not ran
 
-    def merge(embedding, args, output):
-        return embeds
 
-    hidden = model.get_input_embeddings().register_forward_hook(merge)
+@torch.no_grad()
+def test_features_of_another_reducer(model, inputs, reducer):
+    names = ("pixel_values", "image_grid_thw")
+    features = {name: inputs[name] for name in names if name in inputs}
+    with rk.apply(model, rk.Policy((), reducer=Nuwa(keep=0.1, per_cell=1))):
+        others = torch.cat(list(model.model.get_image_features(**features).pooler_output))
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[inputs["input_ids"] == IMAGE] = others
+    with (
+        given_embeddings(model, embeds),
+        rk.apply(model, rk.Policy((), reducer=reducer)),
+        pytest.raises(ValueError, match=r"image features must be computed .* 0 were dropped by it and \d+ by another"),
+    ):
+        model(**{name: value for name, value in inputs.items() if name not in names})
+
+
+@contextmanager
+def given_embeddings(model, embeds):
+    """What the decoder is handed in place of embedded ids."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda *_: embeds)
     try:
-        with (
-            rk.apply(model, rk.Policy((), reducer=reducer)),
-            pytest.raises(ValueError, match=r"image features must be computed by this model while it is routed"),
-            torch.no_grad(),
-        ):
-            model(input_ids=ids, **inputs)
+        yield
     finally:
         handle.remove()
-        hidden.remove()
-    assert not ran
+
+
+@torch.no_grad()
+def test_broken_image_shows(model, inputs, reducer):
+    """NaN features, as an overflow leaves them, are not taken for dropped ones."""
+    inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], math.nan)
+    with rk.apply(model, rk.Policy((), reducer=reducer)) as routing:
+        logits = model(**inputs).logits
+    assert logits[0, -1].isnan().all()
+    visual = int((inputs["input_ids"] == IMAGE).sum())
+    assert len(routing.trace.reduction.selected[0]) == math.ceil(visual * reducer.keep)
+
+
+@torch.no_grad()
+def test_image_that_the_mask_hides(model, inputs, reducer):
+    inputs["attention_mask"] = (inputs["input_ids"] != IMAGE).long()
+    expected = model(**inputs).logits
+    with rk.apply(model, rk.Policy((), reducer=reducer)) as routing:
+        logits = model(**inputs).logits
+    assert routing.trace is None
+    text = inputs["attention_mask"][0].bool()
+    torch.testing.assert_close(logits[0, text], expected[0, text], atol=1e-5, rtol=0)
+    assert logits.isfinite().all()
+
+
+def test_keeping_everything_in_every_step(model, inputs):
+    """Whether nothing was dropped is no question to a reducer that may leave everything."""
+    settings = {**GREEDY, "use_cache": False}
+    expected = model.generate(**inputs, **settings)
+    with rk.apply(model, rk.Policy((), reducer=Nuwa(keep=1.0, per_cell=4, quantile=0.0))):
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+
+
+@pytest.mark.parametrize("name", ["vision_feature_layer", "vision_feature_select_strategy"])
+def test_other_features_in_a_call(name):
+    model = load("llava").model
+    inputs = batch([llava_prompt(1, 5, 12, seed=1)])
+    asked = {name: -1 if name == "vision_feature_layer" else "full"}
+    with rk.apply(model, rk.Policy((), reducer=LLAVA)), torch.no_grad():
+        for call in (model, partial(model.generate, **GREEDY)):
+            with pytest.raises(NotImplementedError, match=rf"{name} must be .* as in the configuration|square images"):
+                call(**inputs, **asked)
+        model(**inputs, vision_feature_layer=-2, vision_feature_select_strategy="default")
+
+
+def test_feature_layer_that_is_no_output_of_one():
+    model = copy.deepcopy(load("llava").model)
+    model.config.vision_feature_layer = 0
+    with pytest.raises(NotImplementedError, match=r"a vision_feature_layer of 1 to 3, got 0"):
+        rk.apply(model, rk.Policy((), reducer=LLAVA))
+
+
+def test_tower_of_two_models(model, family, reducer):
+    other = copy.deepcopy(model)
+    name = "vision_tower" if family == "llava" else "visual"
+    setattr(other.model, name, getattr(model.model, name))
+    policy = rk.Policy((), reducer=reducer)
+    with rk.apply(model, policy):
+        with pytest.raises(ValueError, match=r"whose vision tower belongs to another one, too"):
+            rk.apply(other, policy)
+        assert not other.model._forward_pre_hooks
+        with rk.apply(model, rk.Policy(SCHEDULE, reducer=reducer), replace=True), rk.apply(other, rk.Policy(SCHEDULE)):
+            pass
+    with rk.apply(other, policy):
+        pass
+
+
+@torch.no_grad()
+def test_cache_of_a_call_that_failed_at_its_end(model, inputs, reducer):
+    """All layers hold as many tokens then, as if an unrouted prompt had filled them."""
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    last = model.model.language_model.layers[-1].mlp
+
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    handle = last.register_forward_pre_hook(fail)
+    with rk.apply(model, rk.Policy((), reducer=reducer)):
+        with pytest.raises(RuntimeError, match="broken"):
+            model(**inputs, past_key_values=cache)
+        handle.remove()
+        assert len(set(cached_lengths(cache))) == 1
+        with pytest.raises(ValueError, match=r"past_key_values must come from a finished call"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_copied_cache_knows_its_policy(model, inputs):
+    """Rules of one's own may equal nothing but themselves."""
+
+    class First:
+        def reduce(self, image):
+            count = image.features.shape[1] // 2
+            return torch.arange(count).expand(len(image.features), -1), image.features[:, :count]
+
+        def rank(self, candidates):
+            return -candidates.ordinals.float()
+
+    policy = rk.Policy(SCHEDULE, ranking=First(), reducer=First())
+    step = {"input_ids": torch.tensor([[5]]), "position_ids": torch.tensor([[inputs["input_ids"].shape[1]]])}
+    with rk.apply(model, policy):
+        cache = model(**inputs, use_cache=True).past_key_values
+        copied = copy.deepcopy(cache)
+        assert torch.equal(model(**step, past_key_values=copied).logits, model(**step, past_key_values=cache).logits)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl", "idefics3"])
