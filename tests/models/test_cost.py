@@ -95,8 +95,10 @@ def count(model, **inputs):
         output = model(**inputs, use_cache=True, logits_to_keep=1)
     modules = counter.get_flop_counts()
     names = [f"{type(model).__name__}.model.{name}" for name in ("language_model", "text_model")]
-    decoder = next(modules[name] for name in names if name in modules)
-    return sum(decoder.values()), counter.get_total_flops(), output.past_key_values
+    name = next(name for name in names if name in modules)
+    # Before transformers 5.23 positions are multiplied by frequencies as matrices.
+    tables = sum(modules.get(f"{name}.rotary_emb", {}).values())
+    return sum(modules[name].values()) - tables, counter.get_total_flops() - tables, output.past_key_values
 
 
 def cached_bytes(cache):
