@@ -24,7 +24,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("test_rank", "test_select", "test_gather", "test_scatter", "test_route", "test_ops", "test_fuzz", "test_gpu")
-TESTS += ("test_work", "models/test_golden", "models/test_generate", "models/test_batches")
+TESTS += ("test_work", "test_reducers", "models/test_golden", "models/test_generate", "models/test_batches")
 SECONDS = 560  # after which no further section begins
 
 

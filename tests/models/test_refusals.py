@@ -408,5 +408,5 @@ def test_right_padding_beside_a_sample_that_sits_out(model, prompt):
 def test_several_tokens_without_a_mask_after_a_decision_at_layer_0(model, inputs):
     with rk.apply(model, policy(schedule=(rk.Stage(0, 0.5),))):
         cache = model(**inputs, use_cache=True).past_key_values
-        with pytest.raises(NotImplementedError, match="attention_mask must be given"):
+        with pytest.raises(NotImplementedError, match="attention_mask of the whole conversation must be given"):
             model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
