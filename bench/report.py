@@ -196,7 +196,8 @@ def methods_tables() -> str:
         f"Of {VISUAL_TOKENS} visual and {METHOD_TEXT} text tokens, as `reroute_kernels.cost` counts. Each cell: visual "
         "tokens per layer on average; prefill FLOPs (with the ranking) and KV cache as shares of the unrouted model's. "
         "\\*: no schedule was published for this budget; this one is solved from the published keep ratios (under Nüwa "
-        "with the reducer of its smallest budget). --: cannot be reached, whatever the decisions keep.",
+        "with the reducer of its smallest budget). --: cannot be reached with these decision layers (and, under Nüwa, "
+        "this reducer), whatever the decisions keep. Empty: not published for this method.",
     ]
     for model in MODELS:
         unrouted = cost(model, None, METHOD_TEXT, VISUAL_TOKENS)

@@ -2,8 +2,8 @@
 
 A dropped token is marked in its features, which become infinite, with signs that spell the number of the routing: the
 mark travels with them through `generate`, which may encode images before the prompt's call, through tiles that are cut,
-and into the batch. It cannot be mistaken for that of another image, nor for what an overflow leaves. What is marked
-never reaches a decoder layer.
+and into the batch. It is not mistaken for that of another routing (numbers repeat after 65,536), nor for what an
+overflow leaves. What is marked never reaches a decoder layer.
 """
 
 from __future__ import annotations

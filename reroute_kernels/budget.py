@@ -72,7 +72,7 @@ def solve(
         TypeError: an argument has the wrong type.
         ValueError: not exactly one budget is given, or it is below what one token at every decision costs; or an
             argument is out of range.
-        NotImplementedError: the decoder has layers without full attention.
+        NotImplementedError: the decoder has layers without full attention, or latent attention.
     """
     kind, limit = _the_budget(avg_tokens=avg_tokens, flops=flops, kv_bytes=kv_bytes)
     decoder = Decoder.of(config)

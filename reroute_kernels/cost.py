@@ -28,12 +28,17 @@ class Decoder:
     """
 
     hidden_size: int
+    """Channels of a hidden state."""
     layers: int
+    """Decoder layers."""
     heads: int
     """Query heads."""
     kv_heads: int
+    """Key and value heads."""
     head_dim: int
+    """Channels of a head."""
     vocab_size: int
+    """Entries of the logits of a token."""
     mlp_weights: tuple[int, ...]
     """By layer, the entries of the matrices that one token is multiplied by in the MLP. Of a mixture of experts, those
     of the router and of the experts that it sends a token to."""
@@ -157,6 +162,7 @@ class StageCost:
 
     @property
     def flops(self) -> int:
+        """FLOPs of the stage, ranking included."""
         return self.projections + self.attention + self.mlp + self.ranking
 
 
@@ -186,18 +192,22 @@ class Cost:
 
     @property
     def projections(self) -> int:
+        """FLOPs of the prompt in all layers: the query, key, value and output projections."""
         return self._total("projections")
 
     @property
     def attention(self) -> int:
+        """FLOPs of the prompt in all layers: queries times keys and weights times values."""
         return self._total("attention")
 
     @property
     def mlp(self) -> int:
+        """FLOPs of the prompt in all layers: the MLPs."""
         return self._total("mlp")
 
     @property
     def ranking(self) -> int:
+        """FLOPs of the prompt in all layers: the decisions."""
         return self._total("ranking")
 
     @property
@@ -261,7 +271,11 @@ def cost(
     batch: int = 1,
     dtype: str | torch.dtype = "float16",
 ) -> Cost:
-    """What a policy costs on a model; the module says what counts.
+    """What a policy costs on a model.
+
+    FLOPs: a multiplication and an addition are two. Only matrix products count: projections, attention over all keys
+    (not halved for causality), MLPs and rankings; norms, the input embedding and the vision tower do not, and the LM
+    head is counted apart.
 
     Args:
         config_or_model: whose decoder is costed, as in `Decoder.of`.
@@ -274,7 +288,7 @@ def cost(
     Raises:
         TypeError: an argument has the wrong type; or the ranking has no method `flops`, the reducer no `survivors`.
         ValueError: a number or name is out of range, or the schedule has a layer that the model has not.
-        NotImplementedError: the decoder has layers without full attention.
+        NotImplementedError: the decoder has layers without full attention, or latent attention.
     """
     decoder = Decoder.of(config_or_model)
     _check_count("text_tokens", text_tokens, 0)
@@ -330,7 +344,12 @@ def average_visual_tokens(policy: Policy, num_layers: int, visual_tokens: int) -
 
 
 def surviving_tokens(reducer: Reducer | None, visual_tokens: int) -> int:
-    """Visual tokens of an image that a reducer leaves; all where there is none."""
+    """Visual tokens of an image that a reducer leaves; all where there is none.
+
+    Raises:
+        TypeError: `visual_tokens` is not an integer, or the reducer has no method `survivors`.
+        ValueError: `visual_tokens` is negative.
+    """
     _check_count("visual_tokens", visual_tokens, 0)
     return visual_tokens if reducer is None else _method(reducer, "reducer", "survivors")(visual_tokens)
 

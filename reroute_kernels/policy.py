@@ -79,14 +79,14 @@ class Policy:
         positions: `"original"` keeps every token's rotary position; `"contiguous"` numbers the tokens that run in a
             stage from 0 on, and so what is decoded after them.
         reducer: one of `reroute_kernels.reducers`, or an object with such a method `reduce`; it drops visual tokens
-            before the language model runs, and the rest is the pool of all decisions. Keep ratios are relative to what
-            was there before.
+            before the language model runs, and the rest is the pool of all decisions. Keep ratios stay relative to all
+            visual tokens of the prompt, the dropped ones included.
         budget: what the schedule was solved for, if it was. Does not take part in comparisons.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with one; or a name is
-            unknown.
+        ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with a reducer or a
+            ranking by the previous layer; or a name is unknown.
     """
 
     schedule: tuple[Stage, ...]
@@ -137,6 +137,7 @@ class Policy:
 
     @property
     def ranks_by_previous_layer(self) -> bool:
+        """Whether the layer before each decision layer ranks for it."""
         return getattr(self.ranking, "layer", "this") == "previous"
 
     @property

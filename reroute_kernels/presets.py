@@ -55,7 +55,7 @@ TIERS = tuple(_KEEPS)
 
 _PYRAMIDDROP_LAYERS = {"llava-1.5-7b": (8, 16, 24), "qwen2.5-vl-7b": (7, 14, 21)}
 
-# By tier, the reducer and how many tokens the second stage keeps: 16, 32 and 48; a share of what the first one left.
+# By tier: the reducer, and how many of 576 tokens stage 2 keeps (on Qwen2.5-VL a share of the anchors).
 _NUWA = {
     "llava-1.5-7b": {
         192: (Nuwa(keep=336 / 576, per_cell=3), 48),
@@ -115,9 +115,10 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
         method: `"fastv"` and `"pdrop"` remove tokens as the Reroute paper's code runs these methods; `"reroute-fastv"`
             and `"reroute-pdrop"` defer them at a matched budget. The authors also list a `-stagewise` variant of both,
             which computes the same thing faster; here every policy runs stagewise, so it is the same policy.
-            `"fastv-original"` (arXiv 2403.06764), `"pdrop-original"` (arXiv 2410.17247; on Qwen2.5-VL at the same
-            depths) and `"nuwa"` (arXiv 2602.02951) are these methods as their authors run them. `"reroute-nuwa"` defers
-            in the second stage of Nüwa, by two decisions, and runs as many tokens in every layer.
+            `"fastv-original"` (arXiv 2403.06764; at the Reroute paper's keep ratios), `"pdrop-original"` (arXiv
+            2410.17247; on Qwen2.5-VL at the same depths) and `"nuwa"` (arXiv 2602.02951) follow their own authors'
+            code. `"reroute-nuwa"` defers in the second stage of Nüwa, by two decisions, and runs as many tokens in
+            every layer.
         avg_tokens: the published tier, one of `tiers(model, method)`: visual tokens per layer on average, of 576. It is
             a name. On LLaVA the true averages are within 1 of it, but for the pdrop pair at 64, which averages 80 and
             84. On Qwen2.5-VL they are 197, 134 and 72 for what is named after FastV (the original at 128: 135), 192,
