@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from reroute_kernels.budget import solve
+from reroute_kernels.budget import solve_like
 from reroute_kernels.cost import Cost, cost
 from reroute_kernels.presets import METHODS, MODELS, ORIGINALS, TIERS, VISUAL_TOKENS, preset, tiers
 
@@ -221,20 +221,7 @@ def methods_cell(model: str, method: str, tier: int, unrouted: Cost) -> str:
     mark = "" if tier in tiers(model, method) else "\\*"
     like = preset(model, method, tier if not mark else tiers(model, method)[-1])
     try:
-        policy = (
-            like
-            if not mark
-            else solve(
-                model,
-                [stage.layer for stage in like.schedule],
-                [stage.keep for stage in like.schedule],
-                avg_tokens=tier,
-                action=like.action,
-                ranking=like.ranking,
-                positions=like.positions,
-                reducer=like.reducer,
-            )
-        )
+        policy = solve_like(model, like, avg_tokens=tier) if mark else like
     except ValueError:
         return "--"
     if mark and policy.budget.under > 1:

@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .generation import PromptCall, prompt_call
 from .layers import RoutedLayers
 from .parallel import over_all_heads
+from .vision import ReducedVision
 
 # The attribute of a cache object that holds its CachedPrompt: it lives, is copied and dies with the cache.
 _CACHE_ATTRIBUTE = "_reroute_kernels_prompt"
@@ -205,12 +206,16 @@ class CallReader:
         policy: of the routing.
         layers: of the decoder.
         head_group: the process group over which heads are split, or None.
+        vision: the reducer at work on the vision tower, or None.
     """
 
-    def __init__(self, adapter: Adapter, policy: Policy, layers: RoutedLayers, head_group):
+    def __init__(
+        self, adapter: Adapter, policy: Policy, layers: RoutedLayers, head_group, vision: ReducedVision | None
+    ):
         self._adapter = adapter
         self._policy = policy
         self._layers = layers
+        self._vision = vision
         self._config = adapter.decoder.config
         self._combine = None if head_group is None else partial(over_all_heads, head_group)
         self._signature = inspect.signature(adapter.core.forward)
@@ -231,6 +236,8 @@ class CallReader:
             ValueError, NotImplementedError: the call cannot be routed, for a reason that is named.
         """
         arguments = by_name(self._signature, args, kwargs)
+        if self._vision is not None:
+            self._vision.check_arguments(arguments)
         cache = arguments.get("past_key_values")
         tokens = arguments.get("input_ids")
         if tokens is None:

@@ -47,7 +47,7 @@ class Routing:
         self._head_group = head_group(adapter.model)
         self._vision = None if policy.reducer is None else self._reduced_vision()
         self._ranks_ahead = {stage.layer - 1 for stage in policy.schedule if policy.ranks_by_previous_layer}
-        self._calls = CallReader(adapter, policy, self._layers, self._head_group)
+        self._calls = CallReader(adapter, policy, self._layers, self._head_group, self._vision)
         self._local = threading.local()  # one forward per thread; `call` is what it is
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._remove_present(replace)
@@ -78,13 +78,13 @@ class Routing:
                 f"reducer must be None on a model whose heads are split over processes, got {self.policy.reducer!r}"
             )
         vision = adapter.vision(adapter, self.policy.reducer)
-        present = _routings.get(adapter.decoder, lambda: None)()
+        present = _routing_on(adapter)
         vision.check_tower(None if present is None else present._vision)
         return vision
 
     def _remove_present(self, replace: bool) -> None:
         """Remove the routing that is on the model, or refuse to."""
-        present = _routings.get(self._adapter.decoder, lambda: None)()
+        present = _routing_on(self._adapter)
         if present is None:
             return
         if not replace:
@@ -96,7 +96,6 @@ class Routing:
 
     def _install(self) -> None:
         adapter, add = self._adapter, self._handles.append
-        self._core_signature = inspect.signature(adapter.core.forward)
         self._decoder_signature = inspect.signature(adapter.decoder.forward)
         add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
         add(adapter.core.register_forward_hook(self._end, always_call=True))
@@ -171,13 +170,15 @@ class Routing:
                 "tokens are, or remove() the routing first"
             )
         self._local.awaits_decoder = False
+        if self._vision is None and self._local.call is None:
+            return None
         arguments = by_name(self._decoder_signature, args, kwargs)
         if self._vision is not None:
             unread, self._local.unread = self._local.unread, None
             self._read_reduced(*unread, arguments)
         call = self._local.call
         if call is None:
-            return None if self._vision is None else ((), arguments)
+            return (), arguments
         given = arguments.get("position_ids")
         if isinstance(call, Prefill):
             call.note_positions(given)
@@ -190,7 +191,6 @@ class Routing:
     def _read_reduced(self, args: tuple, kwargs: dict, arguments: dict) -> None:
         """Read a call of the model; the marks of what was dropped are taken out of what its decoder is handed."""
         vision, embeds = self._vision, arguments["inputs_embeds"]
-        vision.check_arguments(by_name(self._core_signature, args, kwargs))
         found: list[Tensor] = []
 
         def marks() -> tuple[Tensor, Tensor]:
@@ -306,6 +306,11 @@ class Routing:
         call.record()
         self.trace = Trace.of(call.forward, call.past)
         return full
+
+
+def _routing_on(adapter: Adapter) -> Routing | None:
+    """The routing that is on a model."""
+    return _routings.get(adapter.decoder, lambda: None)()
 
 
 def _forget_compiled_code() -> None:

@@ -14,6 +14,7 @@ from operator import index as as_integer
 import torch
 
 from .cost import Decoder, cost, surviving_tokens
+from .ops import expect_one_of
 from .policy import ACTIONS, Budget, Policy, Stage
 from .rankings import Ranking
 from .reducers import Reducer
@@ -77,8 +78,7 @@ def solve(
     kind, limit = _the_budget(avg_tokens=avg_tokens, flops=flops, kv_bytes=kv_bytes)
     decoder = Decoder.of(config)
     layers = _decision_layers(decision_layers, decoder)
-    if action not in ACTIONS:
-        raise ValueError(f"action must be one of {', '.join(map(repr, ACTIONS))}, got {action!r}")
+    expect_one_of(action=(action, ACTIONS))
     parts = _shape(shape, len(layers), action)
     most = surviving_tokens(reducer, visual_tokens)
     if most < 1:
@@ -116,6 +116,20 @@ def solve(
             counts = max((each for each in possible if reached(each) <= limit), key=reached)
         best = max(best, counts, key=reached)
     return replace(policy_of(best), budget=Budget(kind, limit, reached(best)))
+
+
+def solve_like(config, policy: Policy, **budget) -> Policy:
+    """A policy like another one, with its keep ratios as the shape; budget and prompt as in `solve`."""
+    return solve(
+        config,
+        [stage.layer for stage in policy.schedule],
+        [stage.keep for stage in policy.schedule],
+        action=policy.action,
+        ranking=policy.ranking,
+        positions=policy.positions,
+        reducer=policy.reducer,
+        **budget,
+    )
 
 
 def _the_budget(**given: float | None) -> tuple[str, float]:

@@ -30,6 +30,13 @@ COPYABLE = (
 _COPYABLE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in COPYABLE)
 
 
+def expect_one_of(**given: tuple[object, tuple]) -> None:
+    """Refuse values, by the names of their arguments, that are none of those accepted."""
+    for name, (value, accepted) in given.items():
+        if value not in accepted:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
 def _refused(name: str, tensor: Tensor, accepted: str) -> ValueError:
     got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
     return ValueError(f"{name} must be {accepted}, got {got}")
@@ -107,13 +114,11 @@ def _ranking(
         if past_key is None:
             raise ValueError("past_mask must come with past_key, got it alone")
         _expect_flags("past_mask", past_mask, (batch, past_key.shape[1]), device)
-    for name, value, accepted in (
-        ("query_reduction", query_reduction, REDUCTIONS),
-        ("head_reduction", head_reduction, REDUCTIONS),
-        ("rotary_style", rotary_style, ROTARY_STYLES),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+    expect_one_of(
+        query_reduction=(query_reduction, REDUCTIONS),
+        head_reduction=(head_reduction, REDUCTIONS),
+        rotary_style=(rotary_style, ROTARY_STYLES),
+    )
     if scale is None:
         scale = head_dim**-0.5
     elif not isinstance(scale, (Real, torch.SymFloat)):

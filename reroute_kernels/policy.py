@@ -10,6 +10,7 @@ from numbers import Real
 from operator import index as as_integer
 from typing import NamedTuple
 
+from .ops import expect_one_of
 from .rankings import LastQuery, Ranking
 from .reducers import Reducer
 
@@ -120,10 +121,7 @@ class Policy:
             is_object = not isinstance(value, type) and callable(getattr(value, method, None))
             if not is_object and (name, value) != ("reducer", None):
                 raise TypeError(f"{name} must be an object with a method {method!r}, got {value!r}")
-        for name, accepted in (("action", ACTIONS), ("positions", POSITIONS)):
-            value = getattr(self, name)
-            if value not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+        expect_one_of(action=(self.action, ACTIONS), positions=(self.positions, POSITIONS))
         if layers[:1] == [0] and self.reducer is not None:
             raise ValueError("schedule must begin after layer 0 where there is a reducer, got a decision at layer 0")
         if layers[:1] == [0] and self.ranks_by_previous_layer:

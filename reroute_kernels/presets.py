@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .budget import keep_ratio, solve
+from .budget import keep_ratio, solve_like
 from .cost import DECODERS
+from .ops import expect_one_of
 from .policy import Policy, Stage
 from .rankings import LastQuery
 from .reducers import Nuwa
@@ -101,7 +102,7 @@ def tiers(model: str, method: str) -> tuple[int, ...]:
     Raises:
         ValueError: a name is unknown.
     """
-    _check(model=(model, MODELS), method=(method, METHODS + ORIGINALS))
+    expect_one_of(model=(model, MODELS), method=(method, METHODS + ORIGINALS))
     if method == "pdrop-original":
         return (270,)
     return tuple(_NUWA[model]) if method.endswith("nuwa") else TIERS
@@ -132,7 +133,7 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
     Raises:
         ValueError: an argument names no published configuration.
     """
-    _check(avg_tokens=(avg_tokens, tiers(model, method)))
+    expect_one_of(avg_tokens=(avg_tokens, tiers(model, method)))
     policy = _published(model, method.removesuffix("-stagewise"), avg_tokens)
     if not matched:
         return policy
@@ -140,17 +141,7 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
     if policy.action == "reroute":
         partner = method.removeprefix("reroute-").removesuffix("-stagewise")
         limit = preset(model, partner, avg_tokens, matched=True).budget.reached
-    return solve(
-        model,
-        [stage.layer for stage in policy.schedule],
-        [stage.keep for stage in policy.schedule],
-        avg_tokens=limit,
-        visual_tokens=VISUAL_TOKENS,
-        action=policy.action,
-        ranking=policy.ranking,
-        positions=policy.positions,
-        reducer=policy.reducer,
-    )
+    return solve_like(model, policy, avg_tokens=limit, visual_tokens=VISUAL_TOKENS)
 
 
 def _published(model: str, method: str, tier: int) -> Policy:
@@ -176,9 +167,3 @@ def _published(model: str, method: str, tier: int) -> Policy:
 
 def _stages(layers: tuple[int, ...], keeps: tuple[float, ...]) -> list[Stage]:
     return [Stage(layer, keep) for layer, keep in zip(layers, keeps, strict=True)]
-
-
-def _check(**given: tuple[object, tuple]) -> None:
-    for name, (value, accepted) in given.items():
-        if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")

@@ -129,15 +129,9 @@ class Ranking(ABC):
         """
 
 
-def _check(**given: tuple[object, tuple]) -> None:
-    for name, (value, accepted) in given.items():
-        if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
 class _ByAttention(Ranking):
     def __post_init__(self):
-        _check(
+        ops.expect_one_of(
             layer=(self.layer, LAYERS),
             head_reduction=(self.head_reduction, ops.REDUCTIONS),
             query_reduction=(self.query_reduction, ops.REDUCTIONS),
@@ -222,7 +216,7 @@ class KeyNorm(Ranking):
     layer: str = "this"
 
     def __post_init__(self):
-        _check(layer=(self.layer, LAYERS))
+        ops.expect_one_of(layer=(self.layer, LAYERS))
 
     def rank(self, candidates: Candidates) -> Tensor:
         return -candidates.keys().float().norm(dim=-1).mean(dim=-1)
