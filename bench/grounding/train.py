@@ -1,0 +1,317 @@
+"""Train the tiny grounding model from scratch.
+
+    python -m bench.grounding.train [--work FOLDER] [--device cuda]
+
+Two phases, as with large models. First the vision tower alone learns to see: every patch names the object on it and
+its box, and the class token tells what is in the scene. Then all of the model learns to answer questions, from
+scenes with one object to scenes with eight: one more whenever the boxes of those there are mostly found. Scenes,
+questions and dropped layers follow from the seed and the step alone, so a run that was interrupted goes on where it
+was.
+
+Stochastic depth: while the whole model trains, each decoder layer is left out of a step with a probability that rises
+to 0.2. It stands in for the redundancy of large pretrained decoders, which are known to survive layers that are
+skipped; a decoder as small as this one otherwise rewrites its residual stream in every layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress, TimeRemainingColumn
+from torch import Tensor, nn
+
+from . import scenes
+from .batches import PREFIX, VISUAL_TOKENS, Batch, choose_questions, make_batch
+from .checkpoint import BOS, CONFIG, FOLDER, TOKEN_ID, make_model, save
+from .metrics import overlap
+from .scenes import COLOURS, COORDINATES, KINDS, MOST_OBJECTS, SHAPES, SIDES, make_scene, read_box
+
+WORK = Path("build/grounding")
+SEED = 20261120
+HELD_OUT_SEED = 7
+
+VISION_STEPS, VISION_BATCH = 1200, 64
+STEPS, BATCH = 7000, 32
+QUESTIONS = {"box": 5, "neighbour": 2, "corner": 2, "count": 1, "light": 1}
+DROPPED_LAYERS = 0.2
+ENOUGH = 0.85
+"""Share of coordinates within two steps of the truth at which a further object comes into the scenes."""
+
+FIRST_COORDINATE = TOKEN_ID[COORDINATES[0]]
+BOX, COUNT_OF_NAMES = KINDS.index("box"), len(SIDES) * len(COLOURS) * len(SHAPES)
+
+
+class Sight(nn.Module):
+    """What the vision tower is trained with: heads that read objects off its patches and its class token."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.patch = nn.Linear(width, 1 + len(SIDES) + len(COLOURS) + len(SHAPES) + 4)
+        self.scene = nn.Linear(width, COUNT_OF_NAMES + 1)
+
+    def loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Loss on the tower's hidden states `[B, 145, width]`, and how well objects are seen."""
+        here = batch.objects >= 0
+        seen, *names, boxes = self.patch(hidden[:, 1:]).float().split([1, len(SIDES), len(COLOURS), len(SHAPES), 4], -1)
+        loss = F.binary_cross_entropy_with_logits(seen[..., 0], here.float())
+        rows, places = here.nonzero(as_tuple=True)
+        numbers = batch.objects[rows, places]
+        right = torch.ones(len(rows), dtype=torch.bool, device=here.device)
+        for which, logits in enumerate(names):
+            labels = batch.labels[rows, numbers, which]
+            loss = loss + F.cross_entropy(logits[rows, places], labels)
+            right &= logits[rows, places].argmax(-1) == labels
+        loss = loss + 5 * F.l1_loss(boxes[rows, places].sigmoid(), batch.boxes[rows, numbers])
+        present = torch.zeros(len(here), COUNT_OF_NAMES + 1, device=here.device)
+        size, colour, shape = batch.labels.unbind(-1)
+        names_there = (size * len(COLOURS) + colour) * len(SHAPES) + shape
+        there = (size >= 0).nonzero(as_tuple=True)
+        present[there[0], names_there[there]] = 1
+        present[:, -1] = batch.night.float()
+        loss = loss + F.binary_cross_entropy_with_logits(self.scene(hidden[:, 0]).float(), present) * 5
+        found = overlap(boxes[rows, places].detach().sigmoid(), batch.boxes[rows, numbers])
+        return loss, {"names": right.float().mean().item(), "boxes": (found >= 0.5).float().mean().item()}
+
+
+def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy of the answers' tokens; a coordinate's neighbours are right to some degree."""
+    targets = F.one_hot(batch.answers, logits.shape[-1]).float()
+    coordinates = torch.arange(len(COORDINATES), device=logits.device)
+    place = batch.answers - FIRST_COORDINATE
+    is_coordinate = (place >= 0) & (place < len(COORDINATES))
+    near = torch.exp(-((coordinates - place[is_coordinate, None]) ** 2) / (2 * 0.75**2))
+    spread = torch.zeros_like(targets[is_coordinate])
+    spread[:, FIRST_COORDINATE : FIRST_COORDINATE + len(COORDINATES)] = near / near.sum(-1, keepdim=True)
+    targets[is_coordinate] = spread
+    return -(targets * logits.log_softmax(-1)).sum(-1)
+
+
+class Trainee:
+    """The model and what it is trained with."""
+
+    def __init__(self, seed: int, device: torch.device):
+        self.device = device
+        self.model = make_model(seed).to(device).train()
+        self.model.set_attn_implementation("eager")
+        self.sight = Sight(CONFIG["vision_config"]["hidden_size"]).to(device)
+        self.layers = list(self.model.model.language_model.layers)
+        for module in (*self.layers, *self.tower.encoder.layers):
+            module.compile()
+
+    @property
+    def tower(self) -> nn.Module:
+        tower = self.model.model.vision_tower
+        return getattr(tower, "vision_model", tower)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def see(self, batch: Batch) -> Tensor:
+        return self.tower(batch.pixels, output_hidden_states=True).hidden_states[CONFIG["vision_feature_layer"]]
+
+    def answer(self, hidden: Tensor, batch: Batch, kept: list[int] | None = None) -> Tensor:
+        """Logits of the answers' tokens, `[P, V]`, by the layers that are kept (all without `kept`)."""
+        decoder = self.model.model.language_model
+        images = self.model.model.multi_modal_projector(hidden[:, 1:])
+        begin = decoder.embed_tokens(torch.full_like(batch.text[:, :1], TOKEN_ID[BOS]))
+        embeds = torch.cat([begin, images.to(begin.dtype), decoder.embed_tokens(batch.text)], 1)
+        mask = torch.zeros(batch.mask.shape, device=self.device).masked_fill(
+            ~batch.mask, torch.finfo(torch.float32).min
+        )
+        decoder.layers = nn.ModuleList(self.layers if kept is None else [self.layers[layer] for layer in kept])
+        try:
+            states = decoder(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=batch.positions, use_cache=False
+            ).last_hidden_state
+        finally:
+            decoder.layers = nn.ModuleList(self.layers)
+        return self.model.lm_head(states[batch.sources]).float()
+
+    @torch.no_grad()
+    def evaluate(self, count: int) -> dict[str, float]:
+        """Share of boxes found and of other answers right in held-out scenes, by greedy decoding."""
+        self.model.eval()
+        hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+        for first in range(0, count, BATCH):
+            held_out = [scenes.held_out_scene(HELD_OUT_SEED, number) for number in range(first, first + BATCH)]
+            random = np.random.default_rng([HELD_OUT_SEED, first])
+            asked = [choose_questions(scene, random, QUESTIONS) for scene in held_out]
+            batch = to_device(make_batch(held_out, asked), self.device)
+            rows, places = batch.sources
+            # An answer's token is written where the next one is predicted from, so each pass gets one token further.
+            last = torch.ones_like(rows, dtype=torch.bool)
+            last[:-1] = (rows[1:] != rows[:-1]) | (places[1:] != places[:-1] + 1)
+            for _ in range(4):
+                with self.autocast():
+                    given = self.answer(self.see(batch), batch).argmax(-1)
+                batch.text[rows[~last], places[~last] + 1 - PREFIX] = given[~last]
+            words = [list(TOKEN_ID)[token] for token in given.tolist()]
+            for question in (question for each in asked for question in each):
+                length = len(question.answer.split())
+                said, words = " ".join(words[:length]), words[length + 1 :]
+                if question.kind == "box":
+                    box = read_box(said)
+                    hits["box"].append(box is not None and overlap_of(box, question.target.box) >= 0.5)
+                else:
+                    hits[question.kind].append(said == question.answer)
+        self.model.train()
+        return {kind: sum(values) / len(values) for kind, values in hits.items()}
+
+
+def overlap_of(box, other) -> float:
+    return overlap(torch.tensor([box], dtype=torch.float64), torch.tensor([other], dtype=torch.float64)).item()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    def move(value):
+        return tuple(map(move, value)) if isinstance(value, tuple) else value.to(device)
+
+    return Batch(**{name: move(value) for name, value in vars(batch).items()})
+
+
+def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
+    """Share of the peak: a linear rise, then half a cosine."""
+    return min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * step / steps)))
+
+
+def train(work: Path, device: torch.device, seed: int, vision_steps: int, steps: int) -> Trainee:
+    """Train, or go on training, and keep the state and the log in a folder."""
+    work.mkdir(parents=True, exist_ok=True)
+    state_file, log_file = work / "state.pt", work / "training.jsonl"
+    trainee = Trainee(seed, device)
+    model, sight = trainee.model, trainee.sight
+    seeing = [*trainee.tower.parameters(), *sight.parameters()]
+    ids = {id(parameter) for parameter in seeing}
+    talking = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    optimizers = {
+        "vision": torch.optim.AdamW([{"params": seeing, "peak": 1e-3}], weight_decay=0.05, betas=(0.9, 0.98)),
+        "language": torch.optim.AdamW(
+            [{"params": talking, "peak": 1e-3}, {"params": seeing, "peak": 3e-4}], weight_decay=0.05, betas=(0.9, 0.98)
+        ),
+    }
+    progress_state = {"phase": "vision", "step": 0, "objects": 1, "running": 0.0, "since": 0, "seconds": 0.0}
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        sight.load_state_dict(state["sight"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[name])
+        progress_state = state["progress"]
+        kept = [line for line in log_file.read_text().splitlines() if json.loads(line).get("at", 0) <= state["lines"]]
+        log_file.write_text("".join(line + "\n" for line in kept))
+    lines = sum(1 for _ in log_file.open()) if log_file.exists() else 0
+
+    def log(**values):
+        nonlocal lines
+        lines += 1
+        with log_file.open("a") as file:
+            file.write(json.dumps({"at": lines, **values}) + "\n")
+
+    def keep():
+        temporary = state_file.with_suffix(".tmp")
+        state = {"model": model.state_dict(), "sight": sight.state_dict(), "progress": now, "lines": lines}
+        state |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        torch.save(state, temporary)
+        os.replace(temporary, state_file)
+
+    now = progress_state
+    if not lines:
+        log(
+            event="start",
+            seed=seed,
+            vision_steps=vision_steps,
+            steps=steps,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            threads=torch.get_num_threads(),
+            machine=platform.machine(),
+            torch=torch.__version__,
+        )
+    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), "{task.fields[note]}") as progress:
+        for phase, total in (("vision", vision_steps), ("language", steps)):
+            if now["phase"] != phase:
+                continue
+            task = progress.add_task(phase, total=total, completed=now["step"], note="")
+            optimizer = optimizers[phase]
+            for step in range(now["step"], total):
+                started = time.perf_counter()
+                random = np.random.default_rng([seed, phase == "language", step])
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * learning_rate(step, total)
+                optimizer.zero_grad()
+                if phase == "vision":
+                    measured = vision_step(trainee, random)
+                else:
+                    measured = language_step(trainee, random, now, DROPPED_LAYERS * min(1, step / (0.2 * total)))
+                norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+                optimizer.step()
+                now["step"], now["seconds"] = step + 1, now["seconds"] + time.perf_counter() - started
+                progress.update(task, advance=1, note=" ".join(f"{k} {v:.3f}" for k, v in list(measured.items())[:3]))
+                if (step + 1) % 50 == 0:
+                    values = {name: round(value, 4) for name, value in measured.items()}
+                    log(phase=phase, step=step + 1, seconds=round(now["seconds"]), norm=round(norm.item(), 3), **values)
+                if phase == "language" and ((step + 1) % 500 == 0 or step + 1 == total):
+                    found = {kind: round(share, 4) for kind, share in trainee.evaluate(128).items()}
+                    log(event="held out", phase=phase, step=step + 1, scenes=128, **found)
+                if (step + 1) % 200 == 0 or step + 1 == total:
+                    keep()
+            now |= {"phase": "language" if phase == "vision" else "done", "step": 0}
+            keep()
+    return trainee
+
+
+def vision_step(trainee: Trainee, random: np.random.Generator) -> dict[str, float]:
+    drawn = [make_scene(random, int(random.integers(1, MOST_OBJECTS, endpoint=True))) for _ in range(VISION_BATCH)]
+    batch = to_device(make_batch(drawn, [[] for _ in drawn]), trainee.device)
+    with trainee.autocast():
+        loss, seen = trainee.sight.loss(trainee.see(batch), batch)
+    loss.backward()
+    return {"loss": loss.item(), **seen}
+
+
+def language_step(trainee: Trainee, random: np.random.Generator, now: dict, drop: float) -> dict[str, float]:
+    drawn = [make_scene(random, int(random.integers(1, now["objects"], endpoint=True))) for _ in range(BATCH)]
+    batch = make_batch(drawn, [choose_questions(scene, random, QUESTIONS) for scene in drawn])
+    batch = to_device(batch, trainee.device)
+    kept = [layer for layer in range(len(trainee.layers)) if random.random() >= drop]
+    with trainee.autocast():
+        hidden = trainee.see(batch)
+        seeing, _ = trainee.sight.loss(hidden, batch)
+        logits = trainee.answer(hidden, batch, kept)
+    losses = answer_loss(logits, batch)
+    (losses.mean() + 0.1 * seeing).backward()
+
+    by_kind = {kind: losses[batch.kinds == number].mean().item() for number, kind in enumerate(KINDS)}
+    asked = (batch.kinds == BOX) & (batch.answers >= FIRST_COORDINATE)
+    near = ((logits.argmax(-1) - batch.answers).abs() <= 2)[asked].float().mean().item()
+    now["running"] = 0.95 * now["running"] + 0.05 * near
+    now["since"] += 1
+    if now["running"] >= ENOUGH and now["since"] >= 50 and now["objects"] < MOST_OBJECTS:
+        now |= {"objects": now["objects"] + 1, "running": 0.0, "since": 0}
+    return {"loss": losses.mean().item(), "near": near, "objects": now["objects"], "kept": len(kept), **by_kind}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the state and the log; goes on where it is")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write the checkpoint to")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of weights, scenes and dropped layers")
+    parser.add_argument("--vision-steps", type=int, default=VISION_STEPS, help="steps of the vision tower alone")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the whole model")
+    args = parser.parse_args()
+    trainee = train(args.work, torch.device(args.device), args.seed, args.vision_steps, args.steps)
+    save(trainee.model.cpu(), args.output)
+    (args.output / "training.jsonl").write_text((args.work / "training.jsonl").read_text())
+
+
+if __name__ == "__main__":
+    main()
