@@ -2,15 +2,17 @@
 
 README.md has the CPU figures of bench/results/cpu, docs/kernels.md what compilers made of the kernels
 (bench/results/compile), docs/models.md what tests found models to do (bench/results/models), docs/methods.md what the
-published methods cost, counted, and docs/performance.md the figures of every GPU that has results.
+published methods cost, counted, docs/performance.md the figures of every GPU that has results, and docs/grounding.md
+what routing does to answers (bench/results/grounding).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
+from bench.grounding.report import grounding_page, model_card
+from bench.markdown import table
 from reroute_kernels.budget import solve_like
 from reroute_kernels.cost import Cost, cost
 from reroute_kernels.presets import METHODS, MODELS, ORIGINALS, TIERS, VISUAL_TOKENS, preset, tiers
@@ -31,6 +33,10 @@ def main() -> None:
     replace_between(ROOT / "docs" / "models.md", "support", support_tables(supported))
     replace_between(ROOT / "docs" / "methods.md", "methods", methods_tables())
     performance_page(gpu_folders(), ROOT / "docs")
+    grounded, model = _read(RESULTS / "grounding" / "results.json"), ROOT / "models" / "tiny_grounding"
+    grounding_page(grounded, ROOT / "docs")
+    log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
+    (model / "README.md").write_text(model_card(grounded, log))
 
 
 def gpu_folders() -> list[Path]:
@@ -50,13 +56,6 @@ def replace_between(path: Path, name: str, content: str) -> None:
     if not found or not found_end:
         raise ValueError(f"{path} must hold {begin} and {end}")
     path.write_text(f"{before}{begin}\n{content}\n{end}{after}")
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """Lines of a Markdown table."""
-    header = list(header)
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
 
 
 def cpu_tables(results: dict) -> str:

@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +41,14 @@ WORK = Path("build/grounding")
 SEED = 20261120
 HELD_OUT_SEED = 7
 
-VISION_STEPS, VISION_BATCH = 1200, 64
-STEPS, BATCH = 7000, 32
-QUESTIONS = {"box": 5, "neighbour": 2, "corner": 2, "count": 1, "light": 1}
+VISION_STEPS, VISION_BATCH = 1000, 64
+STEPS, BATCH = 5500, 32
+QUESTIONS = {"box": 6, "neighbour": 2, "corner": 1, "count": 1, "light": 1}
+EVALUATED = 128
 DROPPED_LAYERS = 0.2
-ENOUGH = 0.85
-"""Share of coordinates within two steps of the truth at which a further object comes into the scenes."""
+ENOUGH, AT_LEAST = 0.7, 25
+"""One more object comes into the scenes where this share of coordinates is within two steps of the truth, and after so
+many training steps."""
 
 FIRST_COORDINATE = TOKEN_ID[COORDINATES[0]]
 BOX, COUNT_OF_NAMES = KINDS.index("box"), len(SIDES) * len(COLOURS) * len(SHAPES)
@@ -97,14 +102,15 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
 class Trainee:
     """The model and what it is trained with."""
 
-    def __init__(self, seed: int, device: torch.device):
+    def __init__(self, seed: int, device: torch.device, compiled: bool):
         self.device = device
         self.model = make_model(seed).to(device).train()
         self.model.set_attn_implementation("eager")
         self.sight = Sight(CONFIG["vision_config"]["hidden_size"]).to(device)
         self.layers = list(self.model.model.language_model.layers)
-        for module in (*self.layers, *self.tower.encoder.layers):
-            module.compile()
+        if compiled:
+            for module in (*self.layers, *self.tower.encoder.layers):
+                module.compile()
 
     @property
     def tower(self) -> nn.Module:
@@ -171,32 +177,34 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
     """Share of the peak: a linear rise, then half a cosine."""
-    return min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * step / steps)))
+    return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(work: Path, device: torch.device, seed: int, vision_steps: int, steps: int) -> Trainee:
+def train(
+    work: Path, device: torch.device, seed: int, vision_steps: int, steps: int, *, compiled: bool = True
+) -> Trainee:
     """Train, or go on training, and keep the state and the log in a folder."""
     work.mkdir(parents=True, exist_ok=True)
     state_file, log_file = work / "state.pt", work / "training.jsonl"
-    trainee = Trainee(seed, device)
+    trainee = Trainee(seed, device, compiled)
     model, sight = trainee.model, trainee.sight
     seeing = [*trainee.tower.parameters(), *sight.parameters()]
     ids = {id(parameter) for parameter in seeing}
     talking = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    adamw = partial(torch.optim.AdamW, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     optimizers = {
-        "vision": torch.optim.AdamW([{"params": seeing, "peak": 1e-3}], weight_decay=0.05, betas=(0.9, 0.98)),
-        "language": torch.optim.AdamW(
-            [{"params": talking, "peak": 1e-3}, {"params": seeing, "peak": 3e-4}], weight_decay=0.05, betas=(0.9, 0.98)
-        ),
+        "vision": adamw([{"params": seeing, "peak": 1e-3}]),
+        "language": adamw([{"params": talking, "peak": 1e-3}, {"params": seeing, "peak": 3e-4}]),
     }
-    progress_state = {"phase": "vision", "step": 0, "objects": 1, "running": 0.0, "since": 0, "seconds": 0.0}
+    # `drawn` is what `objects` was when the scenes of the next step were drawn, one step ahead.
+    now = {"phase": "vision", "step": 0, "objects": 1, "drawn": 1, "running": 0.0, "since": 0, "seconds": 0.0}
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         sight.load_state_dict(state["sight"])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state[name])
-        progress_state = state["progress"]
+        now = state["progress"]
         kept = [line for line in log_file.read_text().splitlines() if json.loads(line).get("at", 0) <= state["lines"]]
         log_file.write_text("".join(line + "\n" for line in kept))
     lines = sum(1 for _ in log_file.open()) if log_file.exists() else 0
@@ -214,7 +222,6 @@ def train(work: Path, device: torch.device, seed: int, vision_steps: int, steps:
         torch.save(state, temporary)
         os.replace(temporary, state_file)
 
-    now = progress_state
     if not lines:
         log(
             event="start",
@@ -227,32 +234,39 @@ def train(work: Path, device: torch.device, seed: int, vision_steps: int, steps:
             machine=platform.machine(),
             torch=torch.__version__,
         )
-    with Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), "{task.fields[note]}") as progress:
+    columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), "{task.fields[note]}")
+    with Progress(*columns) as progress, ThreadPoolExecutor(1) as ahead:
         for phase, total in (("vision", vision_steps), ("language", steps)):
             if now["phase"] != phase:
                 continue
             task = progress.add_task(phase, total=total, completed=now["step"], note="")
-            optimizer = optimizers[phase]
+            optimizer, draw = optimizers[phase], DRAW[phase]
+            batch = ahead.submit(draw, seed, now["step"], now["drawn"])
             for step in range(now["step"], total):
                 started = time.perf_counter()
-                random = np.random.default_rng([seed, phase == "language", step])
+                here = to_device(batch.result(), device)
+                now["drawn"] = now["objects"]
+                batch = ahead.submit(draw, seed, step + 1, now["drawn"])
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * learning_rate(step, total)
                 optimizer.zero_grad()
                 if phase == "vision":
-                    measured = vision_step(trainee, random)
+                    measured = vision_step(trainee, here)
                 else:
-                    measured = language_step(trainee, random, now, DROPPED_LAYERS * min(1, step / (0.2 * total)))
+                    drop = DROPPED_LAYERS * min(1, step / (0.2 * total))
+                    random = np.random.default_rng([seed, len(DRAW), step])
+                    kept = [layer for layer in range(len(trainee.layers)) if random.random() >= drop]
+                    measured = language_step(trainee, here, kept, now)
                 norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
                 optimizer.step()
                 now["step"], now["seconds"] = step + 1, now["seconds"] + time.perf_counter() - started
                 progress.update(task, advance=1, note=" ".join(f"{k} {v:.3f}" for k, v in list(measured.items())[:3]))
                 if (step + 1) % 50 == 0:
-                    values = {name: round(value, 4) for name, value in measured.items()}
+                    values = {name: round(value, 4) for name, value in measured.items() if np.isfinite(value)}
                     log(phase=phase, step=step + 1, seconds=round(now["seconds"]), norm=round(norm.item(), 3), **values)
                 if phase == "language" and ((step + 1) % 500 == 0 or step + 1 == total):
-                    found = {kind: round(share, 4) for kind, share in trainee.evaluate(128).items()}
-                    log(event="held out", phase=phase, step=step + 1, scenes=128, **found)
+                    found = {kind: round(share, 4) for kind, share in trainee.evaluate(EVALUATED).items()}
+                    log(event="held out", phase=phase, step=step + 1, scenes=EVALUATED, **found)
                 if (step + 1) % 200 == 0 or step + 1 == total:
                     keep()
             now |= {"phase": "language" if phase == "vision" else "done", "step": 0}
@@ -260,20 +274,31 @@ def train(work: Path, device: torch.device, seed: int, vision_steps: int, steps:
     return trainee
 
 
-def vision_step(trainee: Trainee, random: np.random.Generator) -> dict[str, float]:
+def draw_vision(seed: int, step: int, objects: int) -> Batch:
+    """The scenes of a step of the first phase."""
+    random = np.random.default_rng([seed, 0, step])
     drawn = [make_scene(random, int(random.integers(1, MOST_OBJECTS, endpoint=True))) for _ in range(VISION_BATCH)]
-    batch = to_device(make_batch(drawn, [[] for _ in drawn]), trainee.device)
+    return make_batch(drawn, [[] for _ in drawn])
+
+
+def draw_language(seed: int, step: int, objects: int) -> Batch:
+    """The scenes of a step of the second phase, with so many objects at most, and questions about them."""
+    random = np.random.default_rng([seed, 1, step])
+    drawn = [make_scene(random, int(random.integers(1, objects, endpoint=True))) for _ in range(BATCH)]
+    return make_batch(drawn, [choose_questions(scene, random, QUESTIONS) for scene in drawn])
+
+
+DRAW = {"vision": draw_vision, "language": draw_language}
+
+
+def vision_step(trainee: Trainee, batch: Batch) -> dict[str, float]:
     with trainee.autocast():
         loss, seen = trainee.sight.loss(trainee.see(batch), batch)
     loss.backward()
     return {"loss": loss.item(), **seen}
 
 
-def language_step(trainee: Trainee, random: np.random.Generator, now: dict, drop: float) -> dict[str, float]:
-    drawn = [make_scene(random, int(random.integers(1, now["objects"], endpoint=True))) for _ in range(BATCH)]
-    batch = make_batch(drawn, [choose_questions(scene, random, QUESTIONS) for scene in drawn])
-    batch = to_device(batch, trainee.device)
-    kept = [layer for layer in range(len(trainee.layers)) if random.random() >= drop]
+def language_step(trainee: Trainee, batch: Batch, kept: list[int], now: dict) -> dict[str, float]:
     with trainee.autocast():
         hidden = trainee.see(batch)
         seeing, _ = trainee.sight.loss(hidden, batch)
@@ -286,7 +311,7 @@ def language_step(trainee: Trainee, random: np.random.Generator, now: dict, drop
     near = ((logits.argmax(-1) - batch.answers).abs() <= 2)[asked].float().mean().item()
     now["running"] = 0.95 * now["running"] + 0.05 * near
     now["since"] += 1
-    if now["running"] >= ENOUGH and now["since"] >= 50 and now["objects"] < MOST_OBJECTS:
+    if now["running"] >= ENOUGH and now["since"] >= AT_LEAST and now["objects"] < MOST_OBJECTS:
         now |= {"objects": now["objects"] + 1, "running": 0.0, "since": 0}
     return {"loss": losses.mean().item(), "near": near, "objects": now["objects"], "kept": len(kept), **by_kind}
 
