@@ -126,7 +126,7 @@ class SlowWay:
         self.decoder = decoder_of(model)
         self.kinds = layer_types(self.decoder)
         self.stages = {stage.layer: stage for stage in policy.schedule}
-        # Of the latest routed prompt: positions in the conversation, and scores of the candidates by place in the prompt.
+        # Of the latest routed prompt: positions in the conversation, and candidates' scores by place in the prompt.
         self.selected: list[list[int]] = []
         self.scores: list[dict[int, float]] = []
 
