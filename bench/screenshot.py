@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
         if app(["view", "--output", str(path), *given], prog_name="reroute-kernels", standalone_mode=False):
             sys.exit(2)
         with chromium() as browser:
-            page = browser.new_page(viewport={"width": 1200, "height": 700}, device_scale_factor=1.5)
+            page = browser.new_page(viewport={"width": 1200, "height": 700})
             page.goto(path.as_uri())
             if shows_scores:
                 page.check("[value=score]")
