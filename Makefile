@@ -5,7 +5,9 @@ SEED ?= 0
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-.PHONY: help test test-oldest test-matrix fuzz compile-matrix gpu-report demo bench lint format clean
+CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
+
+.PHONY: help browser test test-oldest test-matrix fuzz compile-matrix gpu-report demo bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +24,13 @@ test-matrix: .venv-oldest/ready .venv-middle/ready .venv/ready  ## call every mo
 	    --support-record=bench/results/models tests/models; \
 	done
 	$(BIN)/python -m bench.report
+
+browser:  ## install Chromium for the tests of the page, where it is missing, with apt and as root
+	@for name in $(CHROMIUM); do command -v $$name >/dev/null && exit 0; done; \
+	if ! command -v apt-get >/dev/null; then echo "browser: there is no apt; tests that need Chromium are skipped"; \
+	elif test "$$(id -u)" = 0; then apt-get update -qq && apt-get install -y -qq chromium; \
+	elif sudo -n true 2>/dev/null; then sudo apt-get update -qq && sudo apt-get install -y -qq chromium; \
+	else echo "browser: apt needs root; tests that need Chromium are skipped"; fi
 
 fuzz: .venv/ready  ## run 5,000 random cases, kernel against reference; SEED=N begins at another seed
 	$(BIN)/python -m pytest $(PARALLEL:loadfile=load) tests/test_fuzz.py --fuzz-cases 5000 --fuzz-seed $(SEED)

@@ -8,20 +8,22 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from textwrap import wrap
 
 import torch
 from torch import Tensor, nn
 
-from ..notation import first_line, parse_preset, parse_schedule
+from ..notation import first_line, parse_policy, parse_preset, policy_text
 from ..policy import Policy
-from ..presets import Preset, preset
+from ..presets import NUM_LAYERS, Preset, preset, presets
 from ..routing import Trace
 from . import ADAPTERS, apply
 from .adapter import visual_token_ids
+from .boxes import Box
 
 TINY_CHECKPOINT = Path(__file__).with_name("tiny_llava")
 """A LLaVA-1.5 of 32 narrow layers and 576 visual tokens with random weights."""
@@ -30,6 +32,13 @@ DEFAULT_PRESETS = {
     "llava": Preset("llava-1.5-7b", "reroute-fastv", 192),
     "qwen2_5_vl": Preset("qwen2.5-vl-7b", "reroute-fastv", 192),
 }
+
+
+# How patches and boxes are drawn.
+DEFERRED, RETURNED = (0.05, 0.05, 0.1, 0.78), "#ff2bd6"
+REMOVED = {"facecolor": "#c9cbd1", "edgecolor": "#5c5f68", "hatch": "/////", "linewidth": 0}
+READ_BOX = {"edgecolor": "#ffd60a", "linewidth": 2.4}
+TRUE_BOX = {"edgecolor": "#00b4f0", "linewidth": 2.4, "linestyle": "--"}
 
 
 class DemoError(Exception):
@@ -44,11 +53,18 @@ class Subject:
     processor: object
     inputs: dict[str, Tensor]
     policies: tuple[Policy, Policy]
-    """What `remove` and `reroute` follow."""
+    """Those given, or what `remove` and `reroute` follow."""
+    names: tuple[str, str]
+    """Of the policies."""
     picture: object
     """The part of the photo that the model sees, as a PIL image."""
     grid: tuple[int, int]
     """Rows and columns of visual tokens over the picture."""
+
+    def visual_positions(self) -> list[int]:
+        """Where the visual tokens stand in the prompt."""
+        ids = torch.tensor(visual_token_ids(self.model.config), device=self.model.device)
+        return torch.isin(self.inputs["input_ids"][0], ids).nonzero().flatten().tolist()
 
 
 @dataclass
@@ -68,28 +84,46 @@ class Run:
     trace: Trace | None = None
 
 
-def parse_policies(text: str | None, model_type: str) -> tuple[Policy, Policy]:
-    """The `remove` and the `reroute` policy that a `--policy` argument stands for.
+def default_policy(model_type: str, layers: int) -> str:
+    """The default preset of a model type, or quarters at four depths of a model that has none or other layers."""
+    name = DEFAULT_PRESETS.get(model_type)
+    if name is not None and NUM_LAYERS[name.model] == layers:
+        return "/".join(map(str, name))
+    return ",".join(f"{layer}:0.25" for layer in sorted({layers * eighths // 8 for eighths in (1, 2, 4, 6)}))
+
+
+def parse_policies(texts: Sequence[str], model_type: str, layers: int) -> tuple[tuple[str, Policy], ...]:
+    """The two policies, with names, that `--policy` arguments stand for.
 
     Args:
-        text: `model/method/avg_tokens` of a preset, whose published counterpart is the other policy; or a schedule
-            such as `3:0.25,7:0.25`, which both follow. None: the default preset of the model type.
+        texts: two policies as `notation.parse_policy` takes them. One: what removes and what reroutes, of which it is
+            one; the other is its published counterpart or else follows the same schedule. None: of the default.
         model_type: `config.model_type`.
+        layers: of its decoder.
     """
+    if len(texts) > 2:
+        raise DemoError(f"policy must be given once or twice, got {len(texts)}: {' '.join(texts)}")
+    known = DEFAULT_PRESETS[model_type].model if model_type in DEFAULT_PRESETS else None
     try:
-        if text is not None and ":" in text:
-            schedule = parse_schedule(text)
-            return Policy(schedule, "remove"), Policy(schedule, "reroute")
-        name = DEFAULT_PRESETS[model_type]
-        if text is not None:
-            name = parse_preset(text)
-        baseline = name.method.removeprefix("reroute-").removesuffix("-stagewise")
-        return preset(*name._replace(method=baseline)), preset(*name._replace(method=f"reroute-{baseline}"))
+        if len(texts) == 2:
+            return tuple((text, parse_policy(text, known)) for text in texts)
+        (text,) = texts or (default_policy(model_type, layers),)
+        policy = parse_policy(text, known)
     except (ValueError, TypeError) as error:
-        raise DemoError(
-            f"policy must be a preset like llava-1.5-7b/reroute-fastv/192 or a schedule like 3:0.25,7:0.25, "
-            f"got {text!r}: {error}"
-        ) from None
+        raise DemoError(first_line(error)) from None
+    if ":" in text:
+        both = [replace(policy, action=action) for action in ("remove", "reroute")]
+        return tuple((policy_text(each), each) for each in both)
+    name = parse_preset(text, known)
+    baseline = name.method.removeprefix("reroute-").removesuffix("-stagewise")
+    names = [name._replace(method=method) for method in (baseline, f"reroute-{baseline}")]
+    published = presets(originals=True)
+    if all(each in published for each in names):
+        return tuple(("/".join(map(str, each)), preset(*each)) for each in names)
+    return tuple(
+        (text if action == policy.action else f"{text}, but {action}", replace(policy, action=action))
+        for action in ("remove", "reroute")
+    )
 
 
 def open_image(path: Path | None):
@@ -111,15 +145,17 @@ def open_image(path: Path | None):
         raise DemoError(f"image must be readable, got {path}: {error}") from None
 
 
-def load(model: str | None, image, prompt: str, policy: str | None, *, chat: bool, device: str, dtype: str) -> Subject:
+def load(
+    model: str | None, image, prompt: str, policies: Sequence[str], *, chat: bool | None, device: str, dtype: str
+) -> Subject:
     """Load a checkpoint by the ordinary transformers path and process the prompt for it.
 
     Args:
         model: checkpoint folder or hub id; None for the tiny checkpoint.
         image: the photo, as a PIL image.
         prompt: text with the model's image token once.
-        policy: as `parse_policies` takes it.
-        chat: put the prompt into the model's chat template, which adds the image token.
+        policies: as `parse_policies` takes them.
+        chat: put the prompt into the model's chat template, which adds the image token; None: where it lacks the token.
         device, dtype: where and in what precision to run.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -135,13 +171,22 @@ def load(model: str | None, image, prompt: str, policy: str | None, *, chat: boo
         raise DemoError(f"model must be {accepted}, got {source}: {first_line(error)}") from None
     if config.model_type not in ADAPTERS:
         raise DemoError(f"model must be {accepted}, got {source} of type {config.model_type!r}")
-    policies = parse_policies(policy, config.model_type)
+    names, policies = zip(
+        *parse_policies(policies, config.model_type, config.get_text_config().num_hidden_layers), strict=True
+    )
 
     # The weights come last: they take longest, and nothing that is wrong with the prompt needs them.
     try:
         processor = AutoProcessor.from_pretrained(source)
     except Exception as error:
         raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
+    if chat is None:
+        chat = processor.image_token not in prompt
+    if chat and not processor.chat_template:
+        raise DemoError(
+            f"prompt must hold the image token {processor.image_token!r} for {source}, which has no chat template, "
+            f"got {prompt!r}"
+        )
     if chat:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -157,7 +202,13 @@ def load(model: str | None, image, prompt: str, policy: str | None, *, chat: boo
         raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
     inputs = inputs.to(device)
     picture, grid = seen_picture(network.config, processor, inputs, image)
-    return Subject(network, processor, dict(inputs), policies, picture, grid)
+    subject = Subject(network, processor, dict(inputs), policies, names, picture, grid)
+    if (tokens := len(subject.visual_positions())) != grid[0] * grid[1]:
+        raise DemoError(
+            f"model must see the image as one grid of visual tokens, got {source}, which makes {tokens} of "
+            f"{grid[0]} x {grid[1]} patches"
+        )
+    return subject
 
 
 def seen_picture(config, processor, inputs, image):
@@ -170,6 +221,10 @@ def seen_picture(config, processor, inputs, image):
         patch = config.vision_config.patch_size
         return image.resize((columns * patch, rows * patch)), (rows // merge, columns // merge)
     pixels = inputs["pixel_values"][0].float().cpu()
+    if pixels.ndim != 3:
+        raise DemoError(
+            f"model must see the image as one grid of visual tokens, got one that cuts it into {len(pixels)}"
+        )
     settings = processor.image_processor
     mean, std = (torch.tensor(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
     pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -190,15 +245,20 @@ def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]
                 if repeat == 0:  # warms up, and gives everything but the time
                     output = model(**inputs, use_cache=True, logits_to_keep=1)
                     measure_cache(run, output.past_key_values, text)
-                    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-                    answer = tokens[0, inputs["input_ids"].shape[1] :]
-                    run.answer = subject.processor.decode(answer, skip_special_tokens=True).strip()
+                    run.answer = answer(subject, max_new_tokens)
                     run.trace = routing.trace if routing else None
                 else:
                     times[run.name].append(
                         timed(lambda: model(**inputs, use_cache=True, logits_to_keep=1), model.device)
                     )
     return [replace(run, prefill_ms=statistics.median(times[run.name]) * 1e3) for run in runs]
+
+
+def answer(subject: Subject, max_new_tokens: int) -> str:
+    """The greedy answer to the prompt."""
+    tokens = subject.model.generate(**subject.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    answer = tokens[0, subject.inputs["input_ids"].shape[1] :]
+    return subject.processor.decode(answer, skip_special_tokens=True).strip()
 
 
 class routed:
@@ -245,6 +305,8 @@ class StageShare:
     layer: int
     ran: set[int]
     deferred: set[int]
+    removed: set[int]
+    """Tokens that are gone for good."""
     returned: set[int]
     """Tokens that run here and were deferred in the stage before."""
 
@@ -252,16 +314,36 @@ class StageShare:
 def stage_shares(trace: Trace, visual_positions: list[int]) -> list[StageShare]:
     """The visual tokens of each stage of a routed prefill, as places among the image's tokens."""
     place = {position: number for number, position in enumerate(visual_positions)}
-    everything, shares, before = set(place.values()), [], set(place.values())
+    everything, shares = set(place.values()), []
+    left = everything if trace.reduction is None else {place[each] for each in trace.reduction.selected[0].tolist()}
+    before = left
     for stage in trace.stages:
         ran = {place[position] for position in stage.selected[0].tolist()}
-        shares.append(StageShare(stage.layer, ran, everything - ran, ran - before))
+        deferred = left - ran if trace.policy.action == "reroute" else set()
+        shares.append(StageShare(stage.layer, ran, deferred, everything - ran - deferred, ran - before))
         before = ran
     return shares
 
 
-def draw(subject: Subject, shares: list[StageShare], path: Path) -> None:
-    """Save the photo once per stage: patches that ran, patches deferred, and patches that came back."""
+@dataclass
+class Row:
+    """What a picture shows of one policy."""
+
+    name: str
+    shares: Sequence[StageShare]
+    box: Box | None = None
+    """What the answer holds."""
+
+
+def draw(subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = None) -> None:
+    """Save the photo once per stage, a row for each policy: patches that ran, and what became of the others.
+
+    Args:
+        subject: whose picture it is.
+        rows: what to draw.
+        path: of the picture.
+        truth: the box that was asked for.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -269,33 +351,53 @@ def draw(subject: Subject, shares: list[StageShare], path: Path) -> None:
     import numpy as np
     from matplotlib.patches import Patch, Rectangle
 
-    rows, columns = subject.grid
+    patches, frame = subject.grid, {"fill": False, "edgecolor": RETURNED, "linewidth": 1.1}
     photo = np.asarray(subject.picture)
-    height, width = photo.shape[0] / rows, photo.shape[1] / columns
-    size = (3.2 * (len(shares) + 1), 4.2)
-    figure, axes = plt.subplots(1, len(shares) + 1, figsize=size, squeeze=False, layout="constrained")
-    for axis, share in zip(axes[0], [None, *shares], strict=True):
-        axis.set_axis_off()
-        axis.imshow(photo)
-        if share is None:
-            axis.set_title("what the model sees", fontsize=10)
-            continue
-        veil = np.zeros((rows, columns, 4))
-        veil.reshape(-1, 4)[sorted(share.deferred)] = (0.05, 0.05, 0.1, 0.78)
-        axis.imshow(veil, extent=(0, photo.shape[1], photo.shape[0], 0), interpolation="nearest")
-        for place in sorted(share.returned):
-            corner = (place % columns * width, place // columns * height)
-            axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="#ff2bd6", linewidth=1.1))
-        axis.set_title(f"from layer {share.layer}: {len(share.ran)} ran,\n{len(share.returned)} came back", fontsize=10)
-    figure.legend(
-        handles=[
-            Patch(facecolor="white", edgecolor="black", label="ran"),
-            Patch(facecolor="#22222a", label="deferred"),
-            Patch(facecolor="white", edgecolor="#ff2bd6", label="came back after being deferred"),
-        ],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-    )
+    height, width = photo.shape[0] / patches[0], photo.shape[1] / patches[1]
+    columns = 1 + max(len(row.shares) for row in rows)
+    size = (3.2 * columns, 0.6 + 3.6 * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    for row, line in zip(rows, axes, strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, share in zip(line, [None, *row.shares], strict=False):
+            axis.imshow(photo)
+            if share is None:
+                axis.set_title("\n".join(wrap(row.name.replace(",", ", "), 38)) or "what the model sees", fontsize=10)
+                for box, style in ((truth, TRUE_BOX), (row.box, READ_BOX)):
+                    if box is not None:
+                        axis.add_patch(_rectangle(box, photo.shape, **style))
+                continue
+            veil = np.zeros((*patches, 4))
+            veil.reshape(-1, 4)[sorted(share.deferred)] = DEFERRED
+            axis.imshow(veil, extent=(0, photo.shape[1], photo.shape[0], 0), interpolation="nearest")
+            for places, style in ((share.removed, REMOVED), (share.returned, frame)):
+                for place in sorted(places):
+                    corner = (place % patches[1] * width, place // patches[1] * height)
+                    axis.add_patch(Rectangle(corner, width, height, **style))
+            title = f"from layer {share.layer}: {len(share.ran)} ran,\n{len(share.returned) or 'none'} came back"
+            axis.set_title(title, fontsize=10)
+    shares = [share for row in rows for share in row.shares]
+    legend = [
+        (True, Patch(facecolor="white", edgecolor="black", label="ran")),
+        (any(share.deferred for share in shares), Patch(facecolor="#22222a", label="deferred")),
+        (any(share.removed for share in shares), Patch(**REMOVED, label="removed for good")),
+        (
+            any(share.deferred for share in shares),
+            Patch(facecolor="white", edgecolor=RETURNED, label="came back after being deferred"),
+        ),
+        (any(row.box for row in rows), Patch(fill=False, label="box in the answer", **READ_BOX)),
+        (truth is not None, Patch(fill=False, label="true box", **TRUE_BOX)),
+    ]
+    handles = [handle for is_there, handle in legend if is_there]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _rectangle(box: Box, shape: tuple[int, ...], **style):
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = box
+    corner = (left * shape[1], top * shape[0])
+    return Rectangle(corner, (right - left) * shape[1], (bottom - top) * shape[0], fill=False, **style)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 try:
@@ -183,13 +184,20 @@ def solve_schedule(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint folder or hub id of a supported model. Default: a tiny one with random weights."),
+]
+Photo = Annotated[Path | None, typer.Option(help="Photo. Default: one that ships with scikit-learn.")]
+RunDevice = Annotated[str, typer.Option(help="Device to run on.")]
+RunType = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+AnswerLength = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
+
+
 @app.command()
 def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint folder or hub id of a supported model. Default: a tiny one with random weights."),
-    ] = None,
-    image: Annotated[Path | None, typer.Option(help="Photo. Default: one that ships with scikit-learn.")] = None,
+    model: Checkpoint = None,
+    image: Photo = None,
     prompt: Annotated[
         str | None, typer.Option(help="Prompt with the model's image token. Default: a question in its chat template.")
     ] = None,
@@ -199,52 +207,28 @@ def demo(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     output: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("demo.png"),
-    device: Annotated[str, typer.Option(help="Device to run on.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 16,
+    device: RunDevice = "cpu",
+    dtype: RunType = "float32",
+    max_new_tokens: AnswerLength = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Prefills to time of each kind.")] = 7,
 ) -> None:
     """Run one prompt unrouted, with tokens removed, and rerouted; print a table and save a picture.
 
     Example: reroute-kernels demo --image photo.jpg --chat --prompt "Where is the cup?"
     """
-    try:
-        _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tokens, repeats)
-    except ModuleNotFoundError as error:
-        _fail(f"the demo needs {error.name}: pip install 'reroute-kernels[demo]'")
-
-
-def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tokens, repeats) -> None:
-    import torch
-
-    from .models import demo as demonstration
-    from .plot import check_picture
-
     console = _console()
-    try:
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise demonstration.DemoError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            message = demonstration.first_line(error)
-            raise demonstration.DemoError(f"device must be one of this machine's, got {device!r}: {message}") from None
-        try:
-            check_picture(output, "output")
-        except ValueError as error:
-            raise demonstration.DemoError(str(error)) from None
+    with _demonstration(device, dtype) as demonstration:
+        _check_output(output, "output")
         photo = demonstration.open_image(image)
         if prompt is None:
-            chat, prompt = True, "Where is the temple?" if image is None else "Describe the image."
-        subject = demonstration.load(model, photo, prompt, policy, chat=chat, device=device, dtype=dtype)
+            chat, prompt = True, _question(image)
+        policies = [] if policy is None else [policy]
+        subject = demonstration.load(model, photo, prompt, policies, chat=chat, device=device, dtype=dtype)
         with console.status("running"):
             runs = demonstration.compare(subject, max_new_tokens=max_new_tokens, repeats=repeats)
-        ids = torch.tensor(demonstration.visual_token_ids(subject.model.config), device=subject.model.device)
-        positions = torch.isin(subject.inputs["input_ids"][0], ids).nonzero().flatten().tolist()
+        positions = subject.visual_positions()
         shares = demonstration.stage_shares(runs[-1].trace, positions)
-        demonstration.draw(subject, shares, output)
-    except demonstration.DemoError as error:
-        _fail(str(error))
+        demonstration.draw(subject, [demonstration.Row("", shares)], output)
 
     console.print(tables.runs_table(runs))
     console.print(tables.shares_table(shares))
@@ -255,11 +239,108 @@ def _demo(model, image, prompt, policy, chat, output, device, dtype, max_new_tok
         highlight=False,
     )
     if model is None:
-        console.print(
-            "This checkpoint has random weights: its words mean nothing, and it is too small for its prefill times "
-            "to say anything about a real model. Pass --model for one.",
-            soft_wrap=True,
-        )
+        console.print(_RANDOM_WEIGHTS, soft_wrap=True)
+
+
+@app.command()
+def view(
+    image: Photo = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Question; put into the model's chat template unless it holds the model's image token."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Preset (see the command presets) or schedule, such as 3:0.25,7:0.25 or remove:3:0.25; may be given "
+            "twice. One: beside the same with the other action. Default: tier 192, or what fits the model.",
+        ),
+    ] = None,
+    model: Checkpoint = None,
+    truth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BOX",
+            help="True box, to be drawn: left,top,right,bottom as shares (0 to 1) of the picture that the model sees, "
+            "after its processor cropped or resized the photo.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where to save the page.")] = Path("view.html"),
+    png: Annotated[Path | None, typer.Option(help="Where to save a picture of the stages, too.")] = None,
+    device: RunDevice = "cpu",
+    dtype: RunType = "float32",
+    max_new_tokens: AnswerLength = 32,
+) -> None:
+    """Show in one page of HTML which patches run, wait or are gone in every layer, under two policies.
+
+    Example: reroute-kernels view --image photo.jpg --prompt "Where is the cup?" --policy remove:3:0.25,7:0.25
+    """
+    console = _console()
+    with _demonstration(device, dtype) as demonstration:
+        from .models import view as viewing
+
+        _check_output(output, "output", (".html",))
+        if png is not None:
+            _check_output(png, "png")
+        box = None if truth is None else viewing.parse_box(truth)
+        photo = demonstration.open_image(image)
+        prompt = _question(image) if prompt is None else prompt
+        subject = demonstration.load(model, photo, prompt, policy or (), chat=None, device=device, dtype=dtype)
+        with console.status("running"):
+            panes = viewing.compare(subject, max_new_tokens=max_new_tokens)
+        name = model or demonstration.TINY_CHECKPOINT.name
+        output.write_text(viewing.page(viewing.page_data(subject, panes, prompt, name, box)), encoding="utf-8")
+        if png is not None:
+            viewing.still(subject, panes, png, box)
+
+    console.print(tables.panes_table(panes))
+    pictures = "" if png is None else f" Picture: {png}"
+    console.print(f"Page: {output}{pictures}", markup=False, highlight=False, soft_wrap=True)
+    if model is None:
+        console.print(_RANDOM_WEIGHTS, soft_wrap=True)
+
+
+_RANDOM_WEIGHTS = (
+    "This checkpoint has random weights: its words mean nothing, and it is too small for its prefill times to say "
+    "anything about a real model. Pass --model for one."
+)
+
+
+def _question(image: Path | None) -> str:
+    return "Where is the temple?" if image is None else "Describe the image."
+
+
+@contextmanager
+def _demonstration(device: str, dtype: str) -> Iterator[ModuleType]:
+    """The module `models.demo`, where it can run so; its errors are one line."""
+    try:
+        import torch
+
+        from .models import demo as demonstration
+    except ModuleNotFoundError as error:
+        _fail(f"the demo needs {error.name}: pip install 'reroute-kernels[demo]'")
+    try:
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise demonstration.DemoError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            message = demonstration.first_line(error)
+            raise demonstration.DemoError(f"device must be one of this machine's, got {device!r}: {message}") from None
+        yield demonstration
+    except ModuleNotFoundError as error:
+        _fail(f"the demo needs {error.name}: pip install 'reroute-kernels[demo]'")
+    except demonstration.DemoError as error:
+        _fail(str(error))
+
+
+def _check_output(path: Path, name: str, formats: tuple[str, ...] | None = None) -> None:
+    from .plot import PICTURE_FORMATS, check_picture
+
+    try:
+        check_picture(path, name, formats or PICTURE_FORMATS)
+    except ValueError as error:
+        _fail(str(error))
 
 
 @app.command("env")

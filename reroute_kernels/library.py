@@ -63,16 +63,23 @@ def _route(*arguments):
     *ranking, pool, pinned, keep, length, tensors = arguments
     device = ranking[1].device
     with _full_precision(device):
-        index, compact = operations_for(device).route_tokens(
-            *ranking[:8], **_options(ranking), pool=pool, pinned=pinned, keep=keep, length=length, tensors=tensors
+        index, compact, scores = operations_for(device).route_tokens(
+            *ranking[:8],
+            **_options(ranking),
+            pool=pool,
+            pinned=pinned,
+            keep=keep,
+            length=length,
+            tensors=tensors,
+            return_scores=True,
         )
-    return index, list(compact)
+    return index, list(compact), scores
 
 
 def _route_fake(query, key, *arguments):
     *_, length, tensors = arguments
     index = key.new_empty((key.shape[0], length), dtype=torch.int64)
-    return index, _gather_fake(index, tensors)
+    return index, _gather_fake(index, tensors), _rank_fake(query, key)
 
 
 def _overlaps_itself(tensor) -> bool:
@@ -117,7 +124,7 @@ _register(
 _register("gather_tokens(Tensor index, Tensor[] tensors) -> Tensor[]", _gather, _gather_fake)
 _register(
     f"route_tokens({_RANKING}, Tensor pool, Tensor pinned, Tensor keep, SymInt length, Tensor[] tensors) "
-    "-> (Tensor, Tensor[])",
+    "-> (Tensor, Tensor[], Tensor)",
     _route,
     _route_fake,
 )

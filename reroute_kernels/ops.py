@@ -352,7 +352,8 @@ def route_tokens(
     keep: int | Sequence[int] | Tensor,
     length: int,
     tensors: Sequence[Tensor] = (),
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_scores: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Make a whole decision in one call: rank the tokens, select those that run, and compact what belongs to them.
 
     Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in fewer launches: three
@@ -364,9 +365,11 @@ def route_tokens(
             rotary_style: as in `rank_tokens`.
         pool, pinned, keep, length: as in `select_tokens`.
         tensors: each (B, L, ...), as in `gather_tokens`; may be none.
+        return_scores: also return what `rank_tokens` does. It is computed anyway, and costs nothing.
 
     Returns:
-        (B, M) int64, the kept index, and a tuple of one contiguous (B, M, ...) tensor for each of `tensors`.
+        (B, M) int64, the kept index, and a tuple of one contiguous (B, M, ...) tensor for each of `tensors`; then, if
+        asked for, (B, L) float32, the scores.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -393,10 +396,11 @@ def route_tokens(
     _check_rows(tensors, batch, total, key.device)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
-        index, compact = torch.ops.reroute_kernels.route_tokens(
+        index, compact, scores = torch.ops.reroute_kernels.route_tokens(
             *ranking, pool, pinned, keep, length, () if needs_gradient else tensors
         )
-    return index, _Gather.apply(index, *tensors) if needs_gradient else tuple(compact)
+    result = index, _Gather.apply(index, *tensors) if needs_gradient else tuple(compact)
+    return (*result, scores) if return_scores else result
 
 
 class _Scatter(torch.autograd.Function):

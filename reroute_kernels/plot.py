@@ -23,20 +23,21 @@ _MOST_COLUMNS = 3
 _COLORS = {"removed": "#e4e7ec", "deferred": "#b9d2ee", "run": "#2563a8"}
 
 
-def check_picture(path: Path, name: str) -> None:
-    """Refuse, before anything runs, a picture that could not be saved.
+def check_picture(path: Path, name: str, formats: Sequence[str] = PICTURE_FORMATS) -> None:
+    """Refuse, before anything runs, a picture or page that could not be saved.
 
     Args:
         path: of the picture.
         name: of the argument, for the message.
+        formats: accepted endings.
 
     Raises:
-        ValueError: the path cannot be written, or names no format of a picture.
+        ValueError: the path cannot be written, or has another ending.
     """
     if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
         raise ValueError(f"{name} must be a file that can be written, got {path}")
-    if path.suffix.lower() not in PICTURE_FORMATS:
-        raise ValueError(f"{name} must end in one of {', '.join(PICTURE_FORMATS)}, got {path}")
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"{name} must end in {'one of ' if len(formats) > 1 else ''}{', '.join(formats)}, got {path}")
 
 
 def draw_schedules(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Figure:

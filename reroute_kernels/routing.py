@@ -121,6 +121,28 @@ class TokenSequence:
         )
 
 
+@dataclass(eq=False)
+class Scored:
+    """What a decision chose from: scores (B, S) float32 of a sequence of S tokens, and which of them are candidates.
+
+    pool: (B, S) bool; kept: (B, S) positions in the full sequence, or None where this is the full sequence.
+    """
+
+    scores: Tensor
+    pool: Tensor
+    kept: Tensor | None
+
+    def of_visual(self, visual: Tensor) -> list[Tensor]:
+        """For each sample the scores of its visual tokens, NaN at those that were no candidates; visual: (B, L)."""
+        scores = self.scores.cpu().masked_fill(~self.pool.cpu(), torch.nan)
+        if self.kept is not None:
+            # What holds no token goes to a column of its own, which is cut off.
+            places, length = self.kept.cpu(), visual.shape[1]
+            full = scores.new_full((len(scores), length + 1), torch.nan)
+            scores = full.scatter_(1, torch.where(places < 0, length, places), scores)[:, :length]
+        return [row[is_visual] for row, is_visual in zip(scores, visual, strict=True)]
+
+
 class RoutedForward:
     """The state of one routed prefill, from its first stage until the full sequence is restored.
 
@@ -163,6 +185,7 @@ class RoutedForward:
         self._base: TokenSequence | None = None
         self._owns_base = False
         self._scores: Tensor | None = None
+        self.scored: list[Scored | None] = []
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
@@ -219,7 +242,7 @@ class RoutedForward:
             ranked, self._scores = on_device(hidden.device, self._scores), None
         else:
             ranked = self._ranked(source, project)
-        index, rows = self._route(
+        index, rows, scores = self._route(
             ranked,
             pool=source.pool,
             pinned=source.pinned,
@@ -227,6 +250,7 @@ class RoutedForward:
             length=self.lengths[stage],
             tensors=(source.hidden, *source.tables, *carried),
         )
+        self.scored.append(None if reduces else Scored(scores, source.pool, source.kept))
         ragged = self.is_ragged(stage)
         if ragged and self.fill_front:
             index, rows = self._move_to_end(index, rows, on_device(index.device, self.rows[stage]))
@@ -281,11 +305,11 @@ class RoutedForward:
         """`ops.route_tokens`, in steps where there are scores, or where they must be combined."""
         if isinstance(ranked, Attention) and self.combine is None:
             selection = {"pool": pool, "pinned": pinned, "keep": keep, "length": length, "tensors": tensors}
-            return ops.route_tokens(**ranked.arguments, **selection)
+            return ops.route_tokens(**ranked.arguments, **selection, return_scores=True)
         if isinstance(ranked, Attention):
             ranked = self._all_scores(ranked)
         index = ops.select_tokens(ranked, pool, pinned, keep, length)
-        return index, ops.gather_tokens(index, *tensors)
+        return index, ops.gather_tokens(index, *tensors), ranked
 
     @staticmethod
     def _move_to_end(index: Tensor, rows: list[Tensor], lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -385,6 +409,7 @@ class StageTrace:
     _kept: Tensor = field(repr=False)
     _visual: Tensor = field(repr=False)
     _offset: int = field(repr=False)
+    _scored: Scored | None = field(repr=False)
 
     @cached_property
     def selected(self) -> list[Tensor]:
@@ -395,6 +420,15 @@ class StageTrace:
         kept, visual = self._kept.cpu(), self._visual.cpu()
         rows = (row[row >= 0] for row in kept)
         return [row[is_visual[row]] + self._offset for row, is_visual in zip(rows, visual, strict=True)]
+
+    @cached_property
+    def scores(self) -> list[Tensor] | None:
+        """For each sample what the ranking gave its N visual tokens: (N,) float32, in their order, on the CPU.
+
+        To be compared within a sample and a decision; higher runs. NaN at tokens that were no candidates, such as those
+        gone under `remove`. None for what a reducer left, which is not ranked here.
+        """
+        return None if self._scored is None else self._scored.of_visual(self._visual.cpu())
 
 
 @dataclass(frozen=True, eq=False)
@@ -416,8 +450,10 @@ class Trace:
         prompt, policy, offset = forward.prompt, forward.policy, past.length if past else 0
         keeps = (None,) * (policy.reducer is not None) + tuple(stage.keep for stage in policy.schedule)
         stages = [
-            StageTrace(layer, keep, length, kept, prompt.visual, offset)
-            for layer, keep, length, kept in zip(policy.stage_layers, keeps, forward.lengths, forward.kept, strict=True)
+            StageTrace(layer, keep, length, kept, prompt.visual, offset, scored)
+            for layer, keep, length, kept, scored in zip(
+                policy.stage_layers, keeps, forward.lengths, forward.kept, forward.scored, strict=True
+            )
         ]
         reduction = stages.pop(0) if policy.reducer is not None else None
         return cls(policy, prompt.length, prompt.visual_counts, stages, reduction)

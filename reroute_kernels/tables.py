@@ -16,6 +16,7 @@ from .presets import Preset
 if TYPE_CHECKING:
     from .environment import Device
     from .models.demo import Run, StageShare
+    from .models.view import Pane
 
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _BINARY = ((2**40, "Ti"), (2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki"))
@@ -145,6 +146,15 @@ def shares_table(shares: Iterable[StageShare]) -> Table:
             str(len(share.returned)),
             f"{len(share.returned) / len(share.ran):.0%}",
         )
+    return table
+
+
+def panes_table(panes: Iterable[Pane]) -> Table:
+    """What the policies of a page answered."""
+    table = Table(Column("policy", overflow="fold"), "action", Column("answer", overflow="fold"), "box in it")
+    for pane in panes:
+        box = "-" if pane.box is None else ", ".join(f"{edge:.2f}" for edge in pane.box)
+        table.add_row(Text(pane.name), pane.policy.action, Text(pane.answer), box)
     return table
 
 

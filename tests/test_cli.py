@@ -1,4 +1,4 @@
-"""The command line, but for `demo`, which tests/models/test_demo.py runs."""
+"""The command line, but for `demo` and `view`, which tests/models/test_demo.py and test_view.py run."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
     for command in commands:
         result = run(*shlex.split(command), *(["--repeats", "1"] if command.startswith("demo") else []))
         assert result.exit_code == 0, result.output
-    assert {path.name for path in tmp_path.iterdir()} == {"cost.png", "demo.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cost.png", "demo.png", "view.html"}
 
 
 @pytest.mark.parametrize("originals", [False, True])

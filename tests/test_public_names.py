@@ -56,7 +56,8 @@ def test_signatures():
         "gather_tokens": "(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]",
         "rank_tokens": f"({RANKING}) -> Tensor",
         "route_tokens": f"({RANKING}, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, length: int, "
-        "tensors: Sequence[Tensor] = ()) -> tuple[Tensor, tuple[Tensor, ...]]",
+        "tensors: Sequence[Tensor] = (), return_scores: bool = False) -> tuple[Tensor, tuple[Tensor, ...]] | "
+        "tuple[Tensor, tuple[Tensor, ...], Tensor]",
         "scatter_tokens_": "(full: Tensor, index: Tensor, compact: Tensor) -> Tensor",
         "select_tokens": "(scores: Tensor, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, "
         "length: int) -> Tensor",

@@ -122,6 +122,30 @@ def test_nothing_to_compact(device, operations):
     assert torch.equal(index, one_after_the_other(rk.ref, arguments)[0])
 
 
+@pytest.mark.parametrize(("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES)
+def test_scores_are_those_of_ranking_at_no_cost(
+    device, operations, launches, batch, length, queries, heads, kv_heads, head_dim, launched
+):
+    arguments = decision(device, batch, length, queries, heads, kv_heads, head_dim)
+    *result, scores = operations.route_tokens(**arguments, return_scores=True)
+    if operations is rk.triton:
+        assert len(launches) == launched + 1
+    assert_same(result, operations.route_tokens(**arguments))
+    ranking = {name: arguments[name] for name in RANKING}
+    assert torch.equal(scores, operations.rank_tokens(**ranking))
+    with rk.backend(operations.__name__.rpartition(".")[2]):
+        assert torch.equal(rk.ops.route_tokens(**arguments, return_scores=True)[2], scores)
+
+
+@pytest.mark.parametrize(("batch", "length", "width"), [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
+def test_scores_where_nothing_is_selected(device, operations, batch, length, width):
+    query, key = torch.randn(batch, 1, 2, 16, device=device), torch.randn(batch, length, 2, 16, device=device)
+    flags, index = torch.ones(batch, length, dtype=torch.bool, device=device), torch.zeros(batch, 1, device=device)
+    selection = {"pool": flags, "pinned": ~flags, "keep": index[:, 0].long(), "length": width, "tensors": ()}
+    *_, scores = operations.route_tokens(query, key, query_index=index.long(), **selection, return_scores=True)
+    assert torch.equal(scores, operations.rank_tokens(query, key, query_index=index.long()))
+
+
 @pytest.mark.parametrize(("batch", "length", "width"), [(0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0)])
 def test_empty(device, operations, launches, batch, length, width):
     flags = torch.ones(batch, length, dtype=torch.bool, device=device)

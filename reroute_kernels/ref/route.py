@@ -28,7 +28,8 @@ def route_tokens(
     keep: Tensor,
     length: int,
     tensors: tuple[Tensor, ...],
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_scores: bool = False,
+) -> tuple:
     """See `reroute_kernels.ops.route_tokens`."""
     scores = rank_tokens(
         query,
@@ -45,4 +46,5 @@ def route_tokens(
         rotary_style=rotary_style,
     )
     index = select_tokens(scores, pool, pinned, keep, length)
-    return index, gather_tokens(index, *tensors)
+    result = index, gather_tokens(index, *tensors)
+    return (*result, scores) if return_scores else result

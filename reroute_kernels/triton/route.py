@@ -95,12 +95,14 @@ def route_tokens(
     keep: Tensor,
     length: int,
     tensors: tuple[Tensor, ...],
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return_scores: bool = False,
+) -> tuple:
     """See `reroute_kernels.ops.route_tokens`."""
     batch, total = pool.shape
-    if pool.numel() == 0 or length == 0:
+    if pool.numel() == 0 or (length == 0 and not return_scores):
         index = torch.full((batch, length), -1, dtype=torch.int64, device=key.device)
-        return index, gather_tokens(index, *tensors)
+        result = index, gather_tokens(index, *tensors)
+        return (*result, torch.empty(batch, total, device=key.device)) if return_scores else result
     attention = Attention(
         query,
         key,
@@ -115,14 +117,15 @@ def route_tokens(
         head_reduction=head_reduction,
         rotary_style=rotary_style,
     )
-    if attention.is_small and total <= ONE_PROGRAM_TOKENS:
+    if attention.is_small and total <= ONE_PROGRAM_TOKENS and length > 0:
+        scores = torch.empty(batch, total, dtype=torch.float32, device=key.device)
         index = torch.empty(batch, length, dtype=torch.int64, device=key.device)
         with on_device_of(key):
             reduce_and_select[(batch,)](
                 attention.logits,
                 attention.split_max,
                 attention.split_sum,
-                torch.empty(batch, total, dtype=torch.float32, device=key.device),
+                scores,
                 pool,
                 pinned,
                 keep.contiguous(),
@@ -136,5 +139,7 @@ def route_tokens(
                 **attention.reduction,
             )
     else:
-        index = select_tokens(attention.scores(), pool, pinned, keep, length)
-    return index, gather_tokens(index, *tensors)
+        scores = attention.scores()
+        index = select_tokens(scores, pool, pinned, keep, length)
+    result = index, gather_tokens(index, *tensors)
+    return (*result, scores) if return_scores else result

@@ -93,10 +93,11 @@ def murmur(number):
     return number ^ number >> 16
 
 
-def best(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key):
-    """The `count` places in the sequence `hidden` that a ranking puts first, of those in `pool`."""
+def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key):
+    """What a ranking gives the places in the sequence `hidden` that are in `pool`, of which `count` will be chosen."""
     if isinstance(ranking, Uniform):
-        return [pool[-(-number * len(pool) // count) - 1] for number in range(1, count + 1)]
+        taken = {pool[-(-number * len(pool) // count) - 1] for number in range(1, count + 1)}
+        return {place: float(place in taken) for place in pool}
     if isinstance(ranking, Random):
         start = (2 * ranking.seed + 1) * 0x9E3779B9 + decision * 0x7F4A7C15
         scores = {place: murmur(number + 1 + start) >> 8 for number, place in enumerate(pool)}
@@ -107,7 +108,7 @@ def best(ranking, decision, count, pool, text, decoder, layer, hidden, tables, p
         rows = attention(decoder, layer, hidden, tables, past_key)
         asking = text if isinstance(ranking, AllText) else slice(-ranking.queries, None)
         scores = reduced(rows[:, asking], ranking)
-    return sorted(pool, key=lambda place: (-float(scores[place]), place))[:count]
+    return {place: float(scores[place]) for place in pool}
 
 
 class SlowWay:
@@ -125,7 +126,9 @@ class SlowWay:
         self.decoder = decoder_of(model)
         self.kinds = layer_types(self.decoder)
         self.stages = {stage.layer: stage for stage in policy.schedule}
-        self.selected: list[list[int]] = []  # of the latest routed prompt, positions in the conversation
+        # Of the latest routed prompt: positions in the conversation, and candidates' scores by place in the prompt.
+        self.selected: list[list[int]] = []
+        self.scores: list[dict[int, float]] = []
 
     def __enter__(self):
         self.handle = self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -155,7 +158,7 @@ class SlowWay:
         self.current = visual.nonzero().flatten().tolist()
         if self.routes:
             self.total = self.total_before or len(self.current)
-            self.selected, self.running, self.inputs = [], None, {}
+            self.selected, self.scores, self.running, self.inputs = [], [], None, {}
 
     def _around(self, number, layer, forward):
         @torch.no_grad()
@@ -174,7 +177,7 @@ class SlowWay:
             pool = [row for row, place in enumerate(places) if place in self.current]
             text = [row for row, place in enumerate(places) if place not in self.visual_places]
             count = min(len(pool), max(1, int(self.total * stage.keep)))
-            chosen = best(
+            scores = scored(
                 ranking,
                 len(self.selected),
                 count,
@@ -186,7 +189,8 @@ class SlowWay:
                 compact,
                 cached_keys(cache, ranks) if past else None,
             )
-            chosen = [places[row] for row in chosen]
+            chosen = [places[row] for row in sorted(pool, key=lambda row: (-scores[row], row))[:count]]
+            self.scores.append({places[row]: score for row, score in scores.items()})
             if self.policy.action == "remove":
                 self.current = chosen
             self.selected.append([self.past + place for place in sorted(chosen)])

@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import reroute_kernels as rk
+from reroute_kernels import notation
 from reroute_kernels.__main__ import app
 from reroute_kernels.models import demo
 from tests.models.prompts import GOLDEN
@@ -138,13 +139,48 @@ def test_presets_are_listed(columns, monkeypatch):
     assert "191.8" in result.output
 
 
+@pytest.mark.parametrize(
+    ("texts", "model_type", "layers", "names"),
+    [
+        ([], "llava", 32, ["llava-1.5-7b/fastv/192", "llava-1.5-7b/reroute-fastv/192"]),
+        ([], "qwen2_5_vl", 28, ["qwen2.5-vl-7b/fastv/192", "qwen2.5-vl-7b/reroute-fastv/192"]),
+        ([], "llava", 16, ["remove:2:0.25,4:0.25,8:0.25,12:0.25", "2:0.25,4:0.25,8:0.25,12:0.25"]),
+        ([], "idefics3", 3, ["remove:0:0.25,1:0.25,2:0.25", "0:0.25,1:0.25,2:0.25"]),
+        (["remove:3:.5"], "llava", 32, ["remove:3:0.5", "3:0.5"]),
+        (["reroute-pdrop/64"], "llava", 32, ["llava-1.5-7b/pdrop/64", "llava-1.5-7b/reroute-pdrop/64"]),
+        (["fastv-original/192"], "llava", 32, ["fastv-original/192", "fastv-original/192, but reroute"]),
+        (["3:.5", "fastv/64"], "llava", 32, ["3:.5", "fastv/64"]),
+    ],
+)
+def test_policies(texts, model_type, layers, names):
+    named = demo.parse_policies(texts, model_type, layers)
+    assert [name for name, _ in named] == names
+    if len(texts) < 2:
+        assert [policy.action for _, policy in named] == ["remove", "reroute"]
+    for name, policy in named:
+        assert max(stage.layer for stage in policy.schedule) < layers
+        if "but" not in name:
+            assert policy == notation.parse_policy(name, "llava-1.5-7b")
+
+
 def test_stage_shares_tell_what_came_back():
     selected = [[10, 12], [11, 12], [11]]
     stages = [_Stage(layer, [torch.tensor(positions)]) for layer, positions in zip((2, 5, 8), selected, strict=True)]
-    first, second, third = demo.stage_shares(_Trace(stages), [10, 11, 12])
+    first, second, third = demo.stage_shares(_Trace(stages, "reroute"), [10, 11, 12])
     assert (first.ran, first.deferred, first.returned) == ({0, 2}, {1}, set())
     assert (second.ran, second.deferred, second.returned) == ({1, 2}, {0}, {1})
     assert (third.ran, third.deferred, third.returned) == ({1}, {0, 2}, set())
+    assert not first.removed | second.removed | third.removed
+
+
+def test_stage_shares_tell_what_is_gone():
+    stages = [_Stage(layer, [torch.tensor(positions)]) for layer, positions in ((2, [10, 12]), (5, [12]))]
+    first, second = demo.stage_shares(_Trace(stages, "remove"), [10, 11, 12])
+    assert (first.ran, first.deferred, first.removed, first.returned) == ({0, 2}, set(), {1}, set())
+    assert (second.ran, second.deferred, second.removed, second.returned) == ({2}, set(), {0, 1}, set())
+    reduction = _Stage(0, [torch.tensor([11, 12])])
+    first, second = demo.stage_shares(_Trace([_Stage(2, [torch.tensor([12])])] * 2, "reroute", reduction), [10, 11, 12])
+    assert (first.deferred, first.removed, second.returned) == ({1}, {0}, set())
 
 
 class _Stage:
@@ -153,8 +189,9 @@ class _Stage:
 
 
 class _Trace:
-    def __init__(self, stages):
-        self.stages = stages
+    def __init__(self, stages, action, reduction=None):
+        self.stages, self.reduction = stages, reduction
+        self.policy = rk.Policy([rk.Stage(0, 0.5)], action)
 
 
 def test_grid_of_qwen_follows_the_merged_patches():

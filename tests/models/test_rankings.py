@@ -9,7 +9,7 @@ from torch import Tensor
 
 import reroute_kernels as rk
 from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
-from tests.models.prompts import ACTIONS, batch, cached_lengths, offset, selections
+from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, offset, selections
 from tests.models.slow_way import SlowWay
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -34,6 +34,15 @@ def ranking(request):
     return request.param
 
 
+def assert_scores(trace, inputs, expected):
+    """Those of the slow way at its candidates, and NaN at other visual tokens."""
+    visual = (inputs["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
+    for stage, scores in zip(trace.stages, expected, strict=True):
+        assert scores.keys() <= set(visual)
+        wanted = torch.tensor([scores.get(place, torch.nan) for place in visual])
+        torch.testing.assert_close(stage.scores[0], wanted, atol=1e-6, rtol=1e-4, equal_nan=True)
+
+
 def check(model, inputs, policy, atol=1e-5):
     with SlowWay(model, policy) as slow, torch.no_grad():
         expected = model(**inputs, use_cache=True)
@@ -41,6 +50,7 @@ def check(model, inputs, policy, atol=1e-5):
     with rk.apply(model, policy) as routing, torch.no_grad():
         output = model(**inputs, use_cache=True)
         assert selections(routing.trace) == slow.selected
+        assert_scores(routing.trace, inputs, slow.scores)
         assert model.generate(**inputs, **GREEDY).tolist() == answer.tolist()
     torch.testing.assert_close(output.logits, expected.logits, atol=atol, rtol=0)
     assert cached_lengths(output.past_key_values) == cached_lengths(expected.past_key_values)
@@ -86,6 +96,10 @@ def test_batch_equals_its_samples(model, prompt, ranking, action, positions, sid
             expected = model(**alone, **places).logits[0, -1]
             torch.testing.assert_close(logits[row, begin + end - 1], expected, atol=1e-4, rtol=0)
             assert selections(trace, row, begin) == selections(routing.trace)
+            for one, other in zip(trace.stages, routing.trace.stages, strict=True):
+                # A mean over queries counts those of the sample that has most.
+                shares = [scores / scores.nan_to_num().abs().max() for scores in (one.scores[row], other.scores[0])]
+                torch.testing.assert_close(*shares, atol=1e-4, rtol=1e-3, equal_nan=True)
             assert answers[row].tolist() == model.generate(**alone, **GREEDY)[0, end:].tolist()
 
 

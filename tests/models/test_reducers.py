@@ -103,12 +103,26 @@ def check(model, inputs, policy, turns=()):
             got.append(answer.sequences[:, -STEPS:])
     assert trace.reduction.selected[0].tolist() == survivors
     assert selections(trace) == selected
+    assert trace.reduction.scores is None
+    assert_scored(trace, inputs, survivors)
     assert cached_lengths(output.past_key_values) == lengths
     torch.testing.assert_close(output.logits[0, -1], first, atol=1e-4, rtol=0)
     assert [each.tolist() for each in got] == [each.tolist() for each in answers]
     assert output.logits.shape[1] == inputs["input_ids"].shape[1]
     assert output.logits.isfinite().all()
     return trace
+
+
+def assert_scored(trace, inputs, survivors):
+    """Scores of what may be chosen, and the best of them were."""
+    visual, pool = (inputs["input_ids"][0] == IMAGE).nonzero().flatten(), survivors
+    for stage in trace.stages:
+        assert visual[~stage.scores[0].isnan()].tolist() == pool
+        selected = torch.isin(visual, stage.selected[0])
+        left = ~selected & ~stage.scores[0].isnan()
+        assert stage.scores[0][selected].min() >= stage.scores[0][left].max()
+        if trace.policy.action == "remove":
+            pool = stage.selected[0].tolist()
 
 
 POLICIES = {

@@ -1,0 +1,152 @@
+"""One prompt under two policies, layer by layer, as one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..notation import first_line
+from ..policy import Policy
+from ..routing import Trace
+from .boxes import UNITS, Box, read_box
+from .demo import DemoError, Row, Subject, answer, draw, routed, stage_shares
+
+TEMPLATE = Path(__file__).with_name("view.html")
+ACTIVE, RETURNED, DEFERRED, REMOVED = "ardx"
+"""What a patch is in a layer, as the page's data say it: it runs; it runs, and was deferred in the stage before; it
+skips the stage; it is gone for good."""
+
+
+@dataclass
+class Pane:
+    """What one policy did."""
+
+    name: str
+    policy: Policy
+    answer: str
+    box: Box | None
+    """What the answer holds."""
+    trace: Trace
+
+
+def parse_box(text: str) -> Box:
+    """A box such as `0.2,0.3,0.5,0.6`: left, top, right and bottom as shares of the picture that the model sees."""
+    try:
+        left, top, right, bottom = map(float, text.split(","))
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError
+    except ValueError:
+        raise DemoError(
+            f"truth must be left,top,right,bottom, shares from 0 to 1 such as 0.2,0.3,0.5,0.6, got {text!r}"
+        ) from None
+    return left, top, right, bottom
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Intersection over union."""
+    width, height = (min(one[2 + axis], other[2 + axis]) - max(one[axis], other[axis]) for axis in (0, 1))
+    shared = max(width, 0.0) * max(height, 0.0)
+    areas = ((right - left) * (bottom - top) for left, top, right, bottom in (one, other))
+    return shared / (sum(areas) - shared)
+
+
+def compare(subject: Subject, *, max_new_tokens: int) -> list[Pane]:
+    """Answer the prompt under both policies."""
+    panes, model_type = [], subject.model.config.model_type
+    for name, policy in zip(subject.names, subject.policies, strict=True):
+        with routed(subject.model, policy) as routing, torch.no_grad():
+            try:
+                said = answer(subject, max_new_tokens)
+            except (ValueError, NotImplementedError) as error:  # the policy and this prompt
+                raise DemoError(first_line(error)) from None
+            box = read_box(said, model_type, subject.picture.size) if model_type in UNITS else None
+            panes.append(Pane(name, policy, said, box, routing.trace))
+    return panes
+
+
+def stages_of(trace: Trace, positions: list[int]) -> list[dict[str, object]]:
+    """What becomes of every patch, stage by stage, from layer 0 on.
+
+    Args:
+        trace: of a prompt with one image.
+        positions: of the image's visual tokens in the prompt.
+
+    Returns:
+        For each stage its first layer, whether a decision was made before it, a letter for each patch, and the scores
+        of that decision, None at patches that were no candidates.
+    """
+    stages = []
+    shares = stage_shares(trace, positions)
+    if not shares or shares[0].layer > 0:
+        kept = set(positions if trace.reduction is None else trace.reduction.selected[0].tolist())
+        states = "".join(ACTIVE if position in kept else REMOVED for position in positions)
+        stages.append({"layer": 0, "decision": False, "states": states, "scores": None})
+    for share, stage in zip(shares, trace.stages, strict=True):
+        states = [ACTIVE] * len(positions)
+        for places, letter in ((share.returned, RETURNED), (share.deferred, DEFERRED), (share.removed, REMOVED)):
+            for place in places:
+                states[place] = letter
+        # Nine digits tell every float32 from its neighbours.
+        scores = [None if math.isnan(score) else float(f"{score:.9g}") for score in stage.scores[0].tolist()]
+        stages.append({"layer": share.layer, "decision": True, "states": "".join(states), "scores": scores})
+    return stages
+
+
+def page_data(subject: Subject, panes: Sequence[Pane], question: str, model: str, truth: Box | None) -> dict:
+    """What the page shows.
+
+    Args:
+        subject: the model and the picture that it sees.
+        panes: what `compare` found.
+        question: the prompt.
+        model: its name.
+        truth: the box that was asked for.
+    """
+    png = io.BytesIO()
+    subject.picture.save(png, "PNG")
+    positions = subject.visual_positions()
+    return {
+        "question": question,
+        "model": model,
+        "image": f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}",
+        "size": subject.picture.size,
+        "grid": subject.grid,
+        "layers": subject.model.config.get_text_config().num_hidden_layers,
+        "truth": truth,
+        "panes": [
+            {
+                "name": pane.name,
+                "action": pane.policy.action,
+                "answer": pane.answer,
+                "box": pane.box,
+                "overlap": overlap(pane.box, truth) if pane.box and truth else None,
+                "stages": stages_of(pane.trace, positions),
+            }
+            for pane in panes
+        ],
+    }
+
+
+def page(data: dict) -> str:
+    """The page, as HTML."""
+    text = json.dumps(data, separators=(",", ":"))  # ASCII; what could end the script or open another is escaped
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", text)
+
+
+def still(subject: Subject, panes: Sequence[Pane], path: Path, truth: Box | None) -> None:
+    """Save a picture of the stages, a row for each policy."""
+    positions = subject.visual_positions()
+    rows = [
+        Row(f"{pane.policy.action}: {pane.name.removeprefix('remove:')}", stage_shares(pane.trace, positions), pane.box)
+        for pane in panes
+    ]
+    draw(subject, rows, path, truth)

@@ -1,0 +1,334 @@
+"""The page that `reroute-kernels view` writes: what is in it, and what a browser shows of it."""
+
+import json
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from bench.screenshot import NAMES, chromium, find_chromium
+from reroute_kernels.__main__ import app
+from reroute_kernels.models import demo, view
+
+QUESTION = (
+    "</script><script>document.title = 'broken out'</script> <!-- & \"<b>http://example.com/x.js</b>\" {{data}} é"
+)
+ANSWER = "At [0.25, 0.30, 0.50, 0.60] <img src=x onerror=alert(1)></script>"
+TRUTH = (0.25, 0.3, 0.75, 0.6)
+SCHEDULE = "2:0.4,6:0.2,9:0.3"
+COLOURS = {"deferred": "rgba(13, 13, 26, 0.78)", "removed": 'url("#hatch")', "active": "none", "returned": "none"}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["view", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A page as the command line writes it, with what it was made from. The second answer holds a box."""
+    folder, found = tmp_path_factory.mktemp("view"), []
+
+    def compare(subject, **settings):
+        panes = compare_really(subject, **settings)
+        panes[1].answer, panes[1].box = ANSWER, view.read_box(ANSWER, "llava", subject.picture.size)
+        found.append((subject, panes))
+        return panes
+
+    with pytest.MonkeyPatch.context() as patch:
+        compare_really = view.compare
+        patch.setattr(view, "compare", compare)
+        result = run(
+            *("--prompt", QUESTION, "--policy", f"remove:{SCHEDULE}", "--policy", SCHEDULE, "--max-new-tokens", 4),
+            *("--truth", ",".join(map(str, TRUTH)), "--output", folder / "page.html", "--png", folder / "still.png"),
+        )
+    assert result.exit_code == 0, result.output
+    ((subject, panes),) = found
+    html = (folder / "page.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
+    return SimpleNamespace(result=result, folder=folder, html=html, data=data, subject=subject, panes=panes)
+
+
+def expected(pane, positions, layer):
+    """What each patch is in a layer, and its score there, from what the trace says."""
+    before, ran, scores = set(positions), set(positions), None
+    for stage in pane.trace.stages:
+        if stage.layer <= layer:
+            before, ran, scores = ran, set(stage.selected[0].tolist()), stage.scores[0].tolist()
+    rest = "deferred" if pane.policy.action == "reroute" else "removed"
+    states = [rest if position not in ran else "active" if position in before else "returned" for position in positions]
+    return states, scores
+
+
+# Without a browser
+
+
+def test_data_are_what_the_traces_say(made):
+    positions, data = made.subject.visual_positions(), made.data
+    assert (data["layers"], data["grid"], data["size"]) == (32, [24, 24], [336, 336])
+    seen = set()
+    for pane, shown in zip(made.panes, data["panes"], strict=True):
+        assert (shown["name"], shown["action"], shown["answer"]) == (pane.name, pane.policy.action, pane.answer)
+        for layer in range(32):
+            stage = [stage for stage in shown["stages"] if stage["layer"] <= layer][-1]
+            letters = {"a": "active", "r": "returned", "d": "deferred", "x": "removed"}
+            states, scores = expected(pane, positions, layer)
+            assert [letters[letter] for letter in stage["states"]] == states
+            seen |= {(pane.policy.action, state) for state in states}
+            assert stage["decision"] == (scores is not None)
+            if scores is None:
+                assert stage["scores"] is None
+                continue
+            given = torch.tensor([torch.nan if score is None else score for score in stage["scores"]])
+            torch.testing.assert_close(given, torch.tensor(scores), atol=0, rtol=0, equal_nan=True)
+    assert seen == {
+        *(("reroute", state) for state in ("active", "returned", "deferred")),
+        *(("remove", state) for state in ("active", "removed")),
+    }
+
+
+def test_boxes(made):
+    removed, rerouted = made.data["panes"]
+    assert made.data["truth"] == list(TRUTH)
+    assert (removed["box"], removed["overlap"]) == (None, None)
+    assert rerouted["box"] == [0.25, 0.3, 0.5, 0.6]
+    assert rerouted["overlap"] == pytest.approx(0.5)
+    assert view.overlap((0, 0, 0.5, 0.5), (0.25, 0.25, 0.75, 0.75)) == pytest.approx(1 / 7)
+    assert view.overlap((0, 0, 0.5, 0.5), (0.5, 0.6, 0.75, 0.75)) == 0
+
+
+class Elements(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.found = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def test_page_needs_nothing_else(made):
+    elements = Elements(made.html).found
+    links = [
+        value for _, attributes in elements for name, value in attributes.items() if name in ("src", "href", "action")
+    ]
+    assert all(link.startswith("data:") for link in links)
+    assert made.data["image"].startswith("data:image/png;base64,")
+    template = view.TEMPLATE.read_text()
+    assert "http:" not in template
+    assert "https:" not in template
+    assert "@import" not in template
+    assert set(re.findall(r"url\((.*?)\)", template)) == {"#hatch"}
+
+
+def test_text_stays_text(made):
+    assert made.data["question"] == QUESTION
+    names = [tag for tag, _ in Elements(made.html).found]
+    assert names == [tag for tag, _ in Elements(view.TEMPLATE.read_text()).found]
+    data = re.search(r'id="data">(.*)', made.html)[1].removesuffix("</script>")
+    assert not set("<>&") & set(data)
+
+
+def test_table_and_still(made):
+    assert "[0.25, 0.30" in made.result.output.replace("\n", " ")
+    assert "0.25, 0.30, 0.50, 0.60" in made.result.output
+    assert str(made.folder / "page.html") in made.result.output
+    with Image.open(made.folder / "still.png") as image:
+        assert image.format == "PNG"
+        assert image.width > image.height > 700  # two rows of four
+        colours = [colour for _, colour in image.convert("RGB").getcolors(2**24)]
+    for drawn in ((255, 43, 214), (255, 214, 10), (0, 180, 240), (201, 203, 209)):  # thin lines are blended
+        assert min(sum(abs(one - other) for one, other in zip(drawn, each, strict=True)) for each in colours) < 40
+
+
+def test_what_a_reducer_drops_is_gone_from_the_start():
+    photo = demo.open_image(None)
+    subject = demo.load(None, photo, "What?", ["reroute-nuwa/64"], chat=None, device="cpu", dtype="float32")
+    pane = view.compare(subject, max_new_tokens=1)[1]
+    assert pane.name == "llava-1.5-7b/reroute-nuwa/64"
+    positions = subject.visual_positions()
+    left = set(pane.trace.reduction.selected[0].tolist())
+    first, second, *_ = view.stages_of(pane.trace, positions)
+    gone = {place for place, position in enumerate(positions) if position not in left}
+    assert gone
+    for stage in (first, second):
+        assert {place for place, letter in enumerate(stage["states"]) if letter == view.REMOVED} == gone
+    assert {place for place, score in enumerate(second["scores"]) if score is None} == gone
+    assert (first["decision"], first["scores"]) == (False, None)
+    assert view.DEFERRED in second["states"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policy", "nonsense"), "policy must be a preset like .* got 'nonsense'"),
+        (("--policy", "2:.5", "--policy", "2:1.5"), r"got '2:1.5': keep must be in \(0, 1\], got 1.5 at layer 2"),
+        (("--policy", "2:.5") * 3, "policy must be given once or twice, got 3: 2:.5 2:.5 2:.5"),
+        (("--policy", "40:0.5"), "schedule must stay below layer 32 .* got layer 40"),
+        (("--truth", "1,2"), "truth must be left,top,right,bottom, shares from 0 to 1 such as .*, got '1,2'"),
+        (("--truth", "0.5,0.2,0.4,0.3"), "truth must be left,top,right,bottom.* got '0.5,0.2,0.4,0.3'"),
+        (("--truth", "0,0,1,1.1"), "truth must be .* got '0,0,1,1.1'"),
+        (("--output", "page.txt"), "output must end in .html, got page.txt"),
+        (("--output", "missing/page.html"), "output must be a file that can be written"),
+        (("--png", "still.txt"), "png must end in one of .png"),
+        (("--image", "missing.jpg"), "image must be an existing file, got missing.jpg"),
+        (("--prompt", "<image> and <image>"), "prompt must hold the image token '<image>' once"),
+        (("--policy", "nuwa/64", "--prompt", "USER: <image>"), "input_ids must end with text where there is a reducer"),
+        (("--model", "missing"), "model must be a checkpoint folder or hub id of a supported type"),
+        (("--dtype", "int8"), "dtype must be float32, float16 or bfloat16, got 'int8'"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, tuple) else "",
+)
+def test_one_clear_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("--max-new-tokens", 1, *arguments)
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("reroute-kernels: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    pytest.importorskip("playwright.sync_api", reason="needs playwright, as in requirements/dev.txt")
+    if find_chromium() is None:
+        pytest.skip(f"needs Chromium (make browser): found none of {', '.join(NAMES)}")
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def opened(browser, made):
+    """Opens the page in a window of a width, without a network; in the end nothing was asked for and nothing failed."""
+    contexts, failures, requests = [], [], []
+
+    def opening(width=1200, **settings):
+        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, **settings)
+        context.set_default_timeout(120_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: failures.append(message.text))
+        page.on("pageerror", lambda error: failures.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((made.folder / "page.html").as_uri())
+        return page
+
+    yield opening
+    for context in contexts:
+        context.close()
+    assert not failures
+    assert [url for url in requests if not url.startswith("data:")] == [(made.folder / "page.html").as_uri()]
+
+
+def shown(page):
+    """For each pane the classes and the fill of every patch, its counts, and its texts."""
+    return page.evaluate("""() => [...document.querySelectorAll("section")].map(section => ({
+        classes: [...section.querySelectorAll(".cell")].map(cell => [...cell.classList]),
+        fills: [...section.querySelectorAll(".fill")].map(each => getComputedStyle(each).fill),
+        frames: [...section.querySelectorAll(".frame")].map(each => getComputedStyle(each).stroke),
+        titles: [...section.querySelectorAll(".cell title")].map(each => each.textContent),
+        counts: Object.fromEntries([...section.querySelectorAll("dd")].map(dd => [dd.dataset.count, dd.textContent])),
+        label: section.querySelector("svg").getAttribute("aria-label"),
+        top: section.getBoundingClientRect().top,
+    }))""")
+
+
+def check_states(page, made, layer):
+    positions = made.subject.visual_positions()
+    assert page.text_content("#number") == f"{layer} of 0 to 31"
+    for pane, drawn in zip(made.panes, shown(page), strict=True):
+        states, _ = expected(pane, positions, layer)
+        assert [each[1] for each in drawn["classes"]] == states
+        assert drawn["fills"] == [COLOURS[state] for state in states]
+        assert drawn["frames"] == ["rgb(255, 43, 214)" if state == "returned" else "none" for state in states]
+        counts = {state: states.count(state) for state in ("returned", "deferred", "removed")}
+        counts["active"] = states.count("active") + counts["returned"]
+        assert drawn["counts"] == {state: f"{count:,}" for state, count in counts.items()}
+        assert drawn["label"].startswith(f"{pane.policy.action} in layer {layer}: {counts['active']} active")
+
+
+def test_slider_shows_what_the_data_say(opened, made):
+    page = opened()
+    check_states(page, made, 6)  # the second decision
+    for layer in (0, 1, 2, 5, 8, 9, 31):
+        page.fill("#layer", str(layer))
+        check_states(page, made, layer)
+    assert page.get_attribute("#layer", "max") == "31"
+
+
+def test_keyboard(opened, made):
+    page = opened()
+    slider = page.get_by_label("Decoder layer")
+    slider.focus()
+    for key, layer in (("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 31)):
+        page.keyboard.press(key)
+        check_states(page, made, layer)
+    assert slider.get_attribute("aria-valuetext").startswith("layer 31; remove: ")
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    assert page.is_checked("[value=score]")
+
+
+def test_scores(opened, made):
+    page = opened()
+    positions = made.subject.visual_positions()
+    page.get_by_label("scores of the decision").check()
+    for layer in (6, 12):
+        page.fill("#layer", str(layer))
+        for pane, drawn in zip(made.panes, shown(page), strict=True):
+            states, scores = expected(pane, positions, layer)
+            scores = torch.tensor(scores)
+            candidates = ~scores.isnan()
+            assert [("candidate" in each) for each in drawn["classes"]] == candidates.tolist()
+            assert [("other" in each) for each in drawn["classes"]] == (~candidates).tolist()
+            runs = [state in ("active", "returned") for state in states]
+            assert [("chosen" in each) for each in drawn["classes"]] == runs
+            order = scores.nan_to_num(-torch.inf).argsort(descending=True, stable=True)[: candidates.sum()].tolist()
+            assert drawn["fills"][order[0]] == "rgb(253, 231, 37)"
+            assert drawn["fills"][order[-1]] == "rgb(68, 1, 84)"
+            assert {drawn["fills"][place] for place in (~candidates).nonzero().flatten()} <= {'url("#hatch")'}
+            assert re.search(rf"score [\d.e-]+, rank 1 of {len(order)}$", drawn["titles"][order[0]])
+            frames = {drawn["frames"][place] for place, state in enumerate(states) if state in ("deferred", "removed")}
+            assert frames == {"none"}
+    page.fill("#layer", "1")
+    assert all(set(drawn["fills"]) == {"none"} for drawn in shown(page))
+    page.get_by_label("patches that run").check()
+    check_states(page, made, 1)
+
+
+def test_texts_and_boxes(opened, made):
+    page = opened()
+    assert page.title() == "Which patches run in every layer"
+    assert page.text_content("h1") == QUESTION
+    assert page.locator("section .answer").all_text_contents() == [pane.answer for pane in made.panes]
+    assert page.locator("section h2").all_text_contents() == [f"remove: {SCHEDULE}", f"reroute: {SCHEDULE}"]
+    assert page.locator(".overlap").all_text_contents()[1].endswith("by 0.50 (IoU)")
+    edges = page.evaluate("""() => [...document.querySelectorAll("section")].map(section => ["read", "true"].map(kind =>
+        [...section.querySelectorAll(`.box.${kind}`)].map(box => ["x", "y", "width", "height"].map(name =>
+            Number(box.getAttribute(name))))))""")
+    true = [pytest.approx([336 * share for share in (0.25, 0.3, 0.5, 0.3)])]
+    assert edges == [[[], true], [[pytest.approx([336 * share for share in (0.25, 0.3, 0.25, 0.3)])], true]]
+    assert page.evaluate("document.querySelectorAll('img, section script').length") == 0
+
+
+@pytest.mark.parametrize(("width", "beside"), [(1200, True), (420, False)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_layout(opened, width, beside, scheme):
+    page = opened(width, color_scheme=scheme)
+    first, second = shown(page)
+    assert (first["top"] == second["top"]) == beside
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    channels = page.evaluate("""() => [getComputedStyle(document.body).color,
+        getComputedStyle(document.body).backgroundColor]""")
+    ink, paper = (sum(map(int, re.findall(r"\d+", channel))) for channel in channels)
+    assert (ink < paper) == (scheme == "light")
+    assert abs(ink - paper) > 400
