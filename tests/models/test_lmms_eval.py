@@ -382,13 +382,11 @@ def test_boxes_become_shares_of_the_picture(qwen, task, monkeypatch, simple):
 
 
 def test_boxes_of_llava_are_put_in_brackets(tiny, task, monkeypatch):
-    lm = make("reroute_llava_hf", f"pretrained={tiny},boxes=shares")
-    processor = lm._image_processor
-    monkeypatch.setattr(
-        processor.tokenizer, "batch_decode", lambda *_, **__: lm._decode(lambda: ["0.24 0.30 0.42 0.50"])
-    )
-    samples, _ = evaluate(lm, task)
-    assert {sample["resps"][0][0] for sample in samples} == {"[0.2400, 0.3000, 0.4200, 0.5000]"}
+    tokenizer = type(AutoProcessor.from_pretrained(tiny).tokenizer)
+    monkeypatch.setattr(tokenizer, "batch_decode", lambda *_, **__: ["0.24 0.30 0.42 0.50"])
+    for boxes, expected in (("shares", "[0.2400, 0.3000, 0.4200, 0.5000]"), ("answer", "0.24 0.30 0.42 0.50")):
+        samples, _ = evaluate(make("reroute_llava_hf", f"pretrained={tiny},boxes={boxes}"), task)
+        assert {sample["resps"][0][0] for sample in samples} == {expected}
 
 
 # The task
