@@ -164,6 +164,10 @@ def _hidden(output: object) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _share_memory(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def _described(value: object) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
@@ -213,19 +217,21 @@ class ClassTokenVision(ReducedVision):
         add(projector.register_forward_hook(self._mark_dropped))
 
     def _begin(self, layer: nn.Module, args: tuple) -> None:
-        self._state.outputs, self._state.others = [], set()
+        self._state.outputs, self._state.others = [], []
 
     def _note_input(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         self._state.input = args[0] if args else kwargs["hidden_states"]
 
     def _note_other_output(self, layer: nn.Module, args: tuple, output: object) -> None:
         if getattr(self._state, "outputs", None) is not None:
-            self._state.others.add(_hidden(output).untyped_storage().data_ptr())
+            self._state.others.append(_hidden(output))
 
     def _reduce(self, projector: nn.Module, args: tuple) -> tuple:
         features, *others = args
         state = self._state
-        if features.untyped_storage().data_ptr() in state.others:
+        # Held until here: the memory of an output that was freed may be that of the features by now.
+        unlike, state.others = state.others, None
+        if any(_share_memory(features, output) for output in unlike):
             raise NotImplementedError(
                 f"vision_feature_layer must be {self.fixed_arguments['vision_feature_layer']}, as in the "
                 "configuration, where there is a reducer, got another"

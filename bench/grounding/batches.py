@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import scenes
-from .checkpoint import BOS, EOS, MEAN, STD, TOKEN_ID
+from .checkpoint import EOS, MEAN, STD, TOKEN_ID
 from .scenes import KINDS, Question, Scene
 
 VISUAL_TOKENS = scenes.GRID**2

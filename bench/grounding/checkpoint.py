@@ -16,7 +16,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny_grounding"
 MAX_LENGTH = 512
 UNK, BOS, EOS, IMAGE, PAD = "<unk>", "<s>", "</s>", "<image>", "<pad>"
 WORDS = (
-    *"box of the what is left right above below colour object at top bottom how many objects it day or night".split(),
+    *("box", "of", "the", "what", "is", "left", "right", "above", "below", "colour", "object", "at", "top", "bottom"),
+    *("how", "many", "objects", "it", "day", "or", "night"),
     *scenes.SIDES,
     *scenes.COLOURS,
     *scenes.SHAPES,

@@ -1,15 +1,70 @@
-"""How good answers are."""
+"""How good answers are, and how sure that is."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .scenes import Question, read_box
+
+MEASURES = {
+    "acc@0.5": "share of boxes that overlap the true one by an IoU of 0.5 or more",
+    "acc@0.3": "by 0.3 or more",
+    "iou": "mean IoU, 0 for an answer that is no box",
+    "centre": "share of boxes whose centre lies in the true one",
+    "exact": "share of answers that are exactly right",
+}
+BOX_MEASURES, TEXT_MEASURES = ("acc@0.5", "acc@0.3", "iou", "centre"), ("exact",)
+RESAMPLES = 1000
 
 
-def overlap(boxes: Tensor, others: Tensor) -> Tensor:
+class Interval(NamedTuple):
+    """A mean with the interval that holds 95% of the means of bootstrap samples."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def overlap(boxes: ArrayLike, others: ArrayLike) -> np.ndarray:
     """Intersection over union of pairs of boxes, each left, top, right, bottom: `[..., 4]` to `[...]`."""
-    low = torch.maximum(boxes[..., :2], others[..., :2])
-    high = torch.minimum(boxes[..., 2:], others[..., 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    areas = sum((each[..., 2:] - each[..., :2]).clamp(min=0).prod(-1) for each in (boxes, others))
-    return torch.where(areas > shared, shared / (areas - shared), torch.zeros_like(shared))
+    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    corners = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
+    shared = corners.clip(min=0).prod(-1)
+    total = sum((each[..., 2:] - each[..., :2]).clip(min=0).prod(-1) for each in (boxes, others)) - shared
+    return np.divide(shared, total, out=np.zeros_like(shared), where=total > 0)
+
+
+def measures(kind: str) -> tuple[str, ...]:
+    """What is measured of the answers to a kind of question."""
+    return BOX_MEASURES if kind == "box" else TEXT_MEASURES
+
+
+def score(question: Question, answer: str) -> dict[str, float]:
+    """Each measure of one answer, 0 to 1."""
+    if question.kind != "box":
+        return {"exact": float(answer == question.answer)}
+    box, true = read_box(answer), question.target.box
+    if box is None:
+        return dict.fromkeys(BOX_MEASURES, 0.0)
+    shared = float(overlap(box, true))
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    inside = true[0] <= x <= true[2] and true[1] <= y <= true[3]
+    return {"acc@0.5": float(shared >= 0.5), "acc@0.3": float(shared >= 0.3), "iou": shared, "centre": float(inside)}
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of values and its 95% bootstrap interval (percentiles)."""
+    from scipy.stats import bootstrap
+
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    if (values == values[0]).all():
+        return Interval(mean, mean, mean)
+    found = bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), vectorized=True
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))

@@ -29,10 +29,10 @@ from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
 from . import scenes
-from .batches import PREFIX, VISUAL_TOKENS, Batch, choose_questions, make_batch
+from .batches import PREFIX, Batch, choose_questions, make_batch
 from .checkpoint import BOS, CONFIG, FOLDER, TOKEN_ID, make_model, save
-from .metrics import overlap
-from .scenes import COLOURS, COORDINATES, KINDS, MOST_OBJECTS, SHAPES, SIDES, make_scene, read_box
+from .metrics import measures, overlap, score
+from .scenes import COLOURS, COORDINATES, KINDS, MOST_OBJECTS, SHAPES, SIDES, make_scene
 
 WORK = Path("build/grounding")
 SEED = 20261120
@@ -77,8 +77,8 @@ class Sight(nn.Module):
         present[there[0], names_there[there]] = 1
         present[:, -1] = batch.night.float()
         loss = loss + F.binary_cross_entropy_with_logits(self.scene(hidden[:, 0]).float(), present) * 5
-        found = overlap(boxes[rows, places].detach().sigmoid(), batch.boxes[rows, numbers])
-        return loss, {"names": right.float().mean().item(), "boxes": (found >= 0.5).float().mean().item()}
+        found = overlap(boxes[rows, places].detach().sigmoid().cpu(), batch.boxes[rows, numbers].cpu())
+        return loss, {"names": right.float().mean().item(), "boxes": float((found >= 0.5).mean())}
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -139,7 +139,7 @@ class Trainee:
     def evaluate(self, count: int) -> dict[str, float]:
         """Share of boxes found and of other answers right in held-out scenes, by greedy decoding."""
         self.model.eval()
-        hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+        hits: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for first in range(0, count, BATCH):
             held_out = [scenes.held_out_scene(HELD_OUT_SEED, number) for number in range(first, first + BATCH)]
             random = np.random.default_rng([HELD_OUT_SEED, first])
@@ -157,17 +157,9 @@ class Trainee:
             for question in (question for each in asked for question in each):
                 length = len(question.answer.split())
                 said, words = " ".join(words[:length]), words[length + 1 :]
-                if question.kind == "box":
-                    box = read_box(said)
-                    hits["box"].append(box is not None and overlap_of(box, question.target.box) >= 0.5)
-                else:
-                    hits[question.kind].append(said == question.answer)
+                hits[question.kind].append(score(question, said)[measures(question.kind)[0]])
         self.model.train()
         return {kind: sum(values) / len(values) for kind, values in hits.items()}
-
-
-def overlap_of(box, other) -> float:
-    return overlap(torch.tensor([box], dtype=torch.float64), torch.tensor([other], dtype=torch.float64)).item()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -49,8 +49,8 @@ def llava_images(model, pixel_values):
     layers = getattr(tower, "vision_model", tower).encoder.layers
     with inputs_of(layers) as seen:
         output = tower(pixel_values, output_hidden_states=True)
-    depth = len(layers)
-    layer, states = layers[depth - 2], layers[depth - 2].layer_norm1(seen[depth - 2][0])
+    depth, number = len(layers), model.config.vision_feature_layer
+    layer, states = layers[number], layers[number].layer_norm1(seen[depth + number][0])
     heads = layer.self_attn.num_heads
     for image in range(len(pixel_values)):
         query, key = (
@@ -60,7 +60,7 @@ def llava_images(model, pixel_values):
         hidden = output.hidden_states
         similar = torch.stack([each[image, 1:] for each in hidden[depth * 2 // 3 :]]).mean(dim=0)
         side = round((hidden[0].shape[1] - 1) ** 0.5)
-        yield hidden[-2][image, 1:], similar, saliency, (side, side)
+        yield hidden[number][image, 1:], similar, saliency, (side, side)
 
 
 @torch.no_grad()

@@ -379,6 +379,13 @@ def test_other_features_in_a_call(name):
         model(**inputs, vision_feature_layer=-2, vision_feature_select_strategy="default")
 
 
+def test_features_of_the_last_layer():
+    """The outputs of other layers are freed meanwhile, and their memory is used again."""
+    model = copy.deepcopy(load("llava").model)
+    model.config.vision_feature_layer = -1
+    check(model, batch([llava_prompt(1, 5, 12, seed=1)]), rk.Policy(SCHEDULE, reducer=LLAVA))
+
+
 def test_feature_layer_that_is_no_output_of_one():
     model = copy.deepcopy(load("llava").model)
     model.config.vision_feature_layer = 0

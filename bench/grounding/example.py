@@ -1,0 +1,58 @@
+"""The scene that the demo shows, picked by a rule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from .answers import Item
+from .metrics import score
+from .policies import UNROUTED, Way
+from .scenes import SIDE
+
+REMOVE = Way("fastv", "remove", 0.25)
+REROUTE = Way("fastv", "reroute", 0.25)
+"""What the demo compares."""
+MEASURE = "acc@0.5"
+
+
+def pick(items: Sequence[Item], answers: dict[Way, list[str]], better: Way, worse: Way) -> int:
+    """The place of the first item that shows on one scene what is so on average.
+
+    It asks for a box; without routing and under the policy that is better on average the box is found (IoU of 0.5 or
+    more), and under the other one it is not.
+    """
+    for place, item in enumerate(items):
+        if item.question.kind == "box":
+            found = [score(item.question, answers[way][place])[MEASURE] for way in (UNROUTED, better, worse)]
+            if found == [1, 1, 0]:
+                return place
+    raise ValueError(f"no scene shows that {better.name} is better than {worse.name}")
+
+
+def write_example(items: Sequence[Item], answers: dict[Way, list[str]], results: dict, folder: Path) -> None:
+    """Write the picked scene, its question and truth, and the rates over all scenes beside the model."""
+    rates = {Way(way["method"], way["action"], way["keep"]): way["scores"]["box"][MEASURE] for way in results["ways"]}
+    worse, better = sorted((REMOVE, REROUTE), key=lambda way: rates[way][0])
+    item = items[pick(items, answers, better, worse)]
+    example = {
+        "prompt": item.question.text,
+        "truth": [edge / SIDE for edge in item.question.target.box],
+        "scene": item.number,
+        "scenes": results["items"]["box"],
+        "measure": MEASURE,
+        "rates": {
+            name: list(rates[way]) for name, way in (("unrouted", UNROUTED), ("remove", REMOVE), ("reroute", REROUTE))
+        },
+        "schedules": {
+            way.action: next(
+                each["schedule"] for each in results["ways"] if Way(each["method"], each["action"], each["keep"]) == way
+            )
+            for way in (REMOVE, REROUTE)
+        },
+    }
+    Image.fromarray(item.scene.image).save(folder / "example.png", optimize=True)
+    (folder / "example.json").write_text(json.dumps(example, indent=2) + "\n")
