@@ -6,6 +6,7 @@ and generates, under a policy.
 
 from __future__ import annotations
 
+import os
 from functools import cache, partial
 from importlib import import_module
 
@@ -151,9 +152,10 @@ class Routed:
                 f"use_cache must be True where there is a policy, got {arguments['use_cache']!r}: without a cache "
                 "every step is a new prefill, ranked by the newest token"
             )
-        if not torch.cuda.is_available():
-            arguments.setdefault("device", "cpu")
-            arguments.setdefault("device_map", "cpu")
+        device = arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        # lmms-eval's defaults: none at all for LLaVA, which transformers refuses, and GPUs for Qwen.
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (self.wrapped == "llava_hf" or device == "cpu"):
+            arguments.setdefault("device_map", device)
         super().__init__(pretrained=pretrained, **arguments)
         self._visual_ids = torch.tensor(visual_token_ids(config))
         self._num_layers = config.get_text_config().num_hidden_layers

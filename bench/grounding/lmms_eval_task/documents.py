@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bench.grounding.lmms_eval_task.scoring import score
+from bench.grounding.metrics import score
+from bench.grounding.scenes import Object, Question
 
 
 def pictures(document: dict) -> list:
@@ -10,9 +11,10 @@ def pictures(document: dict) -> list:
 
 
 def results(document: dict, answers: list[str]) -> dict[str, float]:
-    """The measures that fit the kind of question: four of a box, one of the others."""
-    truth = document["box"] if document["kind"] == "box" else document["answer"]
-    return score(document["kind"], answers[0].strip(), truth)
+    """The measures of the benchmark, of which four fit a box and one the other kinds of answers."""
+    # Only the box of the object asked for counts here.
+    target = Object("", "", "", tuple(document["box"])) if document["box"] else None
+    return score(Question(document["kind"], document["question"], document["answer"], target), answers[0])
 
 
 def mean(values: list[float]) -> float:
