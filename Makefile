@@ -7,7 +7,8 @@ TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: help browser test test-oldest test-matrix fuzz compile-matrix gpu-report demo bench lint format clean
+.PHONY: help browser test test-oldest test-lmms-eval test-matrix fuzz compile-matrix gpu-report demo bench grounding \
+  train scenes lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -17,6 +18,9 @@ test: .venv/ready lint  ## check the style and run the tests
 
 test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest supported transformers
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) tests/models
+
+test-lmms-eval: .venv-lmms-eval/ready  ## run the tests of the model types for lmms-eval
+	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest -q tests/models/test_lmms_eval.py tests/models/test_boxes.py
 
 test-matrix: .venv-oldest/ready .venv-middle/ready .venv/ready  ## call every model in every way under three transformers; rewrites docs/models.md
 	@set -e; for environment in .venv-oldest .venv-middle .venv; do \
@@ -58,6 +62,18 @@ bench: .venv/ready  ## run the benchmarks; rewrites bench/results/<device> and t
 	$(BIN)/python -m pytest --benchmark -q --benchmark-json=$$($(BIN)/python -m bench.device)/benchmarks.json
 	$(BIN)/python -m bench.report
 
+scenes: .venv-lmms-eval/ready  ## ask a model about held-out scenes, run by lmms-eval; ARGS="pretrained=...,policy=..."
+	.venv-lmms-eval/bin/python -m bench.grounding.lmms_eval_task build/scenes
+	HF_DATASETS_OFFLINE=1 .venv-lmms-eval/bin/python -m lmms_eval --model reroute_llava_hf --tasks reroute_scenes \
+	  --include_path build/scenes --batch_size 1 --model_args $(or $(ARGS),pretrained=models/tiny_grounding)
+
+grounding: .venv/ready  ## ask the tiny model about held-out scenes under every policy; rewrites docs/grounding.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.benchmark
+	$(BIN)/python -m bench.report
+
+train: .venv/ready  ## train the tiny model anew; goes on where it was interrupted
+	$(BIN)/python -m bench.grounding.train
+
 lint: .venv/ready
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
@@ -67,7 +83,7 @@ format: .venv/ready  ## format the code
 	$(BIN)/ruff format -q .
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-middle .venv-oldest .triton build *.egg-info .benchmarks
+	rm -rf .venv .venv-lmms-eval .venv-middle .venv-oldest .triton build *.egg-info .benchmarks
 
 .venv/ready: requirements/dev.txt pyproject.toml
 .venv-middle/ready: requirements/middle.txt pyproject.toml
@@ -76,4 +92,14 @@ clean:  ## remove the environments and what was built
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# On top of .venv, whose packages it finds behind its own: nothing is installed twice.
+.venv-lmms-eval/ready: requirements/lmms_eval.txt .venv/ready
+	$(PYTHON) -m venv --clear --without-pip $(@D)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps -r $<
+	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \
+	  --no-build-isolation -e .
 	touch $@

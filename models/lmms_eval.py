@@ -1,0 +1,291 @@
+"""Routed models as model types of lmms-eval: `lmms-eval --model reroute_qwen2_5_vl --model_args ...,policy=...`.
+
+lmms-eval finds `manifests` by its entry point. Each type is lmms-eval's own class for the family, which loads, prompts
+and generates, under a policy.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache, partial
+from importlib import import_module
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from ..notation import parse_preset, parse_schedule
+from ..policy import ACTIONS, Policy
+from ..presets import METHODS, NUM_LAYERS, ORIGINALS, preset
+from ..routing import Trace
+from . import apply
+from .adapter import visual_token_ids
+from .boxes import UNITS, box_text, read_box
+
+WRAPPED = {
+    "llava_hf": ("LlavaHf", ("llava", "llava_next", "llava_onevision")),
+    "qwen2_5_vl": ("Qwen2_5_VL", ("qwen2_5_vl",)),
+    "qwen3_vl": ("Qwen3_VL", ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")),
+}
+"""lmms-eval's model types that have a routed one: the name of their class, and what `config.model_type`s they load."""
+
+BOXES = ("answer", "shares")
+
+_PRESET_MODELS = {"llava": "llava-1.5-7b", "qwen2_5_vl": "qwen2.5-vl-7b"}
+_FORMS = (
+    f"a method ({', '.join(METHODS + ORIGINALS)}) beside avg_tokens, a preset such as llava-1.5-7b/reroute-fastv/64, a "
+    "schedule such as 2:0.25+6:0.25 (remove:2:0.25+6:0.25 removes), or none"
+)
+
+
+def manifests() -> list:
+    """What lmms-eval's registry is told: `reroute_llava_hf`, `reroute_qwen2_5_vl` and `reroute_qwen3_vl`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return [
+        ModelManifest(
+            model_id=f"reroute_{wrapped}",
+            simple_class_path=f"{__name__}.{name}Simple",
+            chat_class_path=f"{__name__}.{name}Chat",
+        )
+        for wrapped, (name, _) in WRAPPED.items()
+    ]
+
+
+def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
+    """The policy that the arguments of a model type stand for.
+
+    Args:
+        policy: a method of the presets; the name of a preset, `model/method/avg_tokens`; or a schedule, whose stages
+            are joined by `+` since lmms-eval splits arguments at commas. None or `none` for no routing.
+        avg_tokens: the tier of a method, which is given with a method only.
+        config: the checkpoint's configuration, which tells whose presets a method is looked up in.
+
+    Raises:
+        ValueError: an argument is nothing of this, or no preset is published for this checkpoint.
+    """
+    if policy is None or str(policy).lower() == "none":
+        policy = None
+    elif not isinstance(policy, str):
+        raise ValueError(f"policy must be {_FORMS}; got {policy!r}")
+    is_method = policy is not None and not set(policy) & set(":/")
+    if avg_tokens is not None and not is_method:
+        raise ValueError(f"avg_tokens must be left out where policy is no method, got {avg_tokens!r} beside {policy!r}")
+    if policy is None:
+        return None
+    if is_method:
+        return _preset_of(policy, avg_tokens, config)
+    try:
+        if "/" in policy:
+            return preset(*parse_preset(policy))
+        prefix, _, rest = policy.partition(":")
+        action, schedule = (prefix, rest) if prefix in ACTIONS else ("reroute", policy)
+        return Policy(parse_schedule(schedule.replace("+", ",")), action)
+    except ValueError as error:
+        raise ValueError(f"policy must be {_FORMS}; got {policy!r}: {error}") from None
+
+
+def _preset_of(method: str, avg_tokens: object, config) -> Policy:
+    if method not in METHODS + ORIGINALS:
+        raise ValueError(f"policy must be {_FORMS}; got {method!r}")
+    layers = config.get_text_config().num_hidden_layers
+    model = _PRESET_MODELS.get(config.model_type)
+    if model is None or NUM_LAYERS[model] != layers:
+        published = ", ".join(f"{each} with {NUM_LAYERS[name]} layers" for each, name in _PRESET_MODELS.items())
+        raise ValueError(
+            f"policy must be a schedule such as 2:0.25+6:0.25 where no preset is published, got {method!r} for a model "
+            f"of type {config.model_type} with {layers} layers; there are presets for {published}"
+        )
+    return preset(model, method, avg_tokens)
+
+
+def visual_tokens_by_layer(trace: Trace, layers: int) -> list[list[int]]:
+    """How many visual tokens of each sample ran in each of the decoder's layers, in a routed prefill.
+
+    Args:
+        trace: of the prefill; reading it copies from the device.
+        layers: decoder layers.
+    """
+    before = trace.visual_counts if trace.reduction is None else [len(each) for each in trace.reduction.selected]
+    starts = [stage.layer for stage in trace.stages]
+    counts = [before, *([len(each) for each in stage.selected] for stage in trace.stages)]
+    stages = [sum(start <= layer for start in starts) for layer in range(layers)]
+    return [[counts[stage][sample] for stage in stages] for sample in range(len(before))]
+
+
+class _Stopped(BaseException):
+    """A `generate` that failed; no `Exception`, since lmms-eval's LLaVA goes on with empty answers after those."""
+
+
+class Routed:
+    """What is before one of lmms-eval's classes to make it route.
+
+    Args:
+        pretrained: checkpoint folder or hub id.
+        policy, avg_tokens: as `policy_of` takes them; without a policy the model runs unrouted.
+        boxes: `"answer"` leaves answers as the model wrote them; `"shares"` puts the box that an answer holds in its
+            place, as shares of the picture's width and height: `[0.24, 0.3, 0.42, 0.5]`.
+        arguments: of lmms-eval's class.
+
+    Attributes:
+        routing: the handle of what `apply` installed, or None.
+        prompts: how many prompts with images or videos were answered.
+        average_visual_tokens: visual tokens that ran in a layer, averaged over layers and those prompts.
+
+    Raises:
+        ValueError: an argument is not accepted, or does not fit the checkpoint.
+    """
+
+    wrapped: str
+
+    def __init__(self, pretrained: str, policy=None, avg_tokens=None, boxes: str = "answer", **arguments):
+        from transformers import AutoConfig
+
+        self.routing = None
+        config = AutoConfig.from_pretrained(
+            pretrained, revision=arguments.get("revision", "main"), trust_remote_code=False
+        )
+        self._check(pretrained, config, boxes, arguments)
+        parsed = policy_of(policy, avg_tokens, config)
+        if parsed is not None and not arguments.get("use_cache", True):
+            raise ValueError(
+                f"use_cache must be True where there is a policy, got {arguments['use_cache']!r}: without a cache "
+                "every step is a new prefill, ranked by the newest token"
+            )
+        device = arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+        # lmms-eval's defaults: none at all for LLaVA, which transformers refuses, and GPUs for Qwen.
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (self.wrapped == "llava_hf" or device == "cpu"):
+            arguments.setdefault("device_map", device)
+        super().__init__(pretrained=pretrained, **arguments)
+        self._visual_ids = torch.tensor(visual_token_ids(config))
+        self._num_layers = config.get_text_config().num_hidden_layers
+        self._boxes, self._sizes = boxes, []
+        self.prompts, self._visual, self._ran = 0, 0, 0.0
+        if parsed is not None:
+            self.routing = apply(self.model, parsed)
+        self.model.generate = partial(self._generate, self.model.generate)
+        if boxes == "shares":
+            tokenizer = getattr(self, "processor", None) or self._image_processor
+            tokenizer = tokenizer.tokenizer
+            tokenizer.batch_decode = partial(self._decode, tokenizer.batch_decode)
+        logger.info(
+            f"{pretrained} runs {'unrouted' if parsed is None else f'{policy} (avg_tokens={avg_tokens}): {parsed}'}"
+        )
+
+    def _check(self, pretrained: str, config, boxes: object, arguments: dict) -> None:
+        model_types = WRAPPED[self.wrapped][1]
+        if config.model_type not in model_types:
+            raise ValueError(
+                f"pretrained must be of type {' or '.join(model_types)} for reroute_{self.wrapped}, got {pretrained} "
+                f"of type {config.model_type!r}"
+            )
+        if arguments.get("trust_remote_code") or getattr(config, "auto_map", None):
+            raise ValueError(
+                "pretrained must be a checkpoint without code of its own, and trust_remote_code False, got "
+                f"{pretrained} and {arguments.get('trust_remote_code', False)!r}"
+            )
+        if boxes not in BOXES:
+            raise ValueError(f"boxes must be {' or '.join(BOXES)}, got {boxes!r}")
+
+    @property
+    def average_visual_tokens(self) -> float:
+        return self._ran / self.prompts if self.prompts else 0.0
+
+    def generate_until(self, requests: list) -> list:
+        """The answers. An error in `generate` ends the run, also where lmms-eval's class would go on without an answer.
+
+        Raises:
+            RuntimeError: a prompt with an image was not routed although there is a policy.
+        """
+        try:
+            answers = super().generate_until(requests)
+        except _Stopped as stopped:
+            raise stopped.__cause__ from None
+        if self.prompts:
+            logger.info(
+                f"{self.prompts} prompts with images: {self._visual / self.prompts:.1f} visual tokens, of which "
+                f"{self.average_visual_tokens:.2f} ran in a layer on average"
+            )
+        return answers
+
+    def loglikelihood(self, requests: list) -> list:
+        """As lmms-eval's class has it, unrouted only: the last token, which ranks, is one of the answer here."""
+        if self.routing is not None:
+            raise NotImplementedError(
+                "policy must be none for tasks that ask for likelihoods, where the prompt ends with the answer: ranked "
+                "by it, tokens are chosen with the answer known"
+            )
+        return super().loglikelihood(requests)
+
+    def clean(self) -> None:
+        """Take the routing off the model, then as in lmms-eval."""
+        if self.routing is not None:
+            self.routing.remove()
+        super().clean()
+
+    def _generate(self, generate, *args, **kwargs):
+        before = None if self.routing is None else self.routing.trace
+        try:
+            output = generate(*args, **kwargs)
+            self._count(kwargs["input_ids"], before)
+            self._sizes = self._picture_sizes(kwargs) if self._boxes == "shares" else []
+        except Exception as error:
+            raise _Stopped from error
+        return output
+
+    def _count(self, input_ids: Tensor, before: Trace | None) -> None:
+        visual = torch.isin(input_ids, self._visual_ids.to(input_ids.device)).sum(1).tolist()
+        if not any(visual):
+            return
+        ran = [[count] for count in visual]
+        if self.routing is not None:
+            trace = self.routing.trace
+            if trace is None or trace is before:
+                raise RuntimeError(
+                    f"generate must route a prompt with images by {self.routing.policy}, and it left no trace of that"
+                )
+            ran = visual_tokens_by_layer(trace, self._num_layers)[:: len(trace.visual_counts) // len(visual)]
+        for all_of_them, counts in zip(visual, ran, strict=True):
+            if all_of_them:
+                self.prompts += 1
+                self._visual += all_of_them
+                self._ran += sum(counts) / len(counts)
+
+    def _decode(self, decode, *args, **kwargs) -> list[str]:
+        answers = decode(*args, **kwargs)
+        if len(self._sizes) != len(answers):
+            return answers
+        model_type = self.config.model_type
+        boxes = [size and read_box(answer, model_type, size) for answer, size in zip(answers, self._sizes, strict=True)]
+        return [box_text(box) if box else answer for answer, box in zip(answers, boxes, strict=True)]
+
+    def _picture_sizes(self, inputs: dict) -> list[tuple[int, int] | None]:
+        """Width and height in pixels of each prompt's picture as the model sees it, None where there is not one."""
+        rows = len(inputs["input_ids"])
+        if UNITS[self.config.model_type] != "pixels":
+            return [(1, 1)] * rows
+        sizes: list[tuple[int, int] | None] = [None] * rows
+        vision, grids = self.config.vision_config, inputs.get("image_grid_thw")
+        left = iter([] if grids is None else grids.tolist())
+        counts = (inputs["input_ids"] == self.config.image_token_id).sum(1).tolist()
+        for row, count in enumerate(counts):
+            found = []
+            while count > 0:
+                frames, height, width = next(left)
+                count -= frames * height * width // vision.spatial_merge_size**2
+                found.append((width * vision.patch_size, height * vision.patch_size))
+            if len(found) == 1:
+                sizes[row] = found[0]
+        return sizes
+
+
+@cache
+def __getattr__(name: str) -> type:
+    # lmms-eval's classes import much, and the registry loads this module for every model: each is made when asked for.
+    for wrapped, (base, _) in WRAPPED.items():
+        for flavour in ("simple", "chat"):
+            if name == f"{base}{flavour.capitalize()}":
+                parent = getattr(import_module(f"lmms_eval.models.{flavour}.{wrapped}"), base)
+                doc = f"lmms-eval's {flavour} `{wrapped}` under a policy; `Routed` has its arguments."
+                return type(name, (Routed, parent), {"wrapped": wrapped, "__module__": __name__, "__doc__": doc})
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
