@@ -72,3 +72,11 @@ def read_box(answer: str, model_type: str, size: tuple[int, int]) -> Box | None:
 def box_text(box: Box) -> str:
     """A box in brackets, as lmms-eval's tasks read it: `[0.24, 0.3, 0.42, 0.5]`, to four decimals."""
     return f"[{', '.join(f'{edge:.4f}' for edge in box)}]"
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes in the same unit: left, top, right, bottom."""
+    width, height = (min(one[2 + axis], other[2 + axis]) - max(one[axis], other[axis]) for axis in (0, 1))
+    shared = max(width, 0.0) * max(height, 0.0)
+    areas = ((right - left) * (bottom - top) for left, top, right, bottom in (one, other))
+    return shared / (sum(areas) - shared) if shared else 0.0

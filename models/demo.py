@@ -5,6 +5,7 @@ The command line in `reroute_kernels/__main__.py` prints and saves what `compare
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -23,10 +24,10 @@ from ..presets import NUM_LAYERS, Preset, preset, presets
 from ..routing import Trace
 from . import ADAPTERS, apply
 from .adapter import visual_token_ids
-from .boxes import Box
+from .boxes import UNITS, Box, overlap, read_box
 
-TINY_CHECKPOINT = Path(__file__).with_name("tiny_llava")
-"""A LLaVA-1.5 of 32 narrow layers and 576 visual tokens with random weights."""
+TINY_CHECKPOINT = Path(__file__).with_name("tiny_grounding")
+"""A LLaVA of 16 narrow layers and 144 visual tokens, trained to find shapes on photos; bench/grounding/ made it."""
 
 DEFAULT_PRESETS = {
     "llava": Preset("llava-1.5-7b", "reroute-fastv", 192),
@@ -43,6 +44,37 @@ TRUE_BOX = {"edgecolor": "#00b4f0", "linewidth": 2.4, "linestyle": "--"}
 
 class DemoError(Exception):
     """Something that the user asked for cannot be done; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A scene that ships with the tiny checkpoint, and what is known of the two policies that it shows."""
+
+    image: Path
+    prompt: str
+    truth: Box
+    policies: tuple[str, str]
+    """What removes and what reroutes, as `notation.parse_policy` takes them."""
+    measure: str
+    """Of `rates`."""
+    scenes: int
+    """How many held-out scenes these were measured on."""
+    rates: dict[str, tuple[float, float, float]]
+    """By the names of runs: the share of boxes found, and its 95% interval."""
+
+
+def example() -> Example:
+    """The scene that `bench.grounding.example` picked."""
+    known = json.loads(TINY_CHECKPOINT.joinpath("example.json").read_text())
+    return Example(
+        TINY_CHECKPOINT / "example.png",
+        known["prompt"],
+        tuple(known["truth"]),
+        (known["policies"]["remove"], known["policies"]["reroute"]),
+        known["measure"],
+        known["scenes"],
+        {name: tuple(rate) for name, rate in known["rates"].items()},
+    )
 
 
 @dataclass
@@ -82,6 +114,12 @@ class Run:
     prefill_ms: float = 0.0
     """Median of several prefills."""
     trace: Trace | None = None
+    box: Box | None = None
+    """What the answer holds."""
+
+    def overlap(self, truth: Box) -> float:
+        """Intersection over union of the answer's box with the true one."""
+        return overlap(self.box, truth) if self.box else 0.0
 
 
 def default_policy(model_type: str, layers: int) -> str:
@@ -246,6 +284,7 @@ def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]
                     output = model(**inputs, use_cache=True, logits_to_keep=1)
                     measure_cache(run, output.past_key_values, text)
                     run.answer = answer(subject, max_new_tokens)
+                    run.box = answered_box(subject, run.answer)
                     run.trace = routing.trace if routing else None
                 else:
                     times[run.name].append(
@@ -259,6 +298,12 @@ def answer(subject: Subject, max_new_tokens: int) -> str:
     tokens = subject.model.generate(**subject.inputs, max_new_tokens=max_new_tokens, do_sample=False)
     answer = tokens[0, subject.inputs["input_ids"].shape[1] :]
     return subject.processor.decode(answer, skip_special_tokens=True).strip()
+
+
+def answered_box(subject: Subject, said: str) -> Box | None:
+    """The box in an answer, if it holds one and the model's unit is known."""
+    model_type = subject.model.config.model_type
+    return read_box(said, model_type, subject.picture.size) if model_type in UNITS else None
 
 
 class routed:

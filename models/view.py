@@ -15,8 +15,8 @@ import torch
 from ..notation import first_line
 from ..policy import Policy
 from ..routing import Trace
-from .boxes import UNITS, Box, read_box
-from .demo import DemoError, Row, Subject, answer, draw, routed, stage_shares
+from .boxes import Box, overlap
+from .demo import DemoError, Row, Subject, answer, answered_box, draw, routed, stage_shares
 
 TEMPLATE = Path(__file__).with_name("view.html")
 ACTIVE, RETURNED, DEFERRED, REMOVED = "ardx"
@@ -49,25 +49,16 @@ def parse_box(text: str) -> Box:
     return left, top, right, bottom
 
 
-def overlap(one: Box, other: Box) -> float:
-    """Intersection over union."""
-    width, height = (min(one[2 + axis], other[2 + axis]) - max(one[axis], other[axis]) for axis in (0, 1))
-    shared = max(width, 0.0) * max(height, 0.0)
-    areas = ((right - left) * (bottom - top) for left, top, right, bottom in (one, other))
-    return shared / (sum(areas) - shared)
-
-
 def compare(subject: Subject, *, max_new_tokens: int) -> list[Pane]:
     """Answer the prompt under both policies."""
-    panes, model_type = [], subject.model.config.model_type
+    panes = []
     for name, policy in zip(subject.names, subject.policies, strict=True):
         with routed(subject.model, policy) as routing, torch.no_grad():
             try:
                 said = answer(subject, max_new_tokens)
             except (ValueError, NotImplementedError) as error:  # the policy and this prompt
                 raise DemoError(first_line(error)) from None
-            box = read_box(said, model_type, subject.picture.size) if model_type in UNITS else None
-            panes.append(Pane(name, policy, said, box, routing.trace))
+            panes.append(Pane(name, policy, said, answered_box(subject, said), routing.trace))
     return panes
 
 

@@ -186,9 +186,14 @@ def solve_schedule(
 
 Checkpoint = Annotated[
     str | None,
-    typer.Option(help="Checkpoint folder or hub id of a supported model. Default: a tiny one with random weights."),
+    typer.Option(
+        help="Checkpoint folder or hub id of a supported model. Default: a tiny one, trained to find shapes on photos."
+    ),
 ]
-Photo = Annotated[Path | None, typer.Option(help="Photo. Default: one that ships with scikit-learn.")]
+Photo = Annotated[
+    Path | None,
+    typer.Option(help="Photo. Default: a scene that the tiny model has not seen; for others one of scikit-learn's."),
+]
 RunDevice = Annotated[str, typer.Option(help="Device to run on.")]
 RunType = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 AnswerLength = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
@@ -203,7 +208,10 @@ def demo(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help="Preset (see the command presets) or schedule, such as 3:0.25,7:0.25. Default: tier 192."),
+        typer.Option(
+            help="Preset (see the command presets) or schedule, such as 3:0.25,7:0.25. Default: tier 192, or what fits "
+            "the model."
+        ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     output: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("demo.png"),
@@ -219,18 +227,25 @@ def demo(
     console = _console()
     with _demonstration(device, dtype) as demonstration:
         _check_output(output, "output")
-        photo = demonstration.open_image(image)
+        example = demonstration.example() if model is None and image is None else None
+        photo = demonstration.open_image(example.image if example else image)
+        truth = example.truth if example and prompt is None else None
+        rates = example.rates if truth and policy is None else {}
         if prompt is None:
-            chat, prompt = True, _question(image)
-        policies = [] if policy is None else [policy]
+            chat, prompt = True, example.prompt if example else _question(image)
+        policies = [policy] if policy else example.policies if example else ()
         subject = demonstration.load(model, photo, prompt, policies, chat=chat, device=device, dtype=dtype)
         with console.status("running"):
             runs = demonstration.compare(subject, max_new_tokens=max_new_tokens, repeats=repeats)
         positions = subject.visual_positions()
-        shares = demonstration.stage_shares(runs[-1].trace, positions)
-        demonstration.draw(subject, [demonstration.Row("", shares)], output)
+        all_shares = [demonstration.stage_shares(run.trace, positions) for run in runs[1:]]
+        rows = [demonstration.Row(run.name, of_run, run.box) for run, of_run in zip(runs[1:], all_shares, strict=True)]
+        demonstration.draw(subject, rows, output, truth)
+        shares = all_shares[-1]
 
-    console.print(tables.runs_table(runs))
+    if truth:
+        console.print(f"{prompt} (true box: {' '.join(f'{edge:.2f}' for edge in truth)})", highlight=False)
+    console.print(tables.runs_table(runs, truth, rates))
     console.print(tables.shares_table(shares))
     console.print(
         f"{len(positions)} visual tokens; {device}, {dtype}; prefill: median of {repeats}, the three in turn. "
@@ -238,8 +253,15 @@ def demo(
         markup=False,
         highlight=False,
     )
+    if rates:
+        console.print(
+            f"Found: {example.measure} on {example.scenes:,} held-out scenes, with its 95% interval; this scene was "
+            "picked because it agrees with it (bench/grounding/example.py).",
+            soft_wrap=True,
+            highlight=False,
+        )
     if model is None:
-        console.print(_RANDOM_WEIGHTS, soft_wrap=True)
+        console.print(_TINY, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -282,10 +304,14 @@ def view(
         _check_output(output, "output", (".html",))
         if png is not None:
             _check_output(png, "png")
+        example = demonstration.example() if model is None and image is None else None
         box = None if truth is None else viewing.parse_box(truth)
-        photo = demonstration.open_image(image)
-        prompt = _question(image) if prompt is None else prompt
-        subject = demonstration.load(model, photo, prompt, policy or (), chat=None, device=device, dtype=dtype)
+        photo = demonstration.open_image(example.image if example else image)
+        if prompt is None:
+            prompt = example.prompt if example else _question(image)
+            box = example.truth if example and truth is None else box
+        policies = policy or (example.policies if example else ())
+        subject = demonstration.load(model, photo, prompt, policies, chat=None, device=device, dtype=dtype)
         with console.status("running"):
             panes = viewing.compare(subject, max_new_tokens=max_new_tokens)
         name = model or demonstration.TINY_CHECKPOINT.name
@@ -297,12 +323,12 @@ def view(
     pictures = "" if png is None else f" Picture: {png}"
     console.print(f"Page: {output}{pictures}", markup=False, highlight=False, soft_wrap=True)
     if model is None:
-        console.print(_RANDOM_WEIGHTS, soft_wrap=True)
+        console.print(_TINY, soft_wrap=True, highlight=False)
 
 
-_RANDOM_WEIGHTS = (
-    "This checkpoint has random weights: its words mean nothing, and it is too small for its prefill times to say "
-    "anything about a real model. Pass --model for one."
+_TINY = (
+    "This checkpoint knows shapes on two photos and nothing else (models/tiny_grounding/README.md), and is too small "
+    "for its prefill times to say anything about a real model. Pass --model for one."
 )
 
 

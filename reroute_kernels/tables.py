@@ -15,6 +15,7 @@ from .presets import Preset
 
 if TYPE_CHECKING:
     from .environment import Device
+    from .models.boxes import Box
     from .models.demo import Run, StageShare
     from .models.view import Pane
 
@@ -113,20 +114,32 @@ def solution_table(policy: Policy, visual_tokens: int) -> Table:
     return table
 
 
-def runs_table(runs: Iterable[Run]) -> Table:
-    """What the runs of the demo did."""
+def runs_table(runs: Iterable[Run], truth: Box | None, rates: dict[str, tuple[float, float, float]]) -> Table:
+    """What the runs of the demo did.
+
+    Args:
+        runs: of the demo.
+        truth: the box that was asked for, if it is known.
+        rates: by the names of runs, the share of boxes found in many scenes and its interval; may be empty.
+    """
     table = Table(
         "",
         Column("answer", overflow="fold"),
+        *(["IoU"] if truth else []),
+        *(["found in\nall scenes"] if rates else []),
         "visual tokens\nper layer",
         "cached tokens\n(all layers)",
         "KV bytes",
         "prefill ms",
     )
     for run in runs:
+        cells = [run.name, Text(run.answer)]
+        if truth:
+            cells.append(f"{run.overlap(truth):.2f}" if run.box else "no box")
+        if rates:
+            cells.append("{:.1%} [{:.1%}, {:.1%}]".format(*rates[run.name]))
         table.add_row(
-            run.name,
-            Text(run.answer),
+            *cells,
             f"{run.average_visual_tokens:.1f}",
             f"{run.cached_tokens:,}",
             f"{run.kv_bytes:,}",

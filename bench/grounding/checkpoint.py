@@ -163,6 +163,7 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write the model in float16, and the files from which transformers makes its processor."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     make_tokenizer().save(str(folder / "tokenizer.json"))
     for name, value in (
         ("config.json", CONFIG),

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from reroute_kernels.notation import policy_text
+
 from .answers import Item
 from .metrics import score
-from .policies import UNROUTED, Way
+from .policies import UNROUTED, Way, policy_of
 from .scenes import SIDE
 
 REMOVE = Way("fastv", "remove", 0.25)
@@ -47,12 +49,7 @@ def write_example(items: Sequence[Item], answers: dict[Way, list[str]], results:
         "rates": {
             name: list(rates[way]) for name, way in (("unrouted", UNROUTED), ("remove", REMOVE), ("reroute", REROUTE))
         },
-        "schedules": {
-            way.action: next(
-                each["schedule"] for each in results["ways"] if Way(each["method"], each["action"], each["keep"]) == way
-            )
-            for way in (REMOVE, REROUTE)
-        },
+        "policies": {way.action: policy_text(policy_of(way)) for way in (REMOVE, REROUTE)},
     }
     Image.fromarray(item.scene.image).save(folder / "example.png", optimize=True)
     (folder / "example.json").write_text(json.dumps(example, indent=2) + "\n")

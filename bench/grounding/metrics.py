@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+
+from reroute_kernels.models.boxes import overlap
 
 from .scenes import Question, read_box
 
@@ -29,15 +30,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def overlap(boxes: ArrayLike, others: ArrayLike) -> np.ndarray:
-    """Intersection over union of pairs of boxes, each left, top, right, bottom: `[..., 4]` to `[...]`."""
-    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    corners = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
-    shared = corners.clip(min=0).prod(-1)
-    total = sum((each[..., 2:] - each[..., :2]).clip(min=0).prod(-1) for each in (boxes, others)) - shared
-    return np.divide(shared, total, out=np.zeros_like(shared), where=total > 0)
-
-
 def measures(kind: str) -> tuple[str, ...]:
     """What is measured of the answers to a kind of question."""
     return BOX_MEASURES if kind == "box" else TEXT_MEASURES
@@ -50,7 +42,7 @@ def score(question: Question, answer: str) -> dict[str, float]:
     box, true = read_box(answer), question.target.box
     if box is None:
         return dict.fromkeys(BOX_MEASURES, 0.0)
-    shared = float(overlap(box, true))
+    shared = overlap(box, true)
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     inside = true[0] <= x <= true[2] and true[1] <= y <= true[3]
     return {"acc@0.5": float(shared >= 0.5), "acc@0.3": float(shared >= 0.3), "iou": shared, "centre": float(inside)}

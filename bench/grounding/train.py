@@ -31,10 +31,12 @@ import torch.nn.functional as F
 from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
+from reroute_kernels.models.boxes import overlap
+
 from . import scenes
 from .batches import PREFIX, Batch, choose_questions, make_batch
 from .checkpoint import BOS, CONFIG, FOLDER, TOKEN_ID, make_model, save
-from .metrics import measures, overlap, score
+from .metrics import measures, score
 from .scenes import COLOURS, COORDINATES, KINDS, MOST_OBJECTS, SHAPES, SIDES, make_scene
 
 WORK = Path("build/grounding")
@@ -82,8 +84,9 @@ class Sight(nn.Module):
         present[there[0], names_there[there]] = 1
         present[:, -1] = batch.night.float()
         loss = loss + F.binary_cross_entropy_with_logits(self.scene(hidden[:, 0]).float(), present) * 5
-        found = overlap(boxes[rows, places].detach().sigmoid().cpu(), batch.boxes[rows, numbers].cpu())
-        return loss, {"names": right.float().mean().item(), "boxes": float((found >= 0.5).mean())}
+        seen_boxes, true_boxes = boxes[rows, places].sigmoid().tolist(), batch.boxes[rows, numbers].tolist()
+        found = [overlap(*pair) >= 0.5 for pair in zip(seen_boxes, true_boxes, strict=True)]
+        return loss, {"names": right.float().mean().item(), "boxes": sum(found) / len(found)}
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:

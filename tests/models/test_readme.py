@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, on the tiny checkpoint and the default photo."""
+"""The README's code runs as it stands, on a tiny checkpoint and the default photo."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from reroute_kernels.models.demo import TINY_CHECKPOINT, open_image
+from reroute_kernels.models.demo import open_image
 from tests.models.prompts import IMAGE, policy
 from tests.models.test_families import make_case
 
@@ -15,10 +15,10 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_first_block_routes_a_llava(tmp_path, monkeypatch, capsys):
+def test_first_block_routes_a_llava(tiny_llava, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     open_image(None).save("photo.jpg")
-    code = BLOCKS[0].replace("llava-hf/llava-1.5-7b-hf", str(TINY_CHECKPOINT)).replace('"cuda"', '"cpu"')
+    code = BLOCKS[0].replace("llava-hf/llava-1.5-7b-hf", tiny_llava).replace('"cuda"', '"cpu"')
     names = {}
     exec(code, names)
     stages = names["routing"].trace.stages

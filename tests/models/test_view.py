@@ -68,11 +68,11 @@ def expected(pane, positions, layer):
 
 def test_data_are_what_the_traces_say(made):
     positions, data = made.subject.visual_positions(), made.data
-    assert (data["layers"], data["grid"], data["size"]) == (32, [24, 24], [336, 336])
+    assert (data["layers"], data["grid"], data["size"]) == (16, [12, 12], [192, 192])
     seen = set()
     for pane, shown in zip(made.panes, data["panes"], strict=True):
         assert (shown["name"], shown["action"], shown["answer"]) == (pane.name, pane.policy.action, pane.answer)
-        for layer in range(32):
+        for layer in range(16):
             stage = [stage for stage in shown["stages"] if stage["layer"] <= layer][-1]
             letters = {"a": "active", "r": "returned", "d": "deferred", "x": "removed"}
             states, scores = expected(pane, positions, layer)
@@ -145,9 +145,9 @@ def test_table_and_still(made):
         assert min(sum(abs(one - other) for one, other in zip(drawn, each, strict=True)) for each in colours) < 40
 
 
-def test_what_a_reducer_drops_is_gone_from_the_start():
+def test_what_a_reducer_drops_is_gone_from_the_start(tiny_llava):
     photo = demo.open_image(None)
-    subject = demo.load(None, photo, "What?", ["reroute-nuwa/64"], chat=None, device="cpu", dtype="float32")
+    subject = demo.load(tiny_llava, photo, "What?", ["reroute-nuwa/64"], chat=None, device="cpu", dtype="float32")
     pane = view.compare(subject, max_new_tokens=1)[1]
     assert pane.name == "llava-1.5-7b/reroute-nuwa/64"
     positions = subject.visual_positions()
@@ -168,7 +168,7 @@ def test_what_a_reducer_drops_is_gone_from_the_start():
         (("--policy", "nonsense"), "policy must be a preset like .* got 'nonsense'"),
         (("--policy", "2:.5", "--policy", "2:1.5"), r"got '2:1.5': keep must be in \(0, 1\], got 1.5 at layer 2"),
         (("--policy", "2:.5") * 3, "policy must be given once or twice, got 3: 2:.5 2:.5 2:.5"),
-        (("--policy", "40:0.5"), "schedule must stay below layer 32 .* got layer 40"),
+        (("--policy", "40:0.5"), "schedule must stay below layer 16 .* got layer 40"),
         (("--truth", "1,2"), "truth must be left,top,right,bottom, shares from 0 to 1 such as .*, got '1,2'"),
         (("--truth", "0.5,0.2,0.4,0.3"), "truth must be left,top,right,bottom.* got '0.5,0.2,0.4,0.3'"),
         (("--truth", "0,0,1,1.1"), "truth must be .* got '0,0,1,1.1'"),
@@ -177,7 +177,6 @@ def test_what_a_reducer_drops_is_gone_from_the_start():
         (("--png", "still.txt"), "png must end in one of .png"),
         (("--image", "missing.jpg"), "image must be an existing file, got missing.jpg"),
         (("--prompt", "<image> and <image>"), "prompt must hold the image token '<image>' once"),
-        (("--policy", "nuwa/64", "--prompt", "USER: <image>"), "input_ids must end with text where there is a reducer"),
         (("--model", "missing"), "model must be a checkpoint folder or hub id of a supported type"),
         (("--dtype", "int8"), "dtype must be float32, float16 or bfloat16, got 'int8'"),
     ],
@@ -191,6 +190,14 @@ def test_one_clear_line_and_exit_code_2(arguments, message, tmp_path, monkeypatc
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
     assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_policy_that_refuses_the_prompt(tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("--model", tiny_llava, "--policy", "nuwa/64", "--prompt", "USER: <image>")
+    assert result.exit_code == 2
+    assert "reroute-kernels: input_ids must end with text where there is a reducer" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

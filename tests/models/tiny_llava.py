@@ -1,17 +1,11 @@
-"""Write models/tiny_llava: LLaVA-1.5's architecture in miniature, with random weights.
+"""LLaVA-1.5's architecture in miniature, with random weights, as a checkpoint folder.
 
-The folder loads like any other checkpoint, offline and without torchvision, through
-AutoProcessor.from_pretrained and AutoModelForImageTextToText.from_pretrained. It keeps what
-token reduction depends on in LLaVA-1.5-7B, the 576 visual tokens of a 336-pixel image and the
-32 decoder layers, so that a schedule published for that model applies to it unchanged. The
-widths are small and the tokenizer is one token per byte. The text it generates means nothing.
-
-    python bench/make_tiny_llava.py [--output FOLDER] [--seed N]
-
-The same seed gives the same bytes.
+It loads like any other one, offline and without torchvision, through AutoProcessor.from_pretrained and
+AutoModelForImageTextToText.from_pretrained. It keeps what token reduction depends on in LLaVA-1.5-7B, the 576 visual
+tokens of a 336-pixel image and the 32 decoder layers, so that a schedule published for that model applies to it
+unchanged. The widths are small and the tokenizer is one token per byte. The text it generates means nothing.
 """
 
-import argparse
 import json
 import string
 from pathlib import Path
@@ -21,8 +15,6 @@ import torch
 from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-OUTPUT = Path(__file__).resolve().parents[1] / "models" / "tiny_llava"
 
 IMAGE_SIZE = 336
 PATCH_SIZE = 14
@@ -217,15 +209,10 @@ def write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write")
-    parser.add_argument("--seed", type=int, default=2, help="seed of the weights")
-    args = parser.parse_args()
-
-    folder = args.output
+def write(folder: Path, seed: int = 2) -> None:
+    """Write the checkpoint; the same seed gives the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save(make_weights(args.seed), metadata={"format": "pt"})
+    weights = save(make_weights(seed), metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(weights)
     make_tokenizer().save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", CONFIG)
@@ -234,7 +221,3 @@ def main():
     write_json(folder / "processor_config.json", PROCESSOR_CONFIG)
     write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
