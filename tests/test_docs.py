@@ -1,5 +1,6 @@
 """The guides run as they stand, and their tables are those of the committed records."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from torch import nn
 import reroute_kernels as rk
 from bench import report
 from bench.eager import gather_tokens, rank_tokens, scatter_tokens_, select_tokens
+from bench.grounding import report as grounding
 
 ROOT = Path(__file__).parents[1]
 BACKEND = (ROOT / "docs" / "backend.md").read_text()
@@ -102,6 +104,11 @@ def test_tables_are_those_of_the_records(tmp_path):
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
     report.replace_between(tmp_path / "methods.md", "methods", report.methods_tables())
     assert (tmp_path / "methods.md").read_text() == (ROOT / "docs" / "methods.md").read_text()
+    results = report._read(report.RESULTS / "grounding" / "results.json")
+    assert "\n".join(grounding.page(results)) + "\n" == (ROOT / "docs" / "grounding.md").read_text()
+    model = ROOT / "models" / "tiny_grounding"
+    log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
+    assert grounding.model_card(results, log) == (model / "README.md").read_text()
     report.performance_page(report.gpu_folders(), tmp_path)
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
 

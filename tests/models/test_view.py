@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from bench.screenshot import NAMES, chromium, find_chromium
 from reroute_kernels.__main__ import app
 from reroute_kernels.models import demo, view
+from reroute_kernels.models.boxes import overlap, read_box
 
 QUESTION = (
     "</script><script>document.title = 'broken out'</script> <!-- & \"<b>http://example.com/x.js</b>\" {{data}} é"
@@ -29,12 +30,13 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A page as the command line writes it, with what it was made from. The second answer holds a box."""
+    """A page as the command line writes it, with what it was made from. The second answer alone holds a box."""
     folder, found = tmp_path_factory.mktemp("view"), []
 
     def compare(subject, **settings):
         panes = compare_really(subject, **settings)
-        panes[1].answer, panes[1].box = ANSWER, view.read_box(ANSWER, "llava", subject.picture.size)
+        panes[0].answer, panes[0].box = "nowhere", None
+        panes[1].answer, panes[1].box = ANSWER, read_box(ANSWER, "llava", subject.picture.size)
         found.append((subject, panes))
         return panes
 
@@ -96,8 +98,8 @@ def test_boxes(made):
     assert (removed["box"], removed["overlap"]) == (None, None)
     assert rerouted["box"] == [0.25, 0.3, 0.5, 0.6]
     assert rerouted["overlap"] == pytest.approx(0.5)
-    assert view.overlap((0, 0, 0.5, 0.5), (0.25, 0.25, 0.75, 0.75)) == pytest.approx(1 / 7)
-    assert view.overlap((0, 0, 0.5, 0.5), (0.5, 0.6, 0.75, 0.75)) == 0
+    assert overlap((0, 0, 0.5, 0.5), (0.25, 0.25, 0.75, 0.75)) == pytest.approx(1 / 7)
+    assert overlap((0, 0, 0.5, 0.5), (0.5, 0.6, 0.75, 0.75)) == 0
 
 
 class Elements(HTMLParser):
@@ -251,7 +253,7 @@ def shown(page):
 
 def check_states(page, made, layer):
     positions = made.subject.visual_positions()
-    assert page.text_content("#number") == f"{layer} of 0 to 31"
+    assert page.text_content("#number") == f"{layer} of 0 to 15"
     for pane, drawn in zip(made.panes, shown(page), strict=True):
         states, _ = expected(pane, positions, layer)
         assert [each[1] for each in drawn["classes"]] == states
@@ -266,20 +268,20 @@ def check_states(page, made, layer):
 def test_slider_shows_what_the_data_say(opened, made):
     page = opened()
     check_states(page, made, 6)  # the second decision
-    for layer in (0, 1, 2, 5, 8, 9, 31):
+    for layer in (0, 1, 2, 5, 8, 9, 15):
         page.fill("#layer", str(layer))
         check_states(page, made, layer)
-    assert page.get_attribute("#layer", "max") == "31"
+    assert page.get_attribute("#layer", "max") == "15"
 
 
 def test_keyboard(opened, made):
     page = opened()
     slider = page.get_by_label("Decoder layer")
     slider.focus()
-    for key, layer in (("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 31)):
+    for key, layer in (("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", 15)):
         page.keyboard.press(key)
         check_states(page, made, layer)
-    assert slider.get_attribute("aria-valuetext").startswith("layer 31; remove: ")
+    assert slider.get_attribute("aria-valuetext").startswith("layer 15; remove: ")
     page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     assert page.is_checked("[value=score]")
@@ -322,8 +324,8 @@ def test_texts_and_boxes(opened, made):
     edges = page.evaluate("""() => [...document.querySelectorAll("section")].map(section => ["read", "true"].map(kind =>
         [...section.querySelectorAll(`.box.${kind}`)].map(box => ["x", "y", "width", "height"].map(name =>
             Number(box.getAttribute(name))))))""")
-    true = [pytest.approx([336 * share for share in (0.25, 0.3, 0.5, 0.3)])]
-    assert edges == [[[], true], [[pytest.approx([336 * share for share in (0.25, 0.3, 0.25, 0.3)])], true]]
+    true = [pytest.approx([192 * share for share in (0.25, 0.3, 0.5, 0.3)])]
+    assert edges == [[[], true], [[pytest.approx([192 * share for share in (0.25, 0.3, 0.25, 0.3)])], true]]
     assert page.evaluate("document.querySelectorAll('img, section script').length") == 0
 
 
