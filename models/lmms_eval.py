@@ -153,7 +153,7 @@ class Routed:
                 "every step is a new prefill, ranked by the newest token"
             )
         device = arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        # lmms-eval's defaults: none at all for LLaVA, which transformers refuses, and GPUs for Qwen.
+        # By default lmms-eval hands transformers an empty one for LLaVA, which it refuses, and GPUs for Qwen.
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (self.wrapped == "llava_hf" or device == "cpu"):
             arguments.setdefault("device_map", device)
         super().__init__(pretrained=pretrained, **arguments)
@@ -165,8 +165,7 @@ class Routed:
             self.routing = apply(self.model, parsed)
         self.model.generate = partial(self._generate, self.model.generate)
         if boxes == "shares":
-            tokenizer = getattr(self, "processor", None) or self._image_processor
-            tokenizer = tokenizer.tokenizer
+            tokenizer = (self._image_processor if self.wrapped == "llava_hf" else self.processor).tokenizer
             tokenizer.batch_decode = partial(self._decode, tokenizer.batch_decode)
         logger.info(
             f"{pretrained} runs {'unrouted' if parsed is None else f'{policy} (avg_tokens={avg_tokens}): {parsed}'}"
