@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bench.grounding.report import grounding_page, model_card
+from bench.grounding.report import grounding_page, model_card, summary_table
 from bench.markdown import table
 from reroute_kernels.budget import solve_like
 from reroute_kernels.cost import Cost, cost
@@ -35,6 +35,7 @@ def main() -> None:
     performance_page(gpu_folders(), ROOT / "docs")
     grounded, model = _read(RESULTS / "grounding" / "results.json"), ROOT / "models" / "tiny_grounding"
     grounding_page(grounded, ROOT / "docs")
+    replace_between(ROOT / "README.md", "grounding", summary_table(grounded))
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
     (model / "README.md").write_text(model_card(grounded, log))
 

@@ -101,10 +101,11 @@ def test_tables_are_those_of_the_records(tmp_path):
     assert (tmp_path / "models.md").read_text() == (ROOT / "docs" / "models.md").read_text()
     cpu = report.cpu_tables(report._read(report.RESULTS / "cpu" / "benchmarks.json"))
     report.replace_between(tmp_path / "README.md", "benchmarks", cpu)
+    results = report._read(report.RESULTS / "grounding" / "results.json")
+    report.replace_between(tmp_path / "README.md", "grounding", grounding.summary_table(results))
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
     report.replace_between(tmp_path / "methods.md", "methods", report.methods_tables())
     assert (tmp_path / "methods.md").read_text() == (ROOT / "docs" / "methods.md").read_text()
-    results = report._read(report.RESULTS / "grounding" / "results.json")
     assert "\n".join(grounding.page(results)) + "\n" == (ROOT / "docs" / "grounding.md").read_text()
     model = ROOT / "models" / "tiny_grounding"
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]

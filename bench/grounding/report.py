@@ -117,6 +117,27 @@ def model_card(results: dict, log: list[dict]) -> str:
     )
 
 
+def summary_table(results: dict) -> str:
+    """Boxes found by the published methods at every budget."""
+    ways = {(way["method"], way["action"], way["keep"]): way for way in results["ways"]}
+    budgets = [f"{ways['fastv', 'remove', keep]['average_visual_tokens']:.1f}" for keep in KEEPS]
+    rows = [
+        [method, action, *(cell(ways[method, action, keep]["scores"]["box"]["acc@0.5"]) for keep in KEEPS)]
+        for method in ("fastv", "pdrop", "nuwa")
+        for action in ACTIONS
+    ]
+    whole = cell(results["ways"][0]["scores"]["box"]["acc@0.5"])
+    return "\n".join(
+        [
+            f"Boxes found by the tiny model that ships here (ACC@0.5, %; {results['items']['box']:,} held-out scenes; "
+            "95% intervals), by visual tokens per layer; run on a CPU. "
+            f"Without routing, with all {results['visual_tokens']}: {whole}.",
+            "",
+            *table(["method", "", *budgets], rows),
+        ]
+    )
+
+
 def page(results: dict) -> list[str]:
     """The lines of the page."""
     items, measured = results["items"], results["measured_on"]
