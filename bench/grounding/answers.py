@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
 
 from .checkpoint import FOLDER, IMAGE
 from .scenes import MOST_OBJECTS, Question, Scene, held_out_scene
@@ -55,9 +58,6 @@ class Answerer:
     """
 
     def __init__(self, folder: Path = FOLDER, device: str = "cpu"):
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-        from transformers.utils import logging
-
         logging.disable_progress_bar()
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
@@ -70,8 +70,15 @@ class Answerer:
         return dict(self.processor(images=images, text=texts, return_tensors="pt").to(self.model.device))
 
     @torch.no_grad()
-    def answer(self, inputs: dict[str, Tensor]) -> list[str]:
-        """The answers by greedy decoding."""
+    def encoded(self, inputs: dict[str, Tensor]) -> dict[str, object]:
+        """The same prompts with their images encoded, so that several policies need not encode them again."""
+        inputs = dict(inputs)
+        features = self.model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True).pooler_output
+        return inputs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+
+    @torch.no_grad()
+    def answer(self, inputs: dict[str, object]) -> list[str]:
+        """The answers by greedy decoding, to what `inputs` or `encoded` made."""
         tokens = self.model.generate(**inputs, max_new_tokens=5, do_sample=False)
         return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -44,7 +44,11 @@ _here: dict[str, object] = {}  # of this worker process
 def prepare(folder: Path, scenes: int, threads: int) -> None:
     """Load the model and make the scenes, once a worker process."""
     torch.set_num_threads(threads)
-    _here.update(answerer=Answerer(folder), items=held_out_items(scenes))
+    answerer, items = Answerer(folder), held_out_items(scenes)
+    encoded = [
+        (places, answerer.encoded(answerer.inputs([items[place] for place in places]))) for places in batches(items)
+    ]
+    _here.update(answerer=answerer, items=items, encoded=encoded)
 
 
 def answer_all(way: Way) -> tuple[list[str], list[dict[str, float]]]:
@@ -54,8 +58,10 @@ def answer_all(way: Way) -> tuple[list[str], list[dict[str, float]]]:
     answers, selected = [""] * len(items), [[] for _ in items]
     routing = rk.models.apply(answerer.model, policy) if policy else None
     try:
-        for places in batches(items):
-            got = answerer.answer(answerer.inputs([items[place] for place in places]))
+        for places, inputs in _here["encoded"]:
+            if policy is not None and policy.reducer is not None:  # which takes part in encoding
+                inputs = answerer.inputs([items[place] for place in places])
+            got = answerer.answer(inputs)
             for row, place in enumerate(places):
                 answers[place] = got[row]
                 if routing is not None:

@@ -10,6 +10,7 @@ from .metrics import MEASURES, measures
 from .policies import KEEPS, METHODS
 from .resemblance import TOP
 from .scenes import KINDS
+from .train import EARLY, LATE
 
 ACTIONS = ("remove", "reroute")
 PHASES = ("vision", "language")
@@ -41,7 +42,9 @@ held-out ones from the right third.
 From scratch, by `python -m bench.grounding.train`; the log is `training.jsonl`. First the vision tower alone learns to
 name the object on every patch, and its class token to tell what is in the scene. Then all of it learns to answer,
 beginning with one object in a scene. In this phase every decoder layer is left out of a step with a probability that
-rises to 0.2: stochastic depth, which stands in for the redundancy of large decoders.
+falls from {early} in the first layer to {late} from the middle on. This stochastic depth stands in for two things that
+large decoders have by themselves: they survive layers that are skipped, and it is not in their first layers that they
+look at what a question is about.
 
 On {device} ({threads} threads, torch {torch}), seed {seed}: {vision_steps:,} steps of the tower in {vision_minutes:.0f}
 minutes, {steps:,} of the whole in {minutes:.0f}.
@@ -113,6 +116,8 @@ def model_card(results: dict, log: list[dict]) -> str:
         progress="\n".join(table(["step", "most objects in training", *KINDS], progress)),
         accuracy="\n".join(table(["question", "measure", "scenes", "%"], accuracy)),
         held_out=sum(results["items"].values()),
+        early=EARLY,
+        late=LATE,
         **{name: start[name] for name in ("threads", "torch", "seed", "vision_steps", "steps")},
     )
 
@@ -189,8 +194,11 @@ def resemblance_section(results: dict) -> list[str]:
         "",
         f"**Skipped layers**: ACC@0.5 is {cell(like['whole'])} with all layers. Without layer {worst} it falls by "
         f"{100 * drops[worst]:.1f} points; without any single other one, by {100 * others[-1]:.1f} at most and "
-        f"{100 * sorted(drops)[len(drops) // 2]:.1f} in the median. The model was trained with stochastic depth, which "
-        "stands in for the redundancy that large decoders have by themselves.",
+        f"{100 * sorted(drops)[len(drops) // 2]:.1f} in the median.",
+        "",
+        f"A decoder as small as this one has neither by itself: it looks in its first layers and needs all of them. It was "
+        f"trained with stochastic depth, which stands in for what large ones have: each layer was left out of a training "
+        f"step with a probability that falls from {EARLY} in the first layer to {LATE} from the middle on.",
         "",
         "![Coverage and skipped layers](grounding-resemblance.svg)",
         "",
