@@ -196,9 +196,9 @@ def resemblance_section(results: dict) -> list[str]:
         f"{100 * drops[worst]:.1f} points; without any single other one, by {100 * others[-1]:.1f} at most and "
         f"{100 * sorted(drops)[len(drops) // 2]:.1f} in the median.",
         "",
-        f"A decoder as small as this one has neither by itself: it looks in its first layers and needs all of them. It was "
-        f"trained with stochastic depth, which stands in for what large ones have: each layer was left out of a training "
-        f"step with a probability that falls from {EARLY} in the first layer to {LATE} from the middle on.",
+        "A decoder as small as this one has neither by itself: it looks in its first layers and needs all of them. It "
+        "was trained with stochastic depth, which stands in for what large ones have: each layer was left out of a "
+        f"training step with a probability that falls from {EARLY} in the first layer to {LATE} from the middle on.",
         "",
         "![Coverage and skipped layers](grounding-resemblance.svg)",
         "",
