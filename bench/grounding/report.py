@@ -10,7 +10,7 @@ from .metrics import MEASURES, measures
 from .policies import KEEPS, METHODS
 from .resemblance import TOP
 from .scenes import KINDS
-from .train import EARLY, LATE
+from .train import EARLY, LATE, LATER
 
 ACTIONS = ("remove", "reroute")
 PHASES = ("vision", "language")
@@ -42,9 +42,9 @@ held-out ones from the right third.
 From scratch, by `python -m bench.grounding.train`; the log is `training.jsonl`. First the vision tower alone learns to
 name the object on every patch, and its class token to tell what is in the scene. Then all of it learns to answer,
 beginning with one object in a scene. In this phase every decoder layer is left out of a step with a probability that
-falls from {early} in the first layer to {late} from the middle on. This stochastic depth stands in for two things that
-large decoders have by themselves: they survive layers that are skipped, and it is not in their first layers that they
-look at what a question is about.
+falls from {early} in the first layer to {late} from the middle on, and to {later} in the second half of the steps. This
+stochastic depth stands in for two things that large decoders have by themselves: they survive layers that are skipped,
+and it is not in their first layers that they look at what a question is about.
 
 On {device} ({threads} threads, torch {torch}), seed {seed}: {vision_steps:,} steps of the tower in {vision_minutes:.0f}
 minutes, {steps:,} of the whole in {minutes:.0f}.
@@ -118,6 +118,7 @@ def model_card(results: dict, log: list[dict]) -> str:
         held_out=sum(results["items"].values()),
         early=EARLY,
         late=LATE,
+        later=LATER,
         **{name: start[name] for name in ("threads", "torch", "seed", "vision_steps", "steps")},
     )
 
@@ -198,7 +199,8 @@ def resemblance_section(results: dict) -> list[str]:
         "",
         "A decoder as small as this one has neither by itself: it looks in its first layers and needs all of them. It "
         "was trained with stochastic depth, which stands in for what large ones have: each layer was left out of a "
-        f"training step with a probability that falls from {EARLY} in the first layer to {LATE} from the middle on.",
+        f"training step with a probability that falls from {EARLY} in the first layer to {LATE} from the middle on, and "
+        f"to {LATER} in the second half of the training.",
         "",
         "![Coverage and skipped layers](grounding-resemblance.svg)",
         "",

@@ -9,9 +9,10 @@ questions and dropped layers follow from the seed and the step alone, so a run t
 was.
 
 Stochastic depth: while the whole model trains, each decoder layer is left out of a step with a probability that falls
-from 0.95 in the first layer to 0.1 from the middle on. It stands in for two things that are known of large pretrained
-decoders and that a model as small as this one lacks otherwise: they survive layers that are skipped, and it is not in
-their first layers that they look at what a question is about. Trained without it, this model looks there at once.
+from 0.95 in the first layer to 0.1 from the middle on, and to 0.25 once half of the steps are done. It stands in for
+two things that are known of large pretrained decoders and that a model as small as this one lacks otherwise: they
+survive layers that are skipped, and it is not in their first layers that they look at what a question is about. Trained
+without it, this model looks there at once.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ VISION_STEPS, VISION_BATCH = 1000, 64
 STEPS, BATCH = 5000, 32
 QUESTIONS = {"box": 6, "neighbour": 2, "corner": 1, "count": 1, "light": 1}
 EVALUATED = 128
-EARLY, LATE = 0.95, 0.1
-"""How likely the first decoder layer is left out of a step, and each from the middle on."""
+EARLY, LATE, LATER = 0.95, 0.1, 0.25
+"""How likely the first decoder layer is left out of a step, and each from the middle on, in the first half of the steps
+and in the second."""
 ENOUGH, AT_LEAST = 0.7, 25
 """One more object comes into the scenes where this share of coordinates is within two steps of the truth, and after so
 many training steps."""
@@ -180,9 +182,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(**{name: move(value) for name, value in vars(batch).items()})
 
 
-def dropping(layers: int) -> list[float]:
+def dropping(step: int, steps: int, layers: int) -> list[float]:
     """With what probability each layer is left out of a step: it falls linearly up to the middle."""
-    return [max(LATE, EARLY + (LATE - EARLY) * layer / (layers / 2)) for layer in range(layers)]
+    late = LATE if step < steps // 2 else LATER
+    return [max(late, EARLY + (late - EARLY) * layer / (layers / 2)) for layer in range(layers)]
 
 
 def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
@@ -263,7 +266,7 @@ def train(
                 if phase == "vision":
                     measured = vision_step(trainee, here)
                 else:
-                    drop = dropping(len(trainee.layers))
+                    drop = dropping(step, total, len(trainee.layers))
                     random = np.random.default_rng([seed, len(DRAW), step])
                     kept = [layer for layer in range(len(trainee.layers)) if random.random() >= drop[layer]]
                     measured = language_step(trainee, here, kept, now)
