@@ -199,8 +199,8 @@ def resemblance_section(results: dict) -> list[str]:
         "",
         "A decoder as small as this one has neither by itself: it looks in its first layers and needs all of them. It "
         "was trained with stochastic depth, which stands in for what large ones have: each layer was left out of a "
-        f"training step with a probability that falls from {EARLY} in the first layer to {LATE} from the middle on, and "
-        f"to {LATER} in the second half of the training.",
+        f"training step with a probability that falls from {EARLY} in the first layer to {LATE} from the middle on, "
+        f"and to {LATER} in the second half of the training.",
         "",
         "![Coverage and skipped layers](grounding-resemblance.svg)",
         "",
