@@ -191,9 +191,9 @@ def test_followed_tokens():
     item = answers.Item(0, scene_of(target), Question("box", "", "", target))
     selected = [[{0, 1, 50}, {1, 12, 50}, {0, 1, 12, 13}]]
     first, second, third = benchmark.follow([item], selected, [2, 4, 8])
-    assert first == {"layer": 2, "objects": 0.5, "returned": 0.0, "overlap": None}
-    assert second == {"layer": 4, "objects": 0.5, "returned": 0.5, "overlap": 0.5}
-    assert third == {"layer": 8, "objects": 1.0, "returned": 0.75, "overlap": 0.4}
+    assert first == {"layer": 2, "objects": 0.5, "seen": 1.0, "returned": 0.0, "overlap": None}
+    assert second == {"layer": 4, "objects": 0.5, "seen": 1.0, "returned": 0.5, "overlap": 0.5}
+    assert third == {"layer": 8, "objects": 1.0, "seen": 1.0, "returned": 0.75, "overlap": 0.4}
 
 
 def test_example_agrees_with_the_rates():

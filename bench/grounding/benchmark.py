@@ -81,20 +81,26 @@ def follow(items: Sequence[Item], selected: Sequence[list[set[int]]], layers: li
         layers: the decision layers.
 
     Returns:
-        For each decision: `objects`, the share of the objects' tokens that ran; `returned`, the share of these that had
+        For each decision: `objects`, the share of the objects' tokens that ran; `seen`, the share of objects of which
+        at least one token ran; `returned`, the share of these that had
         been deferred by an earlier decision; `overlap`, of all tokens that ran here or in the stage before, those that
         ran in both.
     """
     boxes = [place for place, item in enumerate(items) if item.question.kind == "box"]
     followed = []
     for stage, layer in enumerate(layers):
-        there, ran, returned, overlaps = 0, 0, 0, []
+        there, ran, seen, returned, overlaps = 0, 0, 0, 0, []
         for place in boxes:
             stages = selected[place]
             target = set(items[place].question.target.tokens())
             now = target & stages[stage]
             always = set.intersection(*stages[: stage + 1])
-            there, ran, returned = there + len(target), ran + len(now), returned + len(now - always)
+            there, ran, seen, returned = (
+                there + len(target),
+                ran + len(now),
+                seen + bool(now),
+                returned + len(now - always),
+            )
             if stage:
                 before = stages[stage - 1]
                 overlaps.append(len(before & stages[stage]) / len(before | stages[stage]))
@@ -102,6 +108,7 @@ def follow(items: Sequence[Item], selected: Sequence[list[set[int]]], layers: li
             {
                 "layer": layer,
                 "objects": ran / there,
+                "seen": seen / len(boxes),
                 "returned": returned / ran if ran else 0.0,
                 "overlap": float(np.mean(overlaps)) if overlaps else None,
             }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save as serialize
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -159,11 +160,26 @@ def make_model(seed: int) -> LlavaForConditionalGeneration:
     return model
 
 
+def published_name(name: str) -> str:
+    """The name in the published LLaVA-1.5 checkpoints of a parameter of the model.
+
+    transformers renames these on loading, to names that differ between its versions.
+    """
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if name.startswith("language_model."):
+        return name.replace("language_model.", "language_model.model.", 1)
+    if name.startswith("lm_head."):
+        return "language_model." + name
+    return name
+
+
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """Write the model in float16, and the files from which transformers makes its processor."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.float16).save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
+    weights = {published_name(name): weight.half().contiguous() for name, weight in model.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(serialize(weights, metadata={"format": "pt"}))
     make_tokenizer().save(str(folder / "tokenizer.json"))
     for name, value in (
         ("config.json", CONFIG),

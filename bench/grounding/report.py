@@ -335,16 +335,17 @@ def return_section(results: dict) -> list[str]:
     return [
         "## Where tokens come back",
         "",
-        "Of the tokens of the object that is asked for (box questions), the share that runs from each decision on; in "
-        "parentheses, of these, the share that an earlier decision had deferred, and the overlap of everything that is "
-        "selected with the decision before (tokens in both, of those in either). What runs from the last decision on "
-        "is what the answer is read from in the deepest layers.",
+        "For questions that ask for a box, of every decision: the share of the object's tokens that run from there on; "
+        "in how many scenes at least one of them does; of those that run, the share that an earlier decision had "
+        "deferred; and the overlap of all that is selected with the decision before (tokens in both, of those in "
+        "either). What runs from the last decision on is what the answer is read from in the deepest layers.",
         "",
         *table(["method", "visual tokens per layer", "", *(f"decision {number + 1}" for number in range(4))], rows),
         "",
-        "How to read it: deferring can only help where a later decision ranks the object's tokens higher than the "
-        "first one does, and only as far as a token that skipped layers still serves those that read it. The mean "
-        "ranks by layer in the first table say how much better later layers know.",
+        "How to read it: every patch of an object tells where the object is, so one of them that runs can be enough. "
+        "Deferring can only help where a later decision ranks the object's tokens higher than the first one does, and "
+        "only as far as a token that skipped layers still serves those that read it. The mean ranks by layer in the "
+        "first table say how much better later layers know.",
     ]
 
 
@@ -352,12 +353,10 @@ def stage_cell(stages: list[dict], number: int) -> str:
     if number >= len(stages):
         return "--"
     stage = stages[number]
+    text = f"layer {stage['layer']}: {pc(stage['objects'])}; {pc(stage['seen'])}"
     if stage["overlap"] is None:
-        return f"layer {stage['layer']}: {pc(stage['objects'])}"
-    return (
-        f"layer {stage['layer']}: {pc(stage['objects'])} ({pc(stage['returned'])} returned, overlap "
-        f"{stage['overlap']:.2f})"
-    )
+        return text
+    return f"{text}; {pc(stage['returned'])}; {stage['overlap']:.2f}"
 
 
 def pc(value: float) -> str:

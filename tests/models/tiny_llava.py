@@ -16,6 +16,8 @@ from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from bench.grounding.checkpoint import published_name
+
 IMAGE_SIZE = 336
 PATCH_SIZE = 14
 MAX_LENGTH = 4096
@@ -150,21 +152,6 @@ STD = {
     "k_proj.weight": 0.2,
 }
 DEFAULT_STD = 0.1
-
-
-def published_name(name):
-    """The name in the published LLaVA-1.5 checkpoints of a parameter of the model.
-
-    transformers renames these on loading, to names that differ between its versions.
-    """
-    name = name.removeprefix("model.")
-    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
-        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    if name.startswith("language_model."):
-        return name.replace("language_model.", "language_model.model.", 1)
-    if name.startswith("lm_head."):
-        return "language_model." + name
-    return name
 
 
 def make_weights(seed):
