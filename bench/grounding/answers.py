@@ -14,7 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from .checkpoint import FOLDER, IMAGE
+from bench.llava_folder import IMAGE
+
+from .checkpoint import FOLDER
 from .scenes import MOST_OBJECTS, Question, Scene, held_out_scene
 
 SEED = 1

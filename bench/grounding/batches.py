@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.llava_folder import EOS, MEAN, STD
+
 from . import scenes
-from .checkpoint import EOS, MEAN, STD, TOKEN_ID
+from .checkpoint import TOKEN_ID
 from .scenes import KINDS, Question, Scene
 
 VISUAL_TOKENS = scenes.GRID**2

@@ -33,11 +33,12 @@ import torch.nn.functional as F
 from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
+from bench.llava_folder import BOS
 from reroute_kernels.models.boxes import overlap
 
 from . import scenes
 from .batches import PREFIX, Batch, choose_questions, make_batch
-from .checkpoint import BOS, CONFIG, FOLDER, TOKEN_ID, make_model, save
+from .checkpoint import CONFIG, FOLDER, TOKEN_ID, make_model, save
 from .metrics import measures, score
 from .scenes import COLOURS, COORDINATES, KINDS, MOST_OBJECTS, SHAPES, SIDES, make_scene
 

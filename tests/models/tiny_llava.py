@@ -6,23 +6,21 @@ tokens of a 336-pixel image and the 32 decoder layers, so that a schedule publis
 unchanged. The widths are small and the tokenizer is one token per byte. The text it generates means nothing.
 """
 
-import json
 import string
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from bench.grounding.checkpoint import published_name
+from bench import llava_folder
+from bench.llava_folder import BOS, EOS, IMAGE, PAD, UNK, add_special_tokens, published_name
 
 IMAGE_SIZE = 336
 PATCH_SIZE = 14
 MAX_LENGTH = 4096
 
-UNK, BOS, EOS, IMAGE, PAD = "<unk>", "<s>", "</s>", "<image>", "<pad>"
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCAB = [UNK, BOS, EOS, *ALPHABET, IMAGE, PAD]
 TOKEN_ID = {token: i for i, token in enumerate(VOCAB)}
@@ -74,48 +72,6 @@ CONFIG = {
     },
 }
 
-GENERATION_CONFIG = {
-    "bos_token_id": TOKEN_ID[BOS],
-    "eos_token_id": TOKEN_ID[EOS],
-    "pad_token_id": TOKEN_ID[PAD],
-}
-
-PREPROCESSOR_CONFIG = {
-    "image_processor_type": "CLIPImageProcessor",
-    "processor_class": "LlavaProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "size": {"shortest_edge": IMAGE_SIZE},
-    "resample": 3,
-    "do_center_crop": True,
-    "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-
-PROCESSOR_CONFIG = {
-    "processor_class": "LlavaProcessor",
-    "image_token": IMAGE,
-    "num_additional_image_tokens": 1,
-    "patch_size": PATCH_SIZE,
-    "vision_feature_select_strategy": "default",
-}
-
-TOKENIZER_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "processor_class": "LlavaProcessor",
-    "bos_token": BOS,
-    "eos_token": EOS,
-    "pad_token": PAD,
-    "unk_token": UNK,
-    "clean_up_tokenization_spaces": False,
-    "model_max_length": MAX_LENGTH,
-    "padding_side": "left",
-}
-
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message['role'] != 'system' -%}
@@ -157,11 +113,11 @@ DEFAULT_STD = 0.1
 def make_weights(seed):
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(**CONFIG))
-    shapes = {published_name(name): p.shape for name, p in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     random = np.random.RandomState(seed)
     weights = {}
-    for name in sorted(shapes):
+    for name in sorted(shapes, key=published_name):  # the same order under every transformers
         shape = shapes[name]
         if name.endswith(".bias"):
             weight = np.zeros(shape)
@@ -182,29 +138,11 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A",
-        pair=f"{BOS} $A {BOS} $B",
-        special_tokens=[(BOS, TOKEN_ID[BOS])],
-    )
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in [UNK, BOS, EOS, IMAGE, PAD]])
+    add_special_tokens(tokenizer)
     assert tokenizer.get_vocab() == TOKEN_ID
     return tokenizer
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def write(folder: Path, seed: int = 2) -> None:
     """Write the checkpoint; the same seed gives the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = save(make_weights(seed), metadata={"format": "pt"})
-    (folder / "model.safetensors").write_bytes(weights)
-    make_tokenizer().save(str(folder / "tokenizer.json"))
-    write_json(folder / "config.json", CONFIG)
-    write_json(folder / "generation_config.json", GENERATION_CONFIG)
-    write_json(folder / "preprocessor_config.json", PREPROCESSOR_CONFIG)
-    write_json(folder / "processor_config.json", PROCESSOR_CONFIG)
-    write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    llava_folder.write(folder, CONFIG, make_weights(seed), make_tokenizer(), CHAT_TEMPLATE)
