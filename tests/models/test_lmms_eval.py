@@ -19,9 +19,11 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 import reroute_kernels as rk
-from bench.grounding import checkpoint
+from bench.grounding import benchmark, checkpoint, example
 from bench.grounding.answers import Answerer, held_out_item, held_out_items
-from bench.grounding.metrics import MEASURES
+from bench.grounding.metrics import MEASURES, score
+from bench.grounding.policies import UNROUTED, policy_of
+from reroute_kernels.notation import policy_text
 from tests.models.families import qwen3_vl
 from tests.models.prompts import GOLDEN, IMAGE, VIDEO, VISION_END, VISION_START
 
@@ -78,9 +80,13 @@ def evaluate(lm, task):
         return calls[-1][1]
 
     lm.model.generate = recorded
+    return results_of(lm, task)["samples"][TASK], calls
+
+
+def results_of(lm, task):
+    """What lmms-eval reports."""
     manager = TaskManager(include_path=str(task), include_defaults=False)
-    results = evaluator.simple_evaluate(model=lm, tasks=[TASK], task_manager=manager, batch_size=1, log_samples=True)
-    return results["samples"][TASK], calls
+    return evaluator.simple_evaluate(model=lm, tasks=[TASK], task_manager=manager, batch_size=1, log_samples=True)
 
 
 def by_hand(model, policy, inputs):
@@ -156,6 +162,22 @@ def test_answers_are_those_of_the_model_under_apply(tiny, task, policy, simple):
         assert [len(stage.selected[0]) for stage in lm.routing.trace.stages] == [36, 14]
         assert lm.average_visual_tokens == (2 * VISUAL + 4 * 36 + 10 * 14) / LAYERS
         assert not lm.routing._handles, "clean() takes the routing off"
+
+
+@pytest.mark.parametrize("way", [UNROUTED, example.REMOVE, example.REROUTE], ids=lambda way: way.action)
+def test_figures_are_those_of_the_benchmark(task, way):
+    """Of the model that ships, on the same scenes; there in batches, here one by one."""
+    benchmark.prepare(checkpoint.FOLDER, SCENES, threads=1)
+    answers, _ = benchmark.answer_all(way)
+    scores = [score(item.question, answer) for item, answer in zip(held_out_items(SCENES), answers, strict=True)]
+    policy = policy_of(way)
+    text = "none" if policy is None else policy_text(policy).replace(",", "+")
+    lm = make("reroute_llava_hf", f"pretrained={checkpoint.FOLDER},dtype=float32,policy={text}")
+    reported = results_of(lm, task)["results"][TASK]
+    for measure in MEASURES:
+        values = [each[measure] for each in scores if measure in each]
+        assert values
+        assert reported[f"{measure},none"] == pytest.approx(sum(values) / len(values), abs=1e-6), measure
 
 
 def test_policies_give_different_answers(tiny, task):
