@@ -224,6 +224,7 @@ def comparison_section(results: dict) -> list[str]:
         "",
         *verdict(results),
         "",
+        *worse(results),
     ]
     for kind in KINDS:
         lines += kind_section(results, kind)
@@ -252,6 +253,39 @@ def verdict(results: dict) -> list[str]:
         "three published methods over all budgets, in points:",
         "",
         *table(["question", "deferring is better", "worse", "undecided", "fastv, pdrop, nuwa: mean difference"], rows),
+    ]
+
+
+def worse(results: dict) -> list[str]:
+    """Which pairs are worse deferred, and where the object's tokens were then."""
+    ways = {(way["method"], way["action"], way["keep"]): way for way in results["ways"]}
+    rows, fewer, followed = [], 0, 0
+    for each in results["differences"]:
+        if each["value"][2] >= 0 or each["method"] in ("random", "uniform"):
+            continue
+        removed, deferred = (ways[each["method"], action, each["keep"]] for action in ACTIONS)
+        row = [each["kind"], each["method"], f"{removed['average_visual_tokens']:.1f}", signed(each["value"])]
+        if each["kind"] == "box":
+            ends = [way["stages"][-1] for way in (removed, deferred)]
+            row += [pc(end[name]) for name in ("objects", "seen") for end in ends]
+            followed, fewer = followed + 1, fewer + (ends[1]["seen"] < ends[0]["seen"])
+        rows.append([*row, *["--"] * (8 - len(row))])
+    if not rows:
+        return ["In none of these pairs is deferring worse.", ""]
+    return [
+        "Where deferring is worse, and what of the object that is asked for runs from the last decision on: the share "
+        f"of its tokens, and in how many scenes at least one does. In {fewer} of {followed} of these pairs the object is "
+        "lost in more scenes when deferring: the last decision ranks all tokens anew, by the attention of its own layer, "
+        "and misses what an earlier layer had found.",
+        "",
+        *table(
+            [
+                *("question", "method", "visual tokens per layer", "difference"),
+                *("tokens: remove", "tokens: reroute", "scenes: remove", "scenes: reroute"),
+            ],
+            rows,
+        ),
+        "",
     ]
 
 
