@@ -274,9 +274,9 @@ def worse(results: dict) -> list[str]:
         return ["In none of these pairs is deferring worse.", ""]
     return [
         "Where deferring is worse, and what of the object that is asked for runs from the last decision on: the share "
-        f"of its tokens, and in how many scenes at least one does. In {fewer} of {followed} of these pairs the object is "
-        "lost in more scenes when deferring: the last decision ranks all tokens anew, by the attention of its own layer, "
-        "and misses what an earlier layer had found.",
+        f"of its tokens, and in how many scenes at least one does. In {fewer} of {followed} of these pairs the object "
+        "is lost in more scenes when deferring: the last decision ranks all tokens anew, by the attention of its own "
+        "layer, and misses what an earlier layer had found.",
         "",
         *table(
             [
