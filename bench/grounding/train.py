@@ -173,7 +173,7 @@ class Trainee:
                 said, words = " ".join(words[:length]), words[length + 1 :]
                 hits[question.kind].append(score(question, said)[measures(question.kind)[0]])
         self.model.train()
-        return {kind: sum(values) / len(values) for kind, values in hits.items()}
+        return {kind: sum(values) / len(values) for kind, values in hits.items() if values}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
