@@ -65,7 +65,7 @@ bench: .venv/ready  ## run the benchmarks; rewrites bench/results/<device> and t
 scenes: .venv-lmms-eval/ready  ## ask a model about held-out scenes, run by lmms-eval; ARGS="pretrained=...,policy=..."
 	.venv-lmms-eval/bin/python -m bench.grounding.lmms_eval_task build/scenes
 	HF_DATASETS_OFFLINE=1 .venv-lmms-eval/bin/python -m lmms_eval --model reroute_llava_hf --tasks reroute_scenes \
-	  --include_path build/scenes --batch_size 1 --model_args $(or $(ARGS),pretrained=models/tiny_grounding)
+	  --include_path build/scenes --batch_size 1 --model_args $(or $(ARGS),pretrained=models/tiny_grounding,dtype=float32)
 
 grounding: .venv/ready  ## ask the tiny model about held-out scenes under every policy; rewrites docs/grounding.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.benchmark
