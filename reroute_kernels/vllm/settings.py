@@ -1,0 +1,129 @@
+"""What `additional_config={"reroute": ...}` may hold, and the arguments of `vllm serve` that go with it; no vLLM here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..notation import parse_preset, parse_schedule
+from ..policy import Policy
+from ..presets import preset
+from ..rankings import LastQuery
+
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "RerouteLlavaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration": "RerouteQwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration": "RerouteQwen2_5_VLForConditionalGeneration",
+}
+"""vLLM's architectures that have a routed one, by name."""
+
+WORKER = "reroute_kernels.vllm.worker.RoutedWorker"
+SCHEDULER = "reroute_kernels.vllm.scheduler.RoutedScheduler"
+
+_KEYS = ("preset", "schedule", "action", "queries", "query_reduction", "head_reduction", "own_groups", "trace")
+_RANKING = ("queries", "query_reduction", "head_reduction")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is routed, and how it is cached.
+
+    Args:
+        policy: what to route.
+        own_groups: whether the layers of each stage have their own groups of the KV cache, which take blocks for the
+            tokens that run there only; else every layer takes blocks for all tokens.
+        trace: whether the workers keep what the latest prefills selected, for `RoutedWorker.routing_traces`.
+
+    Raises:
+        NotImplementedError: vLLM cannot run such a policy.
+    """
+
+    policy: Policy
+    own_groups: bool = False
+    trace: bool = False
+
+    def __post_init__(self):
+        policy, ranking = self.policy, self.policy.ranking
+        for refused, name, got, accepted in (
+            (policy.reducer is not None, "reducer", policy.reducer, "None"),
+            (policy.positions != "original", "positions", policy.positions, "'original'"),
+            (policy.ranks_by_previous_layer, "ranking", ranking, "one of the decision layer, layer='this'"),
+            (not isinstance(ranking, LastQuery), "ranking", ranking, "LastQuery"),
+        ):
+            if refused:
+                raise NotImplementedError(f"{name} must be {accepted} inside vLLM, got {got!r}")
+
+    @classmethod
+    def of(cls, given: object) -> Settings:
+        """From what stands under `"reroute"` in vLLM's `additional_config`.
+
+        Args:
+            given: a mapping with `preset` (`"llava-1.5-7b/reroute-fastv/192"`) or `schedule` (`"3:0.25,7:0.25"`) and,
+                beside a schedule, `action`, `queries`, `query_reduction` and `head_reduction` as in `Policy` and
+                `LastQuery`; besides `own_groups` and `trace`.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: something else came.
+        """
+        if not isinstance(given, Mapping):
+            raise TypeError(f'additional_config["reroute"] must be a mapping, got {given!r}')
+        unknown = sorted(set(given) - set(_KEYS))
+        if unknown:
+            raise ValueError(f"reroute must hold {', '.join(_KEYS)} only, got {', '.join(map(repr, unknown))}")
+        if ("preset" in given) == ("schedule" in given):
+            raise ValueError(f"reroute must hold either preset or schedule, got {dict(given)!r}")
+        for name in ("own_groups", "trace"):
+            if not isinstance(given.get(name, False), bool):
+                raise TypeError(f"{name} must be true or false, got {given[name]!r}")
+        options = {name: given[name] for name in ("own_groups", "trace") if name in given}
+        if "preset" in given:
+            beside = [name for name in ("action", *_RANKING) if name in given]
+            if beside:
+                raise ValueError(f"{beside[0]} must stand beside schedule, got it beside preset {given['preset']!r}")
+            try:
+                policy = preset(*parse_preset(given["preset"]))
+            except (AttributeError, ValueError) as error:
+                raise ValueError(
+                    f"preset must be one like 'llava-1.5-7b/reroute-fastv/192', got {given['preset']!r}: {error}"
+                ) from None
+            return cls(policy, **options)
+        try:
+            stages = parse_schedule(given["schedule"])
+        except (AttributeError, ValueError) as error:
+            raise ValueError(f"schedule must be one like '3:0.25,7:0.25', got {given['schedule']!r}: {error}") from None
+        ranking = LastQuery(**{name: given[name] for name in _RANKING if name in given})
+        return cls(Policy(stages, given.get("action", "reroute"), ranking), **options)
+
+    def as_dict(self) -> dict[str, object]:
+        """What `of` makes equal settings of."""
+        policy, plain = self.policy, LastQuery()
+        schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in policy.schedule)
+        ranking = {name: getattr(policy.ranking, name) for name in _RANKING}
+        unusual = {name: value for name, value in ranking.items() if value != getattr(plain, name)}
+        flags = {name: True for name in ("own_groups", "trace") if getattr(self, name)}
+        return {"schedule": schedule, "action": policy.action, **unusual, **flags}
+
+
+def serve_arguments(architecture: str, settings: Settings, max_model_len: int = 4096) -> list[str]:
+    """The arguments that `vllm serve MODEL` needs to route.
+
+    Args:
+        architecture: of the checkpoint, one of `ARCHITECTURES`.
+        settings: what is routed.
+        max_model_len: tokens that a request may have, those of its images included; a step is made as large.
+
+    Raises:
+        ValueError: no such architecture, or `max_model_len` is not positive.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    if max_model_len < 1:
+        raise ValueError(f"max_model_len must be 1 or more, got {max_model_len}")
+    arguments = ["--hf-overrides", json.dumps({"architectures": [ARCHITECTURES[architecture]]})]
+    arguments += ["--worker-cls", WORKER]
+    if settings.own_groups:
+        arguments += ["--scheduler-cls", SCHEDULER]
+    arguments += ["--additional-config", json.dumps({"reroute": settings.as_dict()})]
+    arguments += ["--max-model-len", str(max_model_len), "--max-num-batched-tokens", str(max_model_len)]
+    return [*arguments, "--no-enable-chunked-prefill", "--no-enable-prefix-caching"]

@@ -1,0 +1,77 @@
+"""One step of the engine in which prompts with visual tokens start, beside whatever else is in the batch; no vLLM here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..routing import Combine, Project, Prompt, RoutedForward, Trace
+from .plan import Plan, Share
+
+
+class RoutedStep:
+    """The state of one step.
+
+    Args:
+        plan: the policy on this model.
+        shares: of the requests, in their order in the batch.
+        visual: for each request the first and last position of every stretch of visual tokens in its prompt.
+        device: of the hidden states.
+    """
+
+    def __init__(
+        self, plan: Plan, shares: Sequence[Share], visual: Sequence[Sequence[tuple[int, int]]], device: torch.device
+    ):
+        self._plan = plan
+        self._tokens = [share.scheduled for share in shares]
+        self._prompts: dict[int, Prompt] = {}
+        self._tables: dict[int, tuple[Tensor, ...]] = {}  # of the full sequences
+        self._forwards: dict[int, RoutedForward] = {}
+        for number, (share, stretches) in enumerate(zip(shares, visual, strict=True)):
+            if share.starts and share.is_routed:
+                mask = torch.zeros(1, share.scheduled, dtype=torch.bool)
+                for first, last in stretches:
+                    mask[0, first : last + 1] = True
+                # What was generated before a preemption runs again and does not rank, like the guesses of a draft.
+                self._prompts[number] = Prompt(mask.to(device), None, guessed=share.scheduled - share.prompt)
+
+    @property
+    def decision_layers(self) -> tuple[int, ...]:
+        return self._plan.policy.stage_layers
+
+    def decide(
+        self, hidden: Tensor, tables: Tensor, project: Project, combine: Combine | None
+    ) -> tuple[Tensor, Tensor]:
+        """Start the next stage for every prompt of the step; all other tokens go on as they are.
+
+        Args:
+            hidden: (T, d), as the last stage left it.
+            tables: (T, ...), what is per token beside it.
+            project, combine: as in `RoutedForward`.
+
+        Returns:
+            Both, of the tokens that run in this stage; never the tensors that came.
+        """
+        hiddens, rows = list(hidden.split(self._tokens)), list(tables.split(self._tokens))
+        for number, prompt in self._prompts.items():
+            if number not in self._forwards:
+                self._forwards[number] = RoutedForward(self._plan.policy, prompt, combine=combine)
+                self._tables[number] = (rows[number][None],)
+            forward = self._forwards[number]
+            hiddens[number] = forward.decide(hiddens[number][None], self._tables[number], project)[0]
+            rows[number] = forward.tables[0][0]
+        self._tokens = [len(each) for each in hiddens]
+        return torch.cat(hiddens), torch.cat(rows)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """(T, d) of all tokens of the step behind the last layer."""
+        hiddens = list(hidden.split(self._tokens))
+        for number, forward in self._forwards.items():
+            hiddens[number] = forward.finish(hiddens[number][None])[0]
+        return torch.cat(hiddens)
+
+    def traces(self) -> dict[int, Trace]:
+        """What was selected, by the number of the request in the batch."""
+        return {number: Trace.of(forward) for number, forward in self._forwards.items()}

@@ -1,0 +1,71 @@
+"""What routing inside vLLM cannot be combined with, refused by name when the engine starts."""
+
+from __future__ import annotations
+
+from vllm.config import CUDAGraphMode, VllmConfig
+
+from . import check_version
+from .plan import Plan
+from .settings import ARCHITECTURES, SCHEDULER, WORKER, Settings
+
+
+def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
+    """The settings of an engine, once it is sure that they can be kept.
+
+    Raises:
+        RuntimeError: another vLLM than a tested one.
+        TypeError, ValueError: `additional_config["reroute"]` is missing or wrong, or another argument does not fit it.
+        NotImplementedError: something is on that routing does not go with.
+    """
+    check_version()
+    additional = config.additional_config
+    if not isinstance(additional, dict) or "reroute" not in additional:
+        raise ValueError(f'additional_config must hold "reroute", got {additional!r}')
+    settings = Settings.of(additional["reroute"])
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    scheduler, speculative = config.scheduler_config, config.speculative_config
+    routed = tuple(ARCHITECTURES.values())
+    if not set(model.architectures) & set(routed):
+        raise ValueError(f"hf_overrides must name an architecture of {', '.join(routed)}, got {model.architectures}")
+    if parallel.worker_cls != WORKER:
+        raise ValueError(f"worker_cls must be {WORKER!r}, got {parallel.worker_cls!r}")
+    plan = Plan(settings.policy, model.hf_config.get_text_config().num_hidden_layers)
+    multimodal = model.multimodal_config
+    refused = {
+        "enable_chunked_prefill": scheduler.enable_chunked_prefill,
+        "enable_prefix_caching": cache.enable_prefix_caching,
+        "pipeline_parallel_size above 1": parallel.pipeline_parallel_size > 1,
+        "decode_context_parallel_size above 1": parallel.decode_context_parallel_size > 1,
+        "prefill_context_parallel_size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "enable_dbo (micro-batches)": getattr(parallel, "use_ubatching", False),
+        "enable_lora": config.lora_config is not None,
+        "kv_transfer_config (KV connectors)": config.kv_transfer_config is not None,
+        "ec_transfer_config (encoder connectors)": config.ec_transfer_config is not None,
+        "cascade attention (disable_cascade_attn=False)": not getattr(model, "disable_cascade_attn", True),
+        "video_pruning_rate": bool(multimodal and multimodal.is_multimodal_pruning_enabled()),
+        "enable_prompt_embeds": model.enable_prompt_embeds,
+        "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+        "async_scheduling with speculative decoding": bool(scheduler.async_scheduling and speculative),
+        "full CUDA graphs (cudagraph_mode)": _has_full_graphs(config),
+        "the model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
+    }
+    if speculative is not None and speculative.method != "ngram":
+        refused[f"speculative decoding by {speculative.method!r} (only 'ngram')"] = True
+    found = [name for name, is_on in refused.items() if is_on]
+    if found:
+        raise NotImplementedError(f"reroute does not go with {'; nor with '.join(found)}: turn it off")
+    if scheduler.max_num_batched_tokens < model.max_model_len:
+        raise ValueError(
+            f"max_num_batched_tokens must be at least max_model_len = {model.max_model_len}, so that a prompt is "
+            f"prefilled in one step, got {scheduler.max_num_batched_tokens}"
+        )
+    if settings.own_groups and scheduler.scheduler_cls != SCHEDULER:
+        raise ValueError(f"scheduler_cls must be {SCHEDULER!r} with own_groups, got {scheduler.scheduler_cls!r}")
+    if settings.own_groups and scheduler.disable_hybrid_kv_cache_manager:
+        raise ValueError("disable_hybrid_kv_cache_manager must be False with own_groups, got True")
+    return settings, plan
+
+
+def _has_full_graphs(config: VllmConfig) -> bool:
+    mode = config.compilation_config.cudagraph_mode
+    return mode is not None and mode != CUDAGraphMode.NONE and mode.has_full_cudagraphs()

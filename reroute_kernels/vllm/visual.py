@@ -1,0 +1,17 @@
+"""The visual tokens of a request, as vLLM's features of it tell."""
+
+from __future__ import annotations
+
+from .plan import Plan
+
+
+def visual_stretches(features) -> list[tuple[int, int]]:
+    """First and last position of every stretch of image or video tokens, from a request's `mm_features`."""
+    return [stretch for feature in features for stretch in feature.mm_position.extract_embeds_range()]
+
+
+def deferred_of(plan: Plan, features, prompt: int) -> tuple[int, ...]:
+    """What each stage leaves out of a request with such features and so many tokens in its prompt."""
+    stretches = visual_stretches(features)
+    visual = sum(last - first + 1 for first, last in stretches)
+    return plan.deferred(visual, any(last == prompt - 1 for _, last in stretches))

@@ -1,0 +1,175 @@
+"""The worker, whose model runner knows of every request how much of it each layer caches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from ..routing import Trace
+from .groups import StageSpec, check_groups
+from .plan import Share, StageLayout, stage_layout
+from .step import RoutedStep
+from .validate import check_config
+from .visual import deferred_of, visual_stretches
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker
+
+logger = init_logger("vllm.reroute_kernels")
+
+
+class RoutedRunner:
+    """What is before the model runner's class to make it route."""
+
+    def start_routing(self, settings, plan) -> None:
+        self.settings, self.plan = settings, plan
+        self.traces: dict[str, Trace] = {}
+        self._deferred: dict[str, tuple[int, ...]] = {}
+        self._stages: dict[str, int] = {}
+
+    def load_model(self, *args, **kwargs) -> None:
+        super().load_model(*args, **kwargs)
+        layers = self.model.language_model.model.layers
+        self._stages = {
+            layer.self_attn.attn.layer_name: stage
+            for number, layer in enumerate(layers)
+            if (stage := self.plan.stage_of(number)) is not None
+        }
+        groups = "own KV groups" if self.settings.own_groups else "one KV group"
+        logger.info("%s routes by %s, with %s", type(self.model).__name__, self.settings.policy, groups)
+
+    def get_kv_cache_spec(self) -> dict:
+        specs = super().get_kv_cache_spec()
+        if not self.settings.own_groups:
+            return specs
+        return {
+            name: spec if stage is None else StageSpec.of(spec, stage)
+            for name, spec in specs.items()
+            for stage in [self._stages.get(name)]
+        }
+
+    def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
+        if self.settings.own_groups:
+            check_groups(kv_cache_config.kv_cache_groups, self._stages)
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+
+    def _model_forward(
+        self,
+        input_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        intermediate_tensors=None,
+        inputs_embeds: Tensor | None = None,
+        **model_kwargs,
+    ):
+        shares = self._shares()
+        if any(share.is_routed for share in shares):
+            self._replace_metadata(shares)
+            if any(share.is_routed and share.starts for share in shares):
+                tokens = sum(share.scheduled for share in shares)
+                return self._start(shares, positions[..., :tokens], inputs_embeds[:tokens])
+        return super()._model_forward(
+            input_ids=input_ids,
+            positions=positions,
+            intermediate_tensors=intermediate_tensors,
+            inputs_embeds=inputs_embeds,
+            **model_kwargs,
+        )
+
+    def _start(self, shares: list[Share], positions: Tensor, embeddings: Tensor) -> Tensor:
+        names = self.input_batch.req_ids[: len(shares)]
+        stretches = [visual_stretches(self.requests[name].mm_features) for name in names]
+        step = RoutedStep(self.plan, shares, stretches, embeddings.device)
+        hidden = self.model.forward_routed(positions, embeddings, step)
+        if self.settings.trace:
+            self.traces |= {names[number]: trace for number, trace in step.traces().items()}
+        return hidden
+
+    def _shares(self) -> list[Share]:
+        batch = self.input_batch
+        names = batch.req_ids[: batch.num_reqs]
+        self._deferred = {name: self._deferred.get(name) or self._deferred_of(name) for name in names}
+        starts = self.query_start_loc.np[: len(names) + 1].tolist()
+        return [
+            Share(
+                int(batch.num_computed_tokens_cpu[number]),
+                starts[number + 1] - starts[number],
+                int(batch.num_prompt_tokens[number]),
+                self._deferred[name],
+            )
+            for number, name in enumerate(names)
+        ]
+
+    def _deferred_of(self, name: str) -> tuple[int, ...]:
+        request = self.requests[name]
+        return deferred_of(self.plan, request.mm_features, request.num_prompt_tokens)
+
+    def _replace_metadata(self, shares: list[Share]) -> None:
+        """Hand every routed layer the metadata of what runs and is cached there, built by its own backend."""
+        context = get_forward_context()
+        for stage in range(len(self.plan.stages)):
+            if not any(share.deferred[stage] for share in shares):
+                continue
+            layout = stage_layout(shares, stage)
+            for number, groups in enumerate(self.attn_groups):
+                for group in groups:
+                    names = [name for name in group.layer_names if self._stages.get(name) == stage]
+                    if not names or not isinstance(group.kv_cache_spec, AttentionSpec):
+                        continue
+                    common = self._common_metadata(shares, layout, number)
+                    metadata = group.build_metadata(common)
+                    for name in names:
+                        context.attn_metadata[name] = metadata
+                        context.slot_mapping[name] = common.slot_mapping
+
+    def _common_metadata(self, shares: list[Share], layout: StageLayout, group: int) -> CommonAttentionMetadata:
+        table = self.input_batch.block_table[group]
+        blocks = table.get_device_tensor(len(shares))
+        requests, rows = (torch.from_numpy(each).to(self.device) for each in (layout.requests, layout.rows))
+        size = table.block_size
+        slots = blocks[requests, rows // size].long() * size + rows % size
+        starts = torch.zeros(len(shares) + 1, dtype=torch.int32)
+        starts[1:] = torch.from_numpy(layout.query_lens).cumsum(0)
+        seq_lens = torch.from_numpy(layout.seq_lens).int()
+        return CommonAttentionMetadata(
+            query_start_loc=starts.to(self.device),
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens.to(self.device),
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_reqs=len(shares),
+            num_actual_tokens=len(rows),
+            max_query_len=int(layout.query_lens.max()),
+            max_seq_len=int(layout.seq_lens.max()),
+            block_table_tensor=blocks,
+            slot_mapping=slots,
+            causal=True,
+            is_prefilling=torch.tensor([share.computed < share.prompt for share in shares]),
+        )
+
+
+class RoutedWorker(Worker):
+    """vLLM's worker for this platform, with a model runner that routes."""
+
+    def __init__(self, vllm_config, *args, **kwargs):
+        self.reroute = check_config(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def init_device(self):
+        super().init_device()
+        runner = self.model_runner
+        runner.__class__ = type(f"Routed{type(runner).__name__}", (RoutedRunner, type(runner)), {})
+        runner.start_routing(*self.reroute)
+
+    def routing_traces(self) -> dict[str, list[list[int]]]:
+        """What prompts selected since the last call: by request, for each stage the ascending visual positions.
+
+        To be called by `LLM.collective_rpc("routing_traces")`, where `trace` is set.
+        """
+        traces, self.model_runner.traces = self.model_runner.traces, {}
+        return {name: [stage.selected[0].tolist() for stage in trace.stages] for name, trace in traces.items()}
