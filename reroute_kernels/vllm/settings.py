@@ -105,8 +105,8 @@ class Settings:
         return {"schedule": schedule, "action": policy.action, **unusual, **flags}
 
 
-def serve_arguments(architecture: str, settings: Settings, max_model_len: int = 4096) -> list[str]:
-    """The arguments that `vllm serve MODEL` needs to route.
+def engine_arguments(architecture: str, settings: Settings, max_model_len: int = 4096) -> dict[str, object]:
+    """The arguments that `vllm.LLM(MODEL, ...)` needs to route.
 
     Args:
         architecture: of the checkpoint, one of `ARCHITECTURES`.
@@ -120,10 +120,25 @@ def serve_arguments(architecture: str, settings: Settings, max_model_len: int = 
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     if max_model_len < 1:
         raise ValueError(f"max_model_len must be 1 or more, got {max_model_len}")
-    arguments = ["--hf-overrides", json.dumps({"architectures": [ARCHITECTURES[architecture]]})]
-    arguments += ["--worker-cls", WORKER]
-    if settings.own_groups:
-        arguments += ["--scheduler-cls", SCHEDULER]
-    arguments += ["--additional-config", json.dumps({"reroute": settings.as_dict()})]
-    arguments += ["--max-model-len", str(max_model_len), "--max-num-batched-tokens", str(max_model_len)]
-    return [*arguments, "--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
+    return {
+        "hf_overrides": {"architectures": [ARCHITECTURES[architecture]]},
+        "worker_cls": WORKER,
+        **({"scheduler_cls": SCHEDULER} if settings.own_groups else {}),
+        "additional_config": {"reroute": settings.as_dict()},
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_model_len,
+        "enable_chunked_prefill": False,
+        "enable_prefix_caching": False,
+    }
+
+
+def serve_arguments(architecture: str, settings: Settings, max_model_len: int = 4096) -> list[str]:
+    """The same as arguments of `vllm serve MODEL`."""
+    given: list[str] = []
+    for name, value in engine_arguments(architecture, settings, max_model_len).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            given.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            given += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return given

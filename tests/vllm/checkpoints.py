@@ -1,0 +1,91 @@
+"""Tiny checkpoints that vLLM's CPU attention can run (heads of 32 channels), with processors, made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+
+from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START
+
+ROOT = Path(__file__).parents[2]
+LLAVA = ROOT / "models" / "tiny_grounding"
+LAYERS = 12
+SPECIAL = {
+    "<|image_pad|>": IMAGE,
+    "<|video_pad|>": VIDEO,
+    "<|vision_start|>": VISION_START,
+    "<|vision_end|>": VISION_END,
+}
+KINDS = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+VISION = {
+    "qwen2_vl": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
+    "qwen2_5_vl": {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "fullatt_block_indexes": [1],
+        "window_size": 56,
+    },
+}
+
+
+def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A Qwen2-VL or Qwen2.5-VL with random weights, 12 layers, 4 query and 2 key heads."""
+    model_class = KINDS[kind]
+    config = model_class.config_class(
+        architectures=[model_class.__name__],
+        dtype="float32",
+        vision_config=VISION[kind],
+        text_config={
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 512,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.2,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    model_class(config).save_pretrained(folder)
+    words = {f"w{number}": number for number in range(500)} | SPECIAL
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
+    pixels = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": sizes}
+    processor = {"processor_class": PROCESSORS[kind]}
+    files = {
+        "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **pixels, **processor},
+        "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", **pixels, **processor},
+        "processor_config.json": processor,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": "w0",
+            "pad_token": "w0",
+            "eos_token": "w2",
+            **processor,
+        },
+    }
+    for name, value in files.items():
+        (folder / name).write_text(json.dumps(value, indent=1))
+    return folder

@@ -1,0 +1,58 @@
+"""Engines on two cores, and what came out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reroute_kernels.vllm import Settings, engine_arguments
+from tests.vllm.requests import STEPS, Answer, Request
+
+ARCHITECTURES = {
+    "llava": "LlavaForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}
+LENGTH = 512
+
+
+def arguments(family: str, reroute: dict | None = None) -> dict[str, object]:
+    """Of `vllm.LLM`; three requests run at a time."""
+    routed = {"max_model_len": LENGTH, "max_num_batched_tokens": LENGTH}
+    routed |= {"enable_chunked_prefill": False, "enable_prefix_caching": False}
+    if reroute is not None:
+        settings = Settings.of({"trace": True} | reroute)
+        routed = engine_arguments(ARCHITECTURES[family], settings, LENGTH)
+    return routed | {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": 32,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 3 * LENGTH,
+        "limit_mm_per_prompt": {"image": 2, **({} if family == "llava" else {"video": 0})},
+        "kv_cache_memory_bytes": 48 << 20,
+        "seed": 0,
+    }
+
+
+def answers(llm, requests: Sequence[Request], steps: int = STEPS) -> list[Answer]:
+    """Greedy answers to requests that are all there at once."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, logprobs=0)
+    outputs = llm.generate([request.as_prompt() for request in requests], sampling, use_tqdm=False)
+    traces = {}
+    if llm.llm_engine.vllm_config.additional_config.get("reroute"):
+        # By the number that LLM gave the request, with what vLLM appends to it.
+        traces = {name.split("-")[0]: trace for name, trace in llm.collective_rpc("routing_traces")[0].items()}
+    made = []
+    for output in outputs:
+        (completion,) = output.outputs
+        logprobs = [each[token].logprob for each, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+        selected = traces.get(output.request_id)
+        made.append(Answer(output.prompt_token_ids, list(completion.token_ids), logprobs, selected))
+    return made
+
+
+def scheduler(llm):
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
