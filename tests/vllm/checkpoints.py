@@ -9,6 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
+from bench.llava_folder import MEAN, STD
 from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,7 @@ def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     sizes = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
     pixels = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": sizes}
+    pixels |= {"image_mean": MEAN, "image_std": STD}
     processor = {"processor_class": PROCESSORS[kind]}
     files = {
         "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **pixels, **processor},

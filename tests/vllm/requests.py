@@ -92,10 +92,12 @@ class Oracle:
         return inputs
 
     @torch.no_grad()
-    def answer(self, request: Request, prompt: list[int], policy: rk.Policy | None) -> Answer:
+    def answer(
+        self, request: Request, prompt: list[int], policy: rk.Policy | None, steps: int = STEPS
+    ) -> Answer:
         """Greedy, to the expanded prompt."""
         inputs, selected = self._inputs(request, prompt), None
-        options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         options |= {"return_dict_in_generate": True, "output_logits": True}
         if policy is None:
             output = self.model.generate(**inputs, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import pytest
@@ -21,6 +22,14 @@ SCHEDULES = {
     "uneven": {"schedule": "1:0.6,2:0.05,9:0.3"},
     "first layer": {"schedule": "0:0.3,4:0.1"},
     "three queries, most of a head": {**EVEN, "queries": 3, "head_reduction": "max"},
+}
+
+# Few enough that three requests which all fit at first do not when they have decoded for a while.
+BLOCKS = {
+    ("llava", False): 18,
+    ("llava", True): 90,
+    ("qwen2_5_vl", False): 12,
+    ("qwen2_5_vl", True): 90,
 }
 
 
@@ -69,3 +78,71 @@ def test_batched_and_alone(engine, asked, expected, name, own_groups):
         check(alone, expected, name)
         pool = scheduler(llm).kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks were not given back"
+
+
+def test_compiled(engine, asked, expected):
+    with engine(EVEN, enforce_eager=False) as llm:
+        check(answers(llm, asked), expected, "reroute")
+
+
+@pytest.mark.parametrize("own_groups", [False, True], ids=["one group", "own groups"])
+def test_guesses_of_ngrams(engine, asked, expected, monkeypatch, own_groups):
+    """Several tokens a step behind a routed prompt, some of them taken back."""
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    widths, shares_of = set(), worker.RoutedRunner._shares
+
+    def recorded(runner):
+        shares = shares_of(runner)
+        widths.update(share.scheduled for share in shares if not share.starts)
+        return shares
+
+    monkeypatch.setattr(worker.RoutedRunner, "_shares", recorded)
+    with engine(EVEN | {"own_groups": own_groups}, speculative_config=speculative) as llm:
+        check(answers(llm, asked), expected, "reroute")
+    assert max(widths) > 1, "nothing was guessed"
+
+
+@pytest.mark.parametrize("own_groups", [False, True], ids=["one group", "own groups"])
+def test_preemption(engine, oracle, asked, monkeypatch, own_groups):
+    """Requests that are thrown out of the cache while they decode start anew, and are ranked as at first."""
+    steps, preempted = 48, []
+    with engine(EVEN | {"own_groups": own_groups}, num_gpu_blocks_override=BLOCKS[oracle.family, own_groups]) as llm:
+        its = scheduler(llm)
+        preempt = its._preempt_request
+        its._preempt_request = lambda request, *args: (preempted.append(request.request_id), preempt(request, *args))
+        got = answers(llm, asked, steps)
+    policy = Settings.of(EVEN).policy
+    same(got, [oracle.answer(*each, policy, steps) for each in zip(asked, [a.prompt for a in got], strict=True)])
+    again = {int(name.split("-")[0]) % len(asked) for name in preempted}
+    assert any(asked[number].images for number in again), "no request with an image was preempted"
+
+
+def test_a_length_that_is_off_by_one_shows(engine, asked, expected, monkeypatch):
+    """What shows that the tests above would see it."""
+
+    def off_by_one(shares, stage):
+        layout = stage_layout(shares, stage)
+        decodes = [not share.starts and share.is_routed for share in shares]
+        layout.seq_lens[decodes] += 1
+        return layout
+
+    monkeypatch.setattr(worker, "stage_layout", off_by_one)
+    with engine(EVEN) as llm, pytest.raises(AssertionError):
+        check(answers(llm, asked), expected, "reroute")
+
+
+def test_a_part_of_a_prompt_is_refused(engine, asked, monkeypatch):
+    """Were chunked prefill on all the same."""
+    monkeypatch.setattr(worker.RoutedRunner, "_shares", _halved(worker.RoutedRunner._shares))
+    with engine(EVEN) as llm, pytest.raises(Exception, match="prefilled in one step"):
+        answers(llm, [request for request in asked if request.images])
+
+
+def _halved(shares_of):
+    def shares(runner):
+        return [
+            dataclasses.replace(share, scheduled=share.prompt // 2) if share.starts else share
+            for share in shares_of(runner)
+        ]
+
+    return shares
