@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
+site = $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: help browser test test-oldest test-lmms-eval test-matrix fuzz compile-matrix gpu-report demo bench grounding \
+.PHONY: help browser test test-oldest test-lmms-eval test-vllm test-matrix fuzz compile-matrix gpu-report demo bench grounding \
   train scenes lint format clean
 
 help:  ## list the targets
@@ -21,6 +22,9 @@ test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest sup
 
 test-lmms-eval: .venv-lmms-eval/ready  ## run the tests of the model types for lmms-eval
 	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest -q tests/models/test_lmms_eval.py tests/models/test_boxes.py
+
+test-vllm: .venv-vllm/ready  ## run the tests of routing inside vLLM, on its CPU build
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q $(PARALLEL:loadfile=load) tests/vllm
 
 test-matrix: .venv-oldest/ready .venv-middle/ready .venv/ready  ## call every model in every way under three transformers; rewrites docs/models.md
 	@set -e; for environment in .venv-oldest .venv-middle .venv; do \
@@ -83,7 +87,7 @@ format: .venv/ready  ## format the code
 	$(BIN)/ruff format -q .
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-lmms-eval .venv-middle .venv-oldest .triton build *.egg-info .benchmarks
+	rm -rf .venv .venv-lmms-eval .venv-middle .venv-oldest .venv-vllm .triton build *.egg-info .benchmarks
 
 .venv/ready: requirements/dev.txt pyproject.toml
 .venv-middle/ready: requirements/middle.txt pyproject.toml
@@ -94,12 +98,16 @@ clean:  ## remove the environments and what was built
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# On top of .venv, whose packages it finds behind its own: nothing is installed twice.
-.venv-lmms-eval/ready: requirements/lmms_eval.txt .venv/ready
+# On top of .venv, whose packages they find behind their own: nothing is installed twice.
+.venv-lmms-eval/ready: requirements/lmms_eval.txt
+.venv-vllm/ready: requirements/vllm.txt tests/vllm/torchvision_schemas.py
+.venv-lmms-eval/ready .venv-vllm/ready: .venv/ready
 	$(PYTHON) -m venv --clear --without-pip $(@D)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	  > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
-	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps -r $<
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(call site,$(@D))/shared.pth
+	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \
+	  -r $(filter requirements/%,$^)
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .
+	@if test $(@D) = .venv-vllm; then cp tests/vllm/torchvision_schemas.py $(call site,$(@D)) && \
+	  echo "import torchvision_schemas" > $(call site,$(@D))/torchvision_schemas.pth; fi
 	touch $@

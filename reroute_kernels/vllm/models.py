@@ -48,5 +48,5 @@ class RerouteQwen2VLForConditionalGeneration(Routed, Qwen2VLForConditionalGenera
     """Qwen2-VL."""
 
 
-class RerouteQwen2_5_VLForConditionalGeneration(Routed, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+class RerouteQwen2_5_VLForConditionalGeneration(Routed, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""

@@ -1,4 +1,4 @@
-"""What `additional_config={"reroute": ...}` may hold, and the arguments of `vllm serve` that go with it; no vLLM here."""
+"""What `additional_config={"reroute": ...}` may hold, and the arguments of vLLM that go with it; no vLLM here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of the engine in which prompts with visual tokens start, beside whatever else is in the batch; no vLLM here."""
+"""A step of the engine in which prompts with visual tokens start, beside what else is in the batch; no vLLM here."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
             "num_key_value_heads": 2,
             "vocab_size": 512,
             "max_position_embeddings": 1024,
-            "initializer_range": 0.2,
+            "initializer_range": 0.1,
             "tie_word_embeddings": False,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
             "bos_token_id": 1,

@@ -42,9 +42,12 @@ def engine(family, folder):
     def make(reroute=None, **options):
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
+        from vllm.triton_utils import dispatcher
 
         from tests.vllm.engines import arguments
 
+        # A second engine in a process looks through all modules, and fails over one of numba's, which n-grams bring.
+        dispatcher.vars = lambda value: each if isinstance(each := vars(value), dict) else {}
         llm = LLM(str(folder), **arguments(family, reroute) | options)
         try:
             yield llm

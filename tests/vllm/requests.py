@@ -92,9 +92,7 @@ class Oracle:
         return inputs
 
     @torch.no_grad()
-    def answer(
-        self, request: Request, prompt: list[int], policy: rk.Policy | None, steps: int = STEPS
-    ) -> Answer:
+    def answer(self, request: Request, prompt: list[int], policy: rk.Policy | None, steps: int = STEPS) -> Answer:
         """Greedy, to the expanded prompt."""
         inputs, selected = self._inputs(request, prompt), None
         options = {"max_new_tokens": steps, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
