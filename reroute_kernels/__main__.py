@@ -369,6 +369,42 @@ def _check_output(path: Path, name: str, formats: tuple[str, ...] | None = None)
         _fail(str(error))
 
 
+@app.command("vllm-args")
+def print_vllm_arguments(
+    model: Annotated[
+        str,
+        typer.Argument(help="llava-1.5-7b, qwen2.5-vl-7b, or a checkpoint folder or hub id; only its config is read."),
+    ],
+    policy: Annotated[
+        str,
+        typer.Argument(help="Preset, such as reroute-fastv/192, or schedule, such as 3:0.25,7:0.25 or remove:3:0.25."),
+    ],
+    own_groups: Annotated[
+        bool, typer.Option("--own-groups", help="Cache in the layers of each stage only the tokens that run there.")
+    ] = False,
+    max_model_len: Annotated[int, typer.Option(min=1, help="Tokens that a request may have, images included.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Print the arguments with which vllm serve routes a model; --json prints those of vllm.LLM.
+
+    Example: reroute-kernels vllm-args llava-1.5-7b reroute-fastv/192
+    """
+    from .vllm import Settings, engine_arguments, serve_arguments
+
+    with _one_line_errors():
+        architecture = notation.parse_architecture(model)
+        try:
+            settings = Settings(notation.parse_policy(policy, model), own_groups)
+        except NotImplementedError as error:
+            raise ValueError(str(error)) from None
+        of_engine = engine_arguments(architecture, settings, max_model_len)
+        given = serve_arguments(architecture, settings, max_model_len)
+    if as_json:
+        _print_json(of_engine)
+    else:
+        print(shlex.join(given))
+
+
 @app.command("env")
 def show_environment(as_json: AsJson = False) -> None:
     """Tell what is installed and which backend runs where, and try it: a small decision, held against the reference.

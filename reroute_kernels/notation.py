@@ -10,6 +10,12 @@ from .cost import DECODERS, Cost, Decoder
 from .policy import ACTIONS, Budget, Policy, Stage
 from .presets import MODELS, Preset, preset
 
+ARCHITECTURES = {
+    "llava-1.5-7b": "LlavaForConditionalGeneration",
+    "qwen2.5-vl-7b": "Qwen2_5_VLForConditionalGeneration",
+}
+"""The class in transformers and vLLM of each of `MODELS`."""
+
 
 def parse_schedule(text: str) -> tuple[Stage, ...]:
     """Stages of a schedule such as `3:0.25,7:0.25`: decision layers and keep ratios.
@@ -69,16 +75,45 @@ def parse_decoder(text: str) -> Decoder:
     """
     if text in DECODERS:
         return DECODERS[text]
-    accepted = f"{', '.join(DECODERS)}, or the folder or hub id (owner/name) of a checkpoint that can be costed"
+    config = _checkpoint_config(text, ", ".join(DECODERS))
+    try:
+        return Decoder.of(config)
+    except Exception as error:
+        raise _no_model(text, ", ".join(DECODERS), error) from None
+
+
+def _checkpoint_config(text: str, names: str):
+    """The configuration of a checkpoint folder or hub id, where the text is none of the names."""
     if "/" not in text and not Path(text).is_dir():  # mistyped: nothing to ask the hub for
-        raise ValueError(f"model must be {accepted}, got {text!r}")
+        raise _no_model(text, names)
     from transformers import AutoConfig
 
     try:
         # Without the second argument, transformers asks whether to run code that comes with a checkpoint.
-        return Decoder.of(AutoConfig.from_pretrained(text, trust_remote_code=False))
+        return AutoConfig.from_pretrained(text, trust_remote_code=False)
     except Exception as error:
-        raise ValueError(f"model must be {accepted}, got {text!r}: {first_line(error)}") from None
+        raise _no_model(text, names, error) from None
+
+
+def _no_model(text: str, names: str, error: Exception | None = None) -> ValueError:
+    reason = "" if error is None else f": {first_line(error)}"
+    accepted = f"{names}, or the folder or hub id (owner/name) of a checkpoint"
+    return ValueError(f"model must be {accepted}, got {text!r}{reason}")
+
+
+def parse_architecture(text: str) -> str:
+    """The class in transformers and vLLM of a model with presets, or of a checkpoint folder or hub id.
+
+    Raises:
+        ModuleNotFoundError: the text is no known name, and transformers is missing.
+        ValueError: there is no such configuration, or it names no class.
+    """
+    if text in ARCHITECTURES:
+        return ARCHITECTURES[text]
+    architectures = _checkpoint_config(text, ", ".join(ARCHITECTURES)).architectures
+    if not architectures:
+        raise ValueError(f"model must have a configuration that names its architecture, got {text!r}")
+    return architectures[0]
 
 
 def parse_layers(text: str) -> list[int]:

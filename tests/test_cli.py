@@ -18,6 +18,7 @@ from reroute_kernels import environment, notation, plot
 from reroute_kernels.__main__ import app
 from reroute_kernels.cost import Decoder, visual_tokens_per_layer
 from reroute_kernels.presets import NUM_LAYERS, ORIGINALS
+from reroute_kernels.vllm import Settings, engine_arguments, serve_arguments
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = typer.main.get_command(app).commands
@@ -63,7 +64,7 @@ def test_the_example_in_the_help_runs(name, tmp_path, monkeypatch):
     assert arguments[0] == name
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert "┃" in result.output
+    assert ("--hf-overrides" if name == "vllm-args" else "┃") in result.output
 
 
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
@@ -362,3 +363,34 @@ def test_env_where_the_forced_backend_cannot_run(monkeypatch):
     told = json.loads(result.stdout)
     assert told["REROUTE_BACKEND"] == "cuda"
     assert {device["backend"] for device in told["devices"]} == {None}
+
+
+@pytest.mark.parametrize(
+    ("model", "architecture"),
+    [
+        ("llava-1.5-7b", "LlavaForConditionalGeneration"),
+        ("qwen2.5-vl-7b", "Qwen2_5_VLForConditionalGeneration"),
+        (str(ROOT / "models" / "tiny_grounding"), "LlavaForConditionalGeneration"),
+    ],
+)
+def test_vllm_arguments(model, architecture):
+    given = (model, "remove:3:0.25,7:0.1", "--own-groups", "--max-model-len", "2048")
+    settings = Settings(notation.parse_policy("remove:3:0.25,7:0.1"), own_groups=True)
+    assert shlex.split(run("vllm-args", *given).stdout) == serve_arguments(architecture, settings, 2048)
+    assert answer("vllm-args", *given) == engine_arguments(architecture, settings, 2048)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("llava", "3:0.25"), "model must be llava-1.5-7b, qwen2.5-vl-7b, or the folder or hub id"),
+        (("llava-1.5-7b", "fastv"), "policy must be a preset like reroute-fastv/192 or a schedule"),
+        (("llava-1.5-7b", "nuwa/64"), "reducer must be None inside vLLM, got Nuwa"),
+        ((str(ROOT / "tests" / "golden" / "no_such_folder"), "3:0.25"), "model must be"),
+    ],
+)
+def test_vllm_arguments_that_are_refused(given, message):
+    result = run("vllm-args", *given)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"reroute-kernels: {message}")
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,134 @@
+"""What routing does not go with is refused when the engine starts, by name."""
+
+import os
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it")
+
+from vllm.config import KVTransferConfig, LoRAConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from reroute_kernels.vllm import Settings
+from reroute_kernels.vllm.settings import WORKER
+from reroute_kernels.vllm.validate import check_config
+from tests.vllm.checkpoints import LLAVA
+from tests.vllm.engines import arguments
+
+REROUTE = {"schedule": "2:0.4,5:0.2"}
+
+
+@pytest.fixture
+def config():
+    """A configuration of vLLM that is accepted, made anew for each test."""
+
+    def make(**options):
+        given = arguments("llava", REROUTE) | options
+        return EngineArgs(model=str(LLAVA), **given).create_engine_config()
+
+    return make
+
+
+def test_accepted(config):
+    settings, plan = check_config(config())
+    assert settings == Settings.of(REROUTE | {"trace": True})
+    assert plan.layers == 16
+    check_config(config(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}))
+
+
+def altered(**changes):
+    """Sets attributes of a configuration by their paths, as vLLM itself would refuse some of them on a CPU."""
+
+    def change(config):
+        for path, value in changes.items():
+            *parents, name = path.split("__")
+            owner = config
+            for parent in parents:
+                owner = getattr(owner, parent)
+            object.__setattr__(owner, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (altered(scheduler_config__enable_chunked_prefill=True), "enable_chunked_prefill"),
+        (altered(cache_config__enable_prefix_caching=True), "enable_prefix_caching"),
+        (altered(parallel_config__pipeline_parallel_size=2), "pipeline_parallel_size above 1"),
+        (altered(parallel_config__decode_context_parallel_size=2), "decode_context_parallel_size above 1"),
+        (altered(parallel_config__prefill_context_parallel_size=2), "prefill_context_parallel_size above 1"),
+        (altered(lora_config=LoRAConfig()), "enable_lora"),
+        (altered(kv_transfer_config=KVTransferConfig()), "kv_transfer_config"),
+        (altered(ec_transfer_config=object()), "ec_transfer_config"),
+        (altered(model_config__disable_cascade_attn=False), "cascade attention"),
+        (altered(model_config__multimodal_config__video_pruning_rate=0.5), "video_pruning_rate"),
+        (altered(model_config__enable_prompt_embeds=True), "enable_prompt_embeds"),
+        (altered(cache_config__kv_sharing_fast_prefill=True), "kv_sharing_fast_prefill"),
+        (altered(parallel_config__enable_dbo=True), "enable_dbo"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused(config, change, name):
+    made = config()
+    change(made)
+    with pytest.raises(NotImplementedError, match=f"^reroute does not go with {name}.*: turn it off$"):
+        check_config(made)
+
+
+def test_all_that_is_wrong_is_named_at_once(config):
+    made = config()
+    altered(scheduler_config__enable_chunked_prefill=True, cache_config__enable_prefix_caching=True)(made)
+    with pytest.raises(NotImplementedError, match="with enable_chunked_prefill; nor with enable_prefix_caching: turn"):
+        check_config(made)
+
+
+def test_other_guesses(config):
+    made = config(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2})
+    altered(speculative_config__method="eagle")(made)
+    with pytest.raises(NotImplementedError, match=r"speculative decoding by 'eagle' \(only 'ngram'\)"):
+        check_config(made)
+    altered(speculative_config__method="ngram", scheduler_config__async_scheduling=True)(made)
+    with pytest.raises(NotImplementedError, match="async_scheduling with speculative decoding"):
+        check_config(made)
+
+
+def test_the_other_model_runner(config, monkeypatch):
+    made = config()
+    monkeypatch.setattr(type(made), "use_v2_model_runner", True)
+    with pytest.raises(NotImplementedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+        check_config(made)
+
+
+def test_steps_shorter_than_a_prompt(config):
+    made = config()
+    altered(scheduler_config__max_num_batched_tokens=511)(made)
+    with pytest.raises(ValueError, match=r"max_num_batched_tokens must be at least max_model_len = 512, .*, got 511$"):
+        check_config(made)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"additional_config": {}}, r'additional_config must hold "reroute", got \{\}'),
+        ({"additional_config": {"reroute": {"schedule": "16:0.5"}}}, "below layer 16 of this model, got layer 16"),
+        ({"hf_overrides": {}}, "hf_overrides must name an architecture of Reroute"),
+        ({"worker_cls": "auto"}, f"worker_cls must be '{WORKER}', got"),
+        ({"additional_config": {"reroute": REROUTE | {"own_groups": True}}}, "scheduler_cls must be"),
+    ],
+)
+def test_arguments_that_do_not_fit(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_config(config(**options))
+
+
+@pytest.mark.parametrize("missing", ["worker_cls", "hf_overrides"])
+def test_half_of_the_arguments_never_runs_unrouted(missing):
+    """An engine that lacks an argument does not start."""
+    from vllm import LLM
+
+    given = arguments("llava", REROUTE)
+    del given[missing]
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    with pytest.raises(ValueError, match=f"{missing} must"):
+        LLM(str(LLAVA), **given)
