@@ -109,7 +109,12 @@ def test_preemption(engine, oracle, asked, own_groups):
     with engine(EVEN | {"own_groups": own_groups}, **limits) as llm:
         its = scheduler(llm)
         preempt = its._preempt_request
-        its._preempt_request = lambda request, *args: preempted.append(request.request_id) or preempt(request, *args)
+
+        def recorded(request, *args, **kwargs):
+            preempted.append(request.request_id)
+            return preempt(request, *args, **kwargs)
+
+        its._preempt_request = recorded
         got = answers(llm, crowd, steps)
     assert preempted, "nothing was preempted"
     policy = Settings.of(EVEN).policy
