@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEED ?= 0
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
-site = $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
@@ -100,14 +99,14 @@ clean:  ## remove the environments and what was built
 
 # On top of .venv, whose packages they find behind their own: nothing is installed twice.
 .venv-lmms-eval/ready: requirements/lmms_eval.txt
-.venv-vllm/ready: requirements/vllm.txt tests/vllm/torchvision_schemas.py
+.venv-vllm/ready: requirements/vllm.txt tests/vllm/prepare_environment.py tests/vllm/torchvision_schemas.py
 .venv-lmms-eval/ready .venv-vllm/ready: .venv/ready
 	$(PYTHON) -m venv --clear --without-pip $(@D)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(call site,$(@D))/shared.pth
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \
 	  -r $(filter requirements/%,$^)
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \
 	  --no-build-isolation -e .
-	@if test $(@D) = .venv-vllm; then cp tests/vllm/torchvision_schemas.py $(call site,$(@D)) && \
-	  echo "import torchvision_schemas" > $(call site,$(@D))/torchvision_schemas.pth; fi
+	if test $(@D) = .venv-vllm; then $(@D)/bin/python tests/vllm/prepare_environment.py; fi
 	touch $@

@@ -1,8 +1,8 @@
 """Routing inside vLLM against the same engine without it: `.venv-vllm/bin/python -m bench.serving`.
 
-A fixed mix of requests goes through three engines of the tiny grounding model in one process: unrouted, routed with one
-group of the KV cache, and routed with own groups. What is compared is counted by vLLM's engine: the blocks that requests
-take, and the steps until all are answered where the cache is too small for all of them. Prefills are timed in turn.
+A fixed mix of requests goes through three engines of the tiny grounding model in one process: unrouted, with one
+group of the KV cache, and with own groups. Compared are the blocks that requests take and the steps until all are
+answered where the cache is too small for all of them, both counted by vLLM's engine, and the time of a prefill.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Lets PyPI's torchvision be imported beside a CPU build of torch: its operators, built for CUDA, do not load there.
 
 Only names and signatures of two operators are declared, just before torchvision is imported; nothing calls them here.
-`make test-vllm` puts this file into its environment, with a .pth file that imports it in every process.
 """
 
 import importlib.abc
