@@ -7,8 +7,8 @@ TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: help browser test test-oldest test-lmms-eval test-vllm test-matrix fuzz compile-matrix gpu-report demo bench grounding \
-  train scenes lint format clean
+.PHONY: help browser test test-oldest test-lmms-eval test-vllm test-matrix fuzz compile-matrix gpu-report demo bench \
+  bench-vllm grounding train scenes lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -63,6 +63,10 @@ demo: .venv/ready  ## route a photo through a tiny model; ARGS="--model ... --im
 bench: .venv/ready  ## run the benchmarks; rewrites bench/results/<device> and the tables in README.md and docs/
 	mkdir -p $$($(BIN)/python -m bench.device)
 	$(BIN)/python -m pytest --benchmark -q --benchmark-json=$$($(BIN)/python -m bench.device)/benchmarks.json
+	$(BIN)/python -m bench.report
+
+bench-vllm: .venv-vllm/ready  ## measure routing inside vLLM; rewrites bench/results/cpu/serving.json and docs/performance.md
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m bench.serving
 	$(BIN)/python -m bench.report
 
 scenes: .venv-lmms-eval/ready  ## ask a model about held-out scenes, run by lmms-eval; ARGS="pretrained=...,policy=..."

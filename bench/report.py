@@ -19,6 +19,7 @@ from reroute_kernels.presets import METHODS, MODELS, ORIGINALS, TIERS, VISUAL_TO
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+SERVING = RESULTS / "cpu" / "serving.json"
 NAMES = ("tests", "sanitizer", "floors", "operations", "copies", "eager")
 DECODERS = ("llava", "qwen2_5_vl")
 METHOD_TEXT = 64  # text tokens of the prompt that methods are costed for
@@ -295,8 +296,45 @@ def performance_page(folders: list[Path], target: Path) -> None:
         ]
     for folder in folders:
         lines += device_section(folder, target)
+    lines += serving_section(_read(SERVING))
     target.mkdir(parents=True, exist_ok=True)
     (target / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def serving_section(record: dict) -> list[str]:
+    """What routing does inside vLLM's engine."""
+    rows = []
+    for way, found in record["ways"].items():
+        one, everything, prefill = found["one_prompt"], found["all"], found["prefill_ms"]
+        rows.append(
+            [
+                way,
+                one["layer_blocks"],
+                one["layer_blocks_by_the_schedule"],
+                everything["steps"],
+                f"{prefill['median']:.1f} ({prefill['p20']:.1f} to {prefill['p80']:.1f})",
+            ]
+        )
+    (tokens,) = {found["one_prompt"]["prompt_tokens"] for found in record["ways"].values()}
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    header = ["engine", "blocks of one prompt", "by the schedule", "steps for all", "prefill, ms (p20 to p80)"]
+    return [
+        "## Inside vLLM, on a CPU",
+        "",
+        f"Measured by `{record['command']}` on a CPU ({record['cpu']}, {record['threads']} thread(s), {versions}), with",
+        f"the tiny grounding model (16 layers, 144 visual tokens), deferring by `{record['policy']}`; the record is",
+        "`bench/results/cpu/serving.json`. Blocks and steps are counted by vLLM's engine, blocks in blocks of one layer",
+        f"({record['block_size']} tokens): what it takes for a prompt of {tokens} tokens, and what the schedule's own "
+        "arithmetic asks for.",
+        f"Steps: until {record['requests']} requests of {record['new_tokens']} new tokens each, all there at once, are "
+        f"answered with a cache of",
+        f"{record['cache_bytes'] >> 20} MiB. The prefill is of one request, with its vision tower, in a model too small "
+        "for its time to say anything",
+        "about a real one; no GPU has run this.",
+        "",
+        *table(header, rows),
+        "",
+    ]
 
 
 def device_section(folder: Path, target: Path) -> list[str]:

