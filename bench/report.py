@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import wrap
 
 from bench.grounding.report import grounding_page, model_card, summary_table
 from bench.markdown import table
@@ -318,23 +319,17 @@ def serving_section(record: dict) -> list[str]:
     (tokens,) = {found["one_prompt"]["prompt_tokens"] for found in record["ways"].values()}
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     header = ["engine", "blocks of one prompt", "by the schedule", "steps for all", "prefill, ms (p20 to p80)"]
-    return [
-        "## Inside vLLM, on a CPU",
-        "",
-        f"Measured by `{record['command']}` on a CPU ({record['cpu']}, {record['threads']} thread(s), {versions}), with",
-        f"the tiny grounding model (16 layers, 144 visual tokens), deferring by `{record['policy']}`; the record is",
-        "`bench/results/cpu/serving.json`. Blocks and steps are counted by vLLM's engine, blocks in blocks of one layer",
-        f"({record['block_size']} tokens): what it takes for a prompt of {tokens} tokens, and what the schedule's own "
-        "arithmetic asks for.",
-        f"Steps: until {record['requests']} requests of {record['new_tokens']} new tokens each, all there at once, are "
-        f"answered with a cache of",
-        f"{record['cache_bytes'] >> 20} MiB. The prefill is of one request, with its vision tower, in a model too small "
-        "for its time to say anything",
-        "about a real one; no GPU has run this.",
-        "",
-        *table(header, rows),
-        "",
-    ]
+    text = (
+        f"Measured by `{record['command']}` on a CPU ({record['cpu']}, {record['threads']} thread(s), {versions}), with "
+        f"the tiny grounding model (16 layers, 144 visual tokens), deferring by `{record['policy']}`; the record is "
+        "`bench/results/cpu/serving.json`. Blocks and steps are counted by vLLM's engine. Blocks are those of one layer "
+        f"({record['block_size']} tokens): what the engine takes for a prompt of {tokens} tokens, and what the "
+        f"schedule's own arithmetic asks for. Steps: until {record['requests']} requests of {record['new_tokens']} new "
+        f"tokens each, all there at once, are answered with a cache of {record['cache_bytes'] >> 20} MiB. A prefill is "
+        "of one request, with its vision tower, one engine after the other, in a model too small for its time to say "
+        "anything about a real one. No GPU has run this."
+    )
+    return ["## Inside vLLM, on a CPU", "", *wrap(text, 120, break_on_hyphens=False), "", *table(header, rows), ""]
 
 
 def device_section(folder: Path, target: Path) -> list[str]:
