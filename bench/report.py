@@ -321,8 +321,8 @@ def serving_section(record: dict) -> list[str]:
     header = ["engine", "blocks of one prompt", "by the schedule", "steps for all", "prefill, ms (p20 to p80)"]
     text = (
         f"Measured by `{record['command']}` on a CPU ({record['cpu']}, {record['threads']} thread(s), {versions}), "
-        f"with the tiny grounding model (16 layers, 144 visual tokens), deferring by `{record['policy']}`; the record is "
-        "`bench/results/cpu/serving.json`. Blocks and steps are counted by vLLM's engine. Blocks are those of one "
+        f"with the tiny grounding model (16 layers, 144 visual tokens), deferring by `{record['policy']}`; the record "
+        "is `bench/results/cpu/serving.json`. Blocks and steps are counted by vLLM's engine. Blocks are those of one "
         f"layer ({record['block_size']} tokens): what the engine takes for a prompt of {tokens} tokens, and what the "
         f"schedule's own arithmetic asks for. Steps: until {record['requests']} requests of {record['new_tokens']} new "
         f"tokens each, all there at once, are answered with a cache of {record['cache_bytes'] >> 20} MiB. A prefill is "
