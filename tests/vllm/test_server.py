@@ -34,7 +34,7 @@ COMMON = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-
 COMMON += ["--kv-cache-memory-bytes", str(48 << 20)]
 UNROUTED = ["--max-model-len", str(LENGTH), "--max-num-batched-tokens", str(LENGTH)]
 UNROUTED += ["--no-enable-chunked-prefill", "--no-enable-prefix-caching"]
-LIMIT_S = 180
+LIMIT_S = 400
 
 
 @contextmanager
