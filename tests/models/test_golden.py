@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import reroute_kernels as rk
@@ -20,6 +21,30 @@ def golden(family):
 @pytest.fixture(scope="session")
 def inputs(golden):
     return {name.removeprefix("inputs/"): value for name, value in golden.items() if name.startswith("inputs/")}
+
+
+@pytest.fixture(scope="session")
+def tolerance(_loaded, golden, inputs):
+    """How far a logit may be from the recorded one: 1e-5, or what the kind of CPU makes of the same arithmetic.
+
+    CPUs add in different orders, and a random model of 12 layers enlarges that: the unrouted model alone, without a
+    line of this library, is up to 1.4e-4 from what another kind of CPU recorded. A routed one may be twice as far as
+    the unrouted one is on this machine.
+    """
+    _loaded.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        logits = _loaded(**inputs).logits[0, -1]
+    return max(1e-5, 2 * (logits - golden["full/last_logits"]).abs().max().item())
+
+
+@pytest.fixture(scope="session")
+def recorded_rounding(family, golden, inputs):
+    """How far the recorded logits of the unrouted model are from those of float64, in which the kind of CPU is lost."""
+    exact = transformers.AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float64).eval()
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.no_grad():
+        logits = exact(**inputs).logits[0, -1]
+    return (logits - golden["full/last_logits"]).abs().max().item()
 
 
 def greedy(model, inputs, steps=24):
@@ -46,20 +71,21 @@ def case_policy(family, name):
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_routed_golden_case(family, model, golden, inputs, name):
+def test_routed_golden_case(family, model, golden, inputs, name, tolerance):
     with rk.apply(model, case_policy(family, name)) as routing:
         output, lengths, tokens = greedy(model, inputs)
     for stage in routing.trace.stages:
         assert torch.equal(stage.selected[0], golden[f"{name}/selected/{stage.layer}"]), f"layer {stage.layer}"
-    torch.testing.assert_close(output.logits[0, -1], golden[f"{name}/last_logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.logits[0, -1], golden[f"{name}/last_logits"], atol=tolerance, rtol=0)
     assert lengths == golden[f"{name}/kv_lengths"].tolist()
     assert torch.equal(tokens, golden[f"{name}/new_tokens"])
 
 
 @torch.no_grad()
-def test_unrouted_golden_case(model, golden, inputs):
+def test_unrouted_golden_case(model, golden, inputs, recorded_rounding):
+    """Two float32 results of one exact one: as far from each other as both are from it."""
     output, lengths, tokens = greedy(model, inputs)
-    torch.testing.assert_close(output.logits[0, -1], golden["full/last_logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.logits[0, -1], golden["full/last_logits"], atol=2 * recorded_rounding, rtol=0)
     assert set(lengths) == {inputs["input_ids"].shape[1]}
     assert torch.equal(tokens, golden["full/new_tokens"])
 
@@ -78,7 +104,7 @@ def test_eager_attention_selects_and_answers_the_same(family, model, golden, inp
 
 @pytest.mark.parametrize("name", ["pdrop_remove", "reroute_pyramid"])
 @torch.no_grad()
-def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs, name, device, launches):
+def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs, name, device, launches, tolerance):
     """Through the interpreter on a CPU, on the device where there is one."""
     model.to(device)
     try:
@@ -91,5 +117,6 @@ def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs,
     decision = ["attention_logits", "reduce_and_select", "copy_rows_to_compact"]
     stages = len(routing.trace.stages)
     assert [launched for launched, _ in launches] == [*decision, "copy_rows_to_full"] * stages
-    tolerance = 1e-5 if device.type == "cpu" else 1e-4  # the device's matrix products differ from the CPU's
+    if device.type != "cpu":
+        tolerance = max(1e-4, tolerance)  # the device's matrix products differ from the CPU's
     torch.testing.assert_close(output.logits[0, -1].cpu(), golden[f"{name}/last_logits"], atol=tolerance, rtol=0)
