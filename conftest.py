@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parent / "bench"
 def pytest_addoption(parser):
     parser.addoption("--compile-record", metavar="FOLDER", help="keep what tests/test_compile.py found out, as JSON")
     parser.addoption("--shard", default="0/1", metavar="I/N", help="run every N-th test, from the I-th on")
-    parser.addoption("--fuzz-cases", type=int, default=500, help="random cases of tests/test_fuzz.py (500)")
+    parser.addoption("--fuzz-cases", type=int, default=150, help="random cases of tests/test_fuzz.py (150)")
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first random case (0)")
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
     parser.addoption(

@@ -9,6 +9,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+from vllm.v1.worker.utils import AttentionGroup
 
 
 class StageManager(FullAttentionManager):
@@ -43,6 +44,11 @@ class StageSpec(AttentionSpec):
             raise NotImplementedError(f"own_groups needs layers with full attention, got {spec}")
         return cls(**{each.name: getattr(spec, each.name) for each in fields(AttentionSpec)}, stage=stage)
 
+    @classmethod
+    def in_stage(cls, get_spec: Callable[..., KVCacheSpec], stage: int) -> Callable[..., StageSpec]:
+        """What a layer in a stage answers in place of its own `get_kv_cache_spec`."""
+        return lambda config: cls.of(get_spec(config), stage)
+
     def max_memory_usage_bytes(self, vllm_config) -> int:
         """For a prompt without visual tokens, of which nothing is left out."""
         return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
@@ -76,6 +82,43 @@ def check_groups(groups, stages: Mapping[str, int]) -> None:
                 f"own_groups needs a KV cache group to hold the layers of one stage, got {group.layer_names} of stages "
                 f"{expected} under {spec}"
             )
+
+
+def split_by_stage(attn_groups, stages: Mapping[str, int], config, device) -> list[list[list[AttentionGroup]]]:
+    """The routed layers of a runner's attention groups, with builders of metadata for each stage alone.
+
+    A builder may keep what it built last, as FlashInfer's does: one that built for two stages would make the first
+    read the lengths of the second.
+
+    Args:
+        attn_groups: of the runner: for each KV cache group a list.
+        stages: the stage of each attention layer that is in one, by the layer's name.
+        config: vLLM's.
+        device: of the metadata.
+
+    Returns:
+        For each stage and each KV cache group a list.
+    """
+    split = []
+    for stage in range(max(stages.values()) + 1):
+        split.append([])
+        for groups in attn_groups:
+            split[-1].append([])
+            for group in groups:
+                names = [name for name in group.layer_names if stages.get(name) == stage]
+                if names:
+                    split[-1][-1].append(_own_builder(group, names, config, device))
+    return split
+
+
+def _own_builder(group: AttentionGroup, names: list[str], config, device) -> AttentionGroup:
+    builder = group.get_metadata_builder(0)
+    own = AttentionGroup(group.backend, names, group.kv_cache_spec, group.kv_cache_group_id)
+    own.create_metadata_builders(config, device, kernel_block_size=builder.kv_cache_spec.block_size)
+    own.kernel_block_stride = group.kernel_block_stride
+    if hasattr(builder, "set_workspace_buffer"):
+        own.get_metadata_builder(0).set_workspace_buffer(builder._get_workspace_buffer())
+    return own
 
 
 register()

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 
 from .decoder import check_decoder, run_routed
+from .groups import StageSpec
 from .settings import WORKER
 from .step import RoutedStep
 from .validate import check_config
 
+logger = init_logger("vllm.reroute_kernels")
+
 
 class Routed:
-    """What is before one of vLLM's classes to make it route."""
+    """What is before one of vLLM's classes to make it route.
+
+    Attributes:
+        settings, plan: of the engine.
+        stages: the stage of each attention layer that is in one, by the layer's name.
+        state: the `RoutedModelState`, under the model runner V2 alone.
+    """
+
+    state = None
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         if vllm_config.parallel_config.worker_cls != WORKER:
@@ -22,9 +35,37 @@ class Routed:
                 f"worker_cls must be {WORKER!r} for {type(self).__name__}, which routes nothing otherwise; got "
                 f"{vllm_config.parallel_config.worker_cls!r}"
             )
-        check_config(vllm_config)
+        settings, plan = check_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         check_decoder(self.language_model.model)
+        self.settings, self.plan, self.stages = settings, plan, {}
+        for number, layer in enumerate(self.language_model.model.layers):
+            stage, attention = plan.stage_of(number), layer.self_attn.attn
+            if stage is not None:
+                self.stages[attention.layer_name] = stage
+                if settings.own_groups:
+                    attention.get_kv_cache_spec = StageSpec.in_stage(attention.get_kv_cache_spec, stage)
+        groups = "own KV groups" if settings.own_groups else "one KV group"
+        logger.info("%s routes by %s, with %s", type(self).__name__, settings.policy, groups)
+
+    @staticmethod
+    def get_model_state_cls():
+        """What the model runner V2 asks for."""
+        from .model_state import RoutedModelState
+
+        return RoutedModelState
+
+    def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
+        """vLLM's own; under the model runner V2 with what `RoutedModelState` has prepared."""
+        prepared = None if self.state is None else self.state.take_forward()
+        if prepared is not None:
+            get_forward_context().slot_mapping.update(prepared.slots)
+            if prepared.step is not None:
+                tokens = prepared.step.tokens
+                hidden = self.forward_routed(positions[..., :tokens], inputs_embeds[:tokens], prepared.step)
+                self.state.keep_traces(prepared.step)
+                return hidden
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
 
     def forward_routed(self, positions: Tensor, embeddings: Tensor, step: RoutedStep) -> Tensor:
         """One step in which a prompt with visual tokens starts.

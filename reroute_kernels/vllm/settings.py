@@ -21,8 +21,9 @@ ARCHITECTURES = {
 WORKER = "reroute_kernels.vllm.worker.RoutedWorker"
 SCHEDULER = "reroute_kernels.vllm.scheduler.RoutedScheduler"
 
-_KEYS = ("preset", "schedule", "action", "queries", "query_reduction", "head_reduction", "own_groups", "trace")
+_FLAGS = ("own_groups", "trace", "untested_runner")
 _RANKING = ("queries", "query_reduction", "head_reduction")
+_KEYS = ("preset", "schedule", "action", *_RANKING, *_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Settings:
         own_groups: whether the layers of each stage have their own groups of the KV cache, which take blocks for the
             tokens that run there only; else every layer takes blocks for all tokens.
         trace: whether the workers keep what the latest prefills selected, for `RoutedWorker.routing_traces`.
+        untested_runner: whether vLLM's model runner V2 may run it, which GPUs have, and on which nothing was tested.
 
     Raises:
         NotImplementedError: vLLM cannot run such a policy.
@@ -42,6 +44,7 @@ class Settings:
     policy: Policy
     own_groups: bool = False
     trace: bool = False
+    untested_runner: bool = False
 
     def __post_init__(self):
         policy, ranking = self.policy, self.policy.ranking
@@ -61,7 +64,7 @@ class Settings:
         Args:
             given: a mapping with `preset` (`"llava-1.5-7b/reroute-fastv/192"`) or `schedule` (`"3:0.25,7:0.25"`) and,
                 beside a schedule, `action`, `queries`, `query_reduction` and `head_reduction` as in `Policy` and
-                `LastQuery`; besides `own_groups` and `trace`.
+                `LastQuery`; besides `own_groups`, `trace` and `untested_runner`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: something else came.
@@ -73,10 +76,10 @@ class Settings:
             raise ValueError(f"reroute must hold {', '.join(_KEYS)} only, got {', '.join(map(repr, unknown))}")
         if ("preset" in given) == ("schedule" in given):
             raise ValueError(f"reroute must hold either preset or schedule, got {dict(given)!r}")
-        for name in ("own_groups", "trace"):
+        for name in _FLAGS:
             if not isinstance(given.get(name, False), bool):
                 raise TypeError(f"{name} must be true or false, got {given[name]!r}")
-        options = {name: given[name] for name in ("own_groups", "trace") if name in given}
+        options = {name: given[name] for name in _FLAGS if name in given}
         if "preset" in given:
             beside = [name for name in ("action", *_RANKING) if name in given]
             if beside:
@@ -101,7 +104,7 @@ class Settings:
         schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in policy.schedule)
         ranking = {name: getattr(policy.ranking, name) for name in _RANKING}
         unusual = {name: value for name, value in ranking.items() if value != getattr(plain, name)}
-        flags = {name: True for name in ("own_groups", "trace") if getattr(self, name)}
+        flags = {name: True for name in _FLAGS if getattr(self, name)}
         return {"schedule": schedule, "action": policy.action, **unusual, **flags}
 
 
@@ -129,6 +132,7 @@ def engine_arguments(architecture: str, settings: Settings, max_model_len: int =
         "max_num_batched_tokens": max_model_len,
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
+        "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY" if settings.untested_runner else "PIECEWISE"},
     }
 
 

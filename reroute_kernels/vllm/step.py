@@ -38,6 +38,11 @@ class RoutedStep:
                 self._prompts[number] = Prompt(mask.to(device), None, guessed=share.scheduled - share.prompt)
 
     @property
+    def tokens(self) -> int:
+        """T, of the step as it begins; of a stage once it has."""
+        return sum(self._tokens)
+
+    @property
     def decision_layers(self) -> tuple[int, ...]:
         return self._plan.policy.stage_layers
 

@@ -31,6 +31,10 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
         raise ValueError(f"worker_cls must be {WORKER!r}, got {parallel.worker_cls!r}")
     plan = Plan(settings.policy, model.hf_config.get_text_config().num_hidden_layers)
     multimodal = model.multimodal_config
+    mode = config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
+    # The runner V2 prepares steps of decoding requests for graphs, the older one reads what each layer caches anew.
+    with_graphs = CUDAGraphMode.FULL_DECODE_ONLY if config.use_v2_model_runner else CUDAGraphMode.PIECEWISE
+    graphs = (CUDAGraphMode.NONE, with_graphs)
     refused = {
         "enable_chunked_prefill": scheduler.enable_chunked_prefill,
         "enable_prefix_caching": cache.enable_prefix_caching,
@@ -46,8 +50,10 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
         "enable_prompt_embeds": model.enable_prompt_embeds,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
         "async_scheduling with speculative decoding": bool(scheduler.async_scheduling and speculative),
-        "full CUDA graphs (cudagraph_mode)": _has_full_graphs(config),
-        "the model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
+        f"cudagraph_mode {mode.name} (only {' or '.join(each.name for each in graphs)})": mode not in graphs,
+        "the model runner V2 (no GPU has tested it; set VLLM_USE_V2_MODEL_RUNNER=0, or `untested_runner`)": (
+            config.use_v2_model_runner and not settings.untested_runner
+        ),
     }
     if speculative is not None and speculative.method != "ngram":
         refused[f"speculative decoding by {speculative.method!r} (only 'ngram')"] = True
@@ -64,8 +70,3 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
     if settings.own_groups and scheduler.disable_hybrid_kv_cache_manager:
         raise ValueError("disable_hybrid_kv_cache_manager must be False with own_groups, got True")
     return settings, plan
-
-
-def _has_full_graphs(config: VllmConfig) -> bool:
-    mode = config.compilation_config.cudagraph_mode
-    return mode is not None and mode != CUDAGraphMode.NONE and mode.has_full_cudagraphs()

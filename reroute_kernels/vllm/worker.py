@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from ..routing import Trace
-from .groups import StageSpec, check_groups
+from .groups import check_groups, split_by_stage
 from .plan import Share, StageLayout, stage_layout
 from .step import RoutedStep
 from .validate import check_config
@@ -22,8 +20,6 @@ if current_platform.is_cpu():
 else:
     from vllm.v1.worker.gpu_worker import Worker
 
-logger = init_logger("vllm.reroute_kernels")
-
 
 class RoutedRunner:
     """What is before the model runner's class to make it route."""
@@ -32,32 +28,12 @@ class RoutedRunner:
         self.settings, self.plan = settings, plan
         self.traces: dict[str, Trace] = {}
         self._deferred: dict[str, tuple[int, ...]] = {}
-        self._stages: dict[str, int] = {}
-
-    def load_model(self, *args, **kwargs) -> None:
-        super().load_model(*args, **kwargs)
-        layers = self.model.language_model.model.layers
-        self._stages = {
-            layer.self_attn.attn.layer_name: stage
-            for number, layer in enumerate(layers)
-            if (stage := self.plan.stage_of(number)) is not None
-        }
-        groups = "own KV groups" if self.settings.own_groups else "one KV group"
-        logger.info("%s routes by %s, with %s", type(self.model).__name__, self.settings.policy, groups)
-
-    def get_kv_cache_spec(self) -> dict:
-        specs = super().get_kv_cache_spec()
-        if not self.settings.own_groups:
-            return specs
-        return {
-            name: spec if stage is None else StageSpec.of(spec, stage)
-            for name, spec in specs.items()
-            for stage in [self._stages.get(name)]
-        }
+        self._groups = None
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
         if self.settings.own_groups:
-            check_groups(kv_cache_config.kv_cache_groups, self._stages)
+            check_groups(kv_cache_config.kv_cache_groups, self.model.stages)
+        self._groups = None
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
 
     def _model_forward(
@@ -113,18 +89,17 @@ class RoutedRunner:
     def _replace_metadata(self, shares: list[Share]) -> None:
         """Hand every routed layer the metadata of what runs and is cached there, built by its own backend."""
         context = get_forward_context()
-        for stage in range(len(self.plan.stages)):
+        if self._groups is None:
+            self._groups = split_by_stage(self.attn_groups, self.model.stages, self.vllm_config, self.device)
+        for stage, groups in enumerate(self._groups):
             if not any(share.deferred[stage] for share in shares):
                 continue
             layout = stage_layout(shares, stage)
-            for number, groups in enumerate(self.attn_groups):
-                for group in groups:
-                    names = [name for name in group.layer_names if self._stages.get(name) == stage]
-                    if not names or not isinstance(group.kv_cache_spec, AttentionSpec):
-                        continue
+            for number, of_number in enumerate(groups):
+                for group in of_number:
                     common = self._common_metadata(shares, layout, number)
                     metadata = group.build_metadata(common)
-                    for name in names:
+                    for name in group.layer_names:
                         context.attn_metadata[name] = metadata
                         context.slot_mapping[name] = common.slot_mapping
 
@@ -162,6 +137,8 @@ class RoutedWorker(Worker):
 
     def init_device(self):
         super().init_device()
+        if self.vllm_config.use_v2_model_runner:
+            return  # there the model's own `RoutedModelState` routes
         runner = self.model_runner
         runner.__class__ = type(f"Routed{type(runner).__name__}", (RoutedRunner, type(runner)), {})
         runner.start_routing(*self.reroute)
@@ -171,5 +148,7 @@ class RoutedWorker(Worker):
 
         To be called by `LLM.collective_rpc("routing_traces")`, where `trace` is set.
         """
-        traces, self.model_runner.traces = self.model_runner.traces, {}
+        runner = self.model_runner
+        owner = runner.model_state if self.vllm_config.use_v2_model_runner else runner
+        traces, owner.traces = owner.traces, {}
         return {name: [stage.selected[0].tolist() for stage in trace.stages] for name, trace in traces.items()}

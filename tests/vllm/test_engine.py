@@ -15,6 +15,20 @@ from tests.vllm.engines import answers, scheduler
 from tests.vllm.requests import SHAPES
 
 TOLERANCE = 1e-4
+
+
+def groups(own: bool) -> str:
+    return "own groups" if own else "one group"
+
+
+EITHER = pytest.mark.parametrize(
+    ("family", "own_groups"),
+    [("llava", False), ("qwen2_5_vl", True)],
+    indirect=["family"],
+    ids=["llava-one group", "qwen2_5_vl-own groups"],
+)
+"""Tests that take a family with each kind of groups, for their time."""
+
 EVEN = {"schedule": "2:0.4,5:0.2,8:0.1"}
 SCHEDULES = {
     "reroute": EVEN,
@@ -66,8 +80,19 @@ def test_unrouted_parity(engine, asked, expected):
         check(answers(llm, asked), expected, None)
 
 
-@pytest.mark.parametrize("own_groups", [False, True], ids=["one group", "own groups"])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "own_groups"),
+    [
+        ("reroute", False),
+        ("reroute", True),
+        ("remove", False),
+        ("uneven", True),
+        ("first layer", False),
+        ("first layer", True),
+        ("three queries, most of a head", False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else groups(value),
+)
 def test_batched_and_alone(engine, asked, expected, name, own_groups):
     with engine(SCHEDULES[name] | {"own_groups": own_groups}) as llm:
         check(answers(llm, asked), expected, name)
@@ -77,12 +102,13 @@ def test_batched_and_alone(engine, asked, expected, name, own_groups):
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks were not given back"
 
 
+@pytest.mark.parametrize("family", ["llava"], indirect=True)
 def test_compiled(engine, asked, expected):
     with engine(EVEN, enforce_eager=False) as llm:
         check(answers(llm, asked), expected, "reroute")
 
 
-@pytest.mark.parametrize("own_groups", [False, True], ids=["one group", "own groups"])
+@EITHER
 def test_guesses_of_ngrams(engine, asked, expected, monkeypatch, own_groups):
     """Several tokens a step behind a routed prompt, some of them taken back."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
@@ -99,7 +125,7 @@ def test_guesses_of_ngrams(engine, asked, expected, monkeypatch, own_groups):
     assert max(widths) > 1, "nothing was guessed"
 
 
-@pytest.mark.parametrize("own_groups", [False, True], ids=["one group", "own groups"])
+@pytest.mark.parametrize("own_groups", [False, True], ids=groups)
 def test_preemption(engine, oracle, asked, own_groups):
     """Requests that are thrown out of the cache while they decode start anew, and are ranked as at first."""
     steps, preempted = 48, []

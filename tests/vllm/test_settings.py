@@ -82,6 +82,14 @@ def test_arguments(architecture, own_groups):
     assert Settings.of(reroute) == settings
 
 
+@pytest.mark.parametrize(("untested", "mode"), [(False, "PIECEWISE"), (True, "FULL_DECODE_ONLY")])
+def test_graphs_that_the_model_runner_can_take(untested, mode):
+    settings = Settings.of(SCHEDULE | {"untested_runner": untested})
+    given = engine_arguments("LlavaForConditionalGeneration", settings)
+    assert given["compilation_config"] == {"cudagraph_mode": mode}
+    assert Settings.of(given["additional_config"]["reroute"]).untested_runner is untested
+
+
 def test_arguments_that_are_refused():
     settings = Settings.of(SCHEDULE)
     with pytest.raises(ValueError, match=r"architecture must be one of .* got 'LlamaForCausalLM'"):

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it")
 
-from vllm.config import KVTransferConfig, LoRAConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig, LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from reroute_kernels.vllm import Settings
@@ -94,10 +94,36 @@ def test_other_guesses(config):
 
 
 def test_the_other_model_runner(config, monkeypatch):
-    made = config()
+    """Refused until a GPU has run it, unless asked for by name."""
+    made, asked_for = config(), config(additional_config={"reroute": REROUTE | {"untested_runner": True}})
     monkeypatch.setattr(type(made), "use_v2_model_runner", True)
-    with pytest.raises(NotImplementedError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
+    with pytest.raises(NotImplementedError, match="VLLM_USE_V2_MODEL_RUNNER=0, or `untested_runner`"):
         check_config(made)
+    assert check_config(asked_for)[0].untested_runner
+
+
+@pytest.mark.parametrize(
+    ("runner_v2", "mode", "accepted"),
+    [
+        (False, "PIECEWISE", True),
+        (False, "FULL_DECODE_ONLY", False),
+        (False, "FULL_AND_PIECEWISE", False),
+        (True, "FULL_DECODE_ONLY", True),
+        (True, "PIECEWISE", False),
+        (True, "FULL", False),
+    ],
+)
+def test_graphs(config, monkeypatch, runner_v2, mode, accepted):
+    made = config(additional_config={"reroute": REROUTE | {"untested_runner": True}})
+    monkeypatch.setattr(type(made), "use_v2_model_runner", runner_v2)
+    altered(compilation_config__cudagraph_mode=CUDAGraphMode[mode])(made)
+    if accepted:
+        check_config(made)
+    else:
+        with pytest.raises(
+            NotImplementedError, match=rf"^reroute does not go with cudagraph_mode {mode} \(only NONE or"
+        ):
+            check_config(made)
 
 
 def test_steps_shorter_than_a_prompt(config):

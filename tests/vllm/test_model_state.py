@@ -1,0 +1,213 @@
+"""The adapter for the model runner V2, on a CPU: its arithmetic drives an engine, with a stand-in for that runner.
+
+The stand-in hands `RoutedModelState` what the runner does, from the state of the older runner. What only a GPU shows is
+not tested: that runner itself, its graphs, and the attention backends there.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it")
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states import default
+from vllm.v1.worker.utils import AttentionGroup
+
+from reroute_kernels.vllm import Plan, Settings, worker
+from reroute_kernels.vllm.groups import split_by_stage
+from reroute_kernels.vllm.model_state import Request, RoutedModelState
+from tests.vllm.engines import answers
+from tests.vllm.test_engine import EITHER, EVEN, check, expected  # noqa: F401
+
+
+def batch_of(names, indices, computed, scheduled, prompt, padded_requests=None, padded_tokens=None):
+    """An `InputBatch`, with the fields that `prepare_attn` reads."""
+    requests, tokens = len(names), int(sum(scheduled))
+    computed, scheduled = np.array(computed, dtype=np.int32), np.array(scheduled, dtype=np.int32)
+    padded_requests, padded_tokens = padded_requests or requests, padded_tokens or tokens
+    starts = np.full(padded_requests + 1, tokens, dtype=np.int32)
+    starts[: requests + 1] = [0, *scheduled.cumsum()]
+    lengths = torch.zeros(padded_requests, dtype=torch.int32)
+    lengths[:requests] = torch.from_numpy(computed + scheduled)
+    unused = dict.fromkeys(InputBatch.__dataclass_fields__)
+    return InputBatch(
+        **unused
+        | {
+            "req_ids": names,
+            "num_reqs": requests,
+            "num_reqs_after_padding": padded_requests,
+            "idx_mapping_np": np.array(indices),
+            "num_scheduled_tokens": scheduled,
+            "num_tokens": tokens,
+            "num_tokens_after_padding": padded_tokens,
+            "query_start_loc": torch.from_numpy(starts),
+            "query_start_loc_np": starts,
+            "seq_lens": lengths,
+            "seq_lens_cpu_upper_bound": lengths.clone(),
+            "num_computed_tokens_np": computed,
+            "prefill_len_np": np.array(prompt, dtype=np.int32),
+            "is_prefilling_np": computed < np.array(prompt),
+        }
+    )
+
+
+@pytest.fixture
+def through_state(monkeypatch):
+    """Engines whose runner hands each step to a `RoutedModelState`; the steps so far: (starts, slots' address)."""
+    monkeypatch.setattr(default, "get_rope_state", lambda *args, **kwargs: None)
+    monkeypatch.setattr(default, "maybe_create_mm_pruner", lambda *args, **kwargs: None)
+    steps = []
+
+    def forward(runner, input_ids=None, positions=None, intermediate_tensors=None, inputs_embeds=None, **kwargs):
+        batch = runner.input_batch
+        names = batch.req_ids[: batch.num_reqs]
+        if not names:
+            return runner.model(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        tables = [batch.block_table[number] for number in range(len(runner.kv_cache_config.kv_cache_groups))]
+        if runner.model.state is None:
+            state = RoutedModelState(runner.vllm_config, runner.model, None, runner.device)
+            state.initialize_kv_cache(
+                runner.kv_cache_config, SimpleNamespace(block_sizes=[table.block_size for table in tables])
+            )
+            state.traces = runner.traces  # for the engine's `routing_traces`
+        state = runner.model.state
+        for index, name in enumerate(names):
+            request = runner.requests[name]
+            told = {"req_id": name, "mm_features": request.mm_features, "prompt_len": request.num_prompt_tokens}
+            state.add_request(index, SimpleNamespace(**told))
+        count = len(names)
+        computed = batch.num_computed_tokens_cpu[:count].tolist()
+        scheduled = np.diff(runner.query_start_loc.np[: count + 1]).tolist()
+        made = batch_of(names, range(count), computed, scheduled, batch.num_prompt_tokens[:count].tolist())
+        context = get_forward_context()
+        firsts = [group.layer_names[0] for group in runner.kv_cache_config.kv_cache_groups]
+        context.attn_metadata = state.prepare_attn(
+            made,
+            CUDAGraphMode.NONE,
+            tuple(table.get_device_tensor(count) for table in tables),
+            torch.stack([context.slot_mapping[name] for name in firsts]),
+            runner.attn_groups,
+            runner.kv_cache_config,
+        )
+        steps.append((state._next.step is not None, {each.data_ptr() for each in state._next.slots.values()}))
+        hidden = runner.model(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        runner.traces |= state.traces
+        return hidden
+
+    monkeypatch.setattr(worker.RoutedRunner, "_model_forward", forward)
+    return steps
+
+
+@EITHER
+def test_answers_as_the_adapter_for_transformers(through_state, engine, asked, expected, own_groups):  # noqa: F811
+    with engine(EVEN | {"own_groups": own_groups, "untested_runner": True}) as llm:
+        check(answers(llm, asked), expected, "reroute")
+    assert {starts for starts, _ in through_state} == {True, False}, "steps of both kinds"
+    assert len({frozenset(addresses) for _, addresses in through_state}) == 1, "buffers moved, which graphs hold"
+
+
+class Built:
+    """An attention group that keeps what it was asked to build."""
+
+    def __init__(self, names):
+        self.layer_names, self.kv_cache_group_id, self.common = names, 0, None
+
+
+@pytest.fixture
+def state(monkeypatch):
+    """A state without a model: three stages of a layer each, behind one, in blocks of four."""
+    policy = Settings.of({"schedule": "1:0.5,2:0.25,3:0.25"})
+    made = object.__new__(RoutedModelState)
+    made.settings, made.plan = policy, Plan(policy.policy, 4)
+    made.stages = {f"layer {number}": number - 1 for number in (1, 2, 3)}
+    made.device, made.max_num_reqs, made.max_num_tokens = torch.device("cpu"), 4, 16
+    made.traces, made._requests, made._next = {}, {}, None
+    made._groups = [[[Built([name])]] for name in made.stages]
+    made._seq_lens = torch.zeros(3, 4, dtype=torch.int32)
+    made._block_sizes = [4]
+    made._slots = torch.full((3, 1, 16), PAD_SLOT_ID)
+    seen = []
+
+    def prepare_attn(self, batch, mode, tables, slots, groups, *args, **kwargs):
+        seen.append(batch)
+        return {}
+
+    monkeypatch.setattr(default.DefaultModelState, "prepare_attn", prepare_attn)
+    return made, seen
+
+
+def test_padded_decode_steps(state):
+    """As graphs pad them: requests behind the last one have length 0, and tokens behind it no slot."""
+    made, seen = state
+    made._requests[2] = Request("routed", 10, [(0, 7)], (4, 6, 6))
+    made._requests[0] = Request("text", 5, [], (0, 0, 0))
+    tables = (torch.arange(16, dtype=torch.int32).view(4, 4),)
+    batch = batch_of(["routed", "text"], [2, 0], [10, 5], [1, 1], [10, 5], padded_requests=4, padded_tokens=4)
+    made.prepare_attn(batch, CUDAGraphMode.FULL, tables, torch.zeros(1, 4), [[]], None)
+    assert [each.seq_lens.tolist() for each in seen] == [[11, 6, 0, 0], [7, 6, 0, 0], [5, 6, 0, 0], [5, 6, 0, 0]]
+    assert all(each.query_start_loc is batch.query_start_loc for each in seen)
+    slots = {name: slots.tolist() for name, slots in made.take_forward().slots.items()}
+    # Position 10 of the first is row 6 of its second block, then row 4; position 5 of the other stays in its second.
+    assert slots == {
+        "layer 1": [1 * 4 + 2, 5 * 4 + 1, PAD_SLOT_ID, PAD_SLOT_ID],
+        "layer 2": [1 * 4 + 0, 5 * 4 + 1, PAD_SLOT_ID, PAD_SLOT_ID],
+        "layer 3": [1 * 4 + 0, 5 * 4 + 1, PAD_SLOT_ID, PAD_SLOT_ID],
+    }
+    assert made.take_forward() is None
+
+
+def test_dummy_batches_defer_nothing(state):
+    made, seen = state
+    made._requests[0] = Request("routed", 10, [(0, 7)], (4, 6, 6))
+    batch = batch_of(["dummy"], [0], [0], [1], [0])
+    made.prepare_attn(batch, CUDAGraphMode.NONE, (torch.zeros(1, 4),), torch.zeros(1, 1), [[]], None, for_capture=True)
+    assert [each.seq_lens.tolist() for each in seen] == [[1]] * 4
+    assert made.take_forward().step is None
+
+
+def test_a_routed_prompt_in_a_graph_is_refused(state):
+    made, _ = state
+    made._requests[0] = Request("routed", 10, [(0, 7)], (4, 6, 6))
+    batch = batch_of(["routed"], [0], [0], [10], [10])
+    with pytest.raises(RuntimeError, match="must have no graph"):
+        made.prepare_attn(batch, CUDAGraphMode.FULL, (torch.zeros(1, 4),), torch.zeros(1, 10), [[]], None)
+
+
+def test_each_stage_has_builders_of_its_own(monkeypatch):
+    """One that keeps what it built last must not build for two stages."""
+
+    class Builder:
+        def __init__(self, size, workspace=None):
+            self.kv_cache_spec, self.workspace = SimpleNamespace(block_size=size), workspace
+
+        def _get_workspace_buffer(self):
+            return self.workspace
+
+        def set_workspace_buffer(self, workspace):
+            self.workspace = workspace
+
+    def create(group, config, device, kernel_block_size):
+        group.metadata_builders = [Builder(kernel_block_size)]
+
+    monkeypatch.setattr(AttentionGroup, "create_metadata_builders", create)
+    names, shared = ["first", "a", "b", "c", "last"], Builder(16, "workspace")
+    group = AttentionGroup(None, names, None, 0, kernel_block_stride=3, metadata_builders=[shared])
+    stages = {"a": 0, "b": 0, "c": 1, "last": 1}
+    split = split_by_stage([[group], []], stages, None, None)
+    assert [[[each.layer_names for each in of] for of in groups] for groups in split] == [
+        [[["a", "b"]], []],
+        [[["c", "last"]], []],
+    ]
+    own = [groups[0][0] for groups in split]
+    builders = [each.get_metadata_builder(0) for each in own]
+    assert len({*map(id, builders), id(shared)}) == 3
+    assert [(each.kv_cache_spec.block_size, each.workspace) for each in builders] == [(16, "workspace")] * 2
+    assert [each.kernel_block_stride for each in own] == [3, 3]
