@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+from vllm.config import set_current_vllm_config
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
@@ -114,7 +115,12 @@ def split_by_stage(attn_groups, stages: Mapping[str, int], config, device) -> li
 def _own_builder(group: AttentionGroup, names: list[str], config, device) -> AttentionGroup:
     builder = group.get_metadata_builder(0)
     own = AttentionGroup(group.backend, names, group.kv_cache_spec, group.kv_cache_group_id)
-    own.create_metadata_builders(config, device, kernel_block_size=builder.kv_cache_spec.block_size)
+    with set_current_vllm_config(config):  # of which backends ask for their version and their sizes of blocks
+        own.create_metadata_builders(config, device, kernel_block_size=builder.kv_cache_spec.block_size)
+    if own.kernel_block_size != group.kernel_block_size:
+        raise RuntimeError(
+            f"blocks of {group.backend} must stay {group.kernel_block_size}, got {own.kernel_block_size}"
+        )
     own.kernel_block_stride = group.kernel_block_stride
     if hasattr(builder, "set_workspace_buffer"):
         own.get_metadata_builder(0).set_workspace_buffer(builder._get_workspace_buffer())

@@ -93,10 +93,12 @@ class RoutedModelState(DefaultModelState):
                 batch, cudagraph_mode, block_tables, slots, groups, kv_cache_config, for_capture, **kwargs
             )
 
+        self._next = None
         if self._groups is None:
             self._groups = split_by_stage(attn_groups, self.stages, self.vllm_config, self.device)
         metadata = prepare(input_batch, slot_mappings, attn_groups)
-        requests = self._requests_of(input_batch)
+        is_dummy = not input_batch.prefill_len_np.any()  # no request stands behind it
+        requests = self._requests_of(input_batch, is_dummy)
         shares = self._shares(input_batch, requests)
         starts = any(share.starts and share.is_routed for share in shares)
         if starts and cudagraph_mode != CUDAGraphMode.NONE:
@@ -107,12 +109,15 @@ class RoutedModelState(DefaultModelState):
             batch = self._batch_of(stage, input_batch, layout, [share.deferred[stage] for share in shares])
             # Where prompts start nothing is padded, else the tokens behind the last one are, as in every layer.
             width = batch.num_tokens if starts else slot_mappings.shape[1]
-            slots = self._slots_of(stage, batch, layout, block_tables, width)
+            slots = self._slots[stage, :, :width].fill_(PAD_SLOT_ID)
+            if not is_dummy:
+                self._fill_slots(slots, batch, layout, block_tables)
             metadata |= prepare(batch, slots, groups)
             for number, of_number in enumerate(groups):
                 slots_of_layer |= {name: slots[number] for group in of_number for name in group.layer_names}
         step = RoutedStep(self.plan, shares, [each.stretches for each in requests], self.device) if starts else None
-        self._next = Forward(slots_of_layer, step)
+        if cudagraph_mode != CUDAGraphMode.FULL:  # a graph has the addresses of the slots, and calls no forward
+            self._next = Forward(slots_of_layer, step)
         return metadata
 
     def take_forward(self) -> Forward | None:
@@ -125,8 +130,8 @@ class RoutedModelState(DefaultModelState):
         if self.settings.trace:
             self.traces |= {self._names[number]: trace for number, trace in step.traces().items()}
 
-    def _requests_of(self, batch) -> list[Request]:
-        if not batch.prefill_len_np.any():  # a dummy batch, with no request behind it
+    def _requests_of(self, batch, is_dummy: bool) -> list[Request]:
+        if is_dummy:
             return [Request("", 0, [], (0,) * len(self.plan.stages))] * batch.num_reqs
         requests = [self._requests[index] for index in batch.idx_mapping_np.tolist()]
         self._names = [request.name for request in requests]
@@ -159,14 +164,11 @@ class RoutedModelState(DefaultModelState):
             positions=async_tensor_h2d(layout.rows, self.device),
         )
 
-    def _slots_of(self, stage: int, batch, layout: StageLayout, tables, width: int) -> Tensor:
-        """(groups, width): where in the cache of each group the tokens of a stage go, by the lengths on the device."""
+    def _fill_slots(self, slots: Tensor, batch, layout: StageLayout, tables) -> None:
+        """Into (groups, width): where in the cache of each group a stage's tokens go, by the lengths on the device."""
         tokens = len(layout.requests)
         back = layout.rows - layout.seq_lens[layout.requests]
         requests, back = (async_tensor_h2d(each, self.device) for each in (layout.requests, back))
         rows = batch.seq_lens[requests] + back
-        slots = self._slots[stage, :, :width]
-        slots[:, tokens:] = PAD_SLOT_ID
         for number, size in enumerate(self._block_sizes):
             slots[number, :tokens] = tables[number][requests, rows // size].long() * size + rows % size
-        return slots

@@ -132,6 +132,7 @@ def engine_arguments(architecture: str, settings: Settings, max_model_len: int =
         "max_num_batched_tokens": max_model_len,
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
+        "async_scheduling": False,
         "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY" if settings.untested_runner else "PIECEWISE"},
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 
 from . import check_version
 from .plan import Plan
@@ -49,7 +49,11 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
         "video_pruning_rate": bool(multimodal and multimodal.is_multimodal_pruning_enabled()),
         "enable_prompt_embeds": model.enable_prompt_embeds,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
-        "async_scheduling with speculative decoding": bool(scheduler.async_scheduling and speculative),
+        # Two steps at once may fill the encoder's cache, and then vLLM cuts a prompt at an image all the same.
+        "async_scheduling": bool(scheduler.async_scheduling),
+        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold > 0,
+        "the compilation mode STOCK_TORCH_COMPILE": config.compilation_config.mode
+        == CompilationMode.STOCK_TORCH_COMPILE,
         f"cudagraph_mode {mode.name} (only {' or '.join(each.name for each in graphs)})": mode not in graphs,
         "the model runner V2 (no GPU has tested it; set VLLM_USE_V2_MODEL_RUNNER=0, or `untested_runner`)": (
             config.use_v2_model_runner and not settings.untested_runner

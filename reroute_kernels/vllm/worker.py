@@ -27,7 +27,7 @@ class RoutedRunner:
     def start_routing(self, settings, plan) -> None:
         self.settings, self.plan = settings, plan
         self.traces: dict[str, Trace] = {}
-        self._deferred: dict[str, tuple[int, ...]] = {}
+        self._deferred: dict[tuple[str, int, int], tuple[int, ...]] = {}
         self._groups = None
 
     def initialize_kv_cache(self, kv_cache_config, *args, **kwargs) -> None:
@@ -70,21 +70,25 @@ class RoutedRunner:
     def _shares(self) -> list[Share]:
         batch = self.input_batch
         names = batch.req_ids[: batch.num_reqs]
-        self._deferred = {name: self._deferred.get(name) or self._deferred_of(name) for name in names}
+        requests = [self.requests[name] for name in names]
+        # A session that goes on keeps its name, and its prompt grows.
+        keys = [
+            (name, each.num_prompt_tokens, len(each.mm_features)) for name, each in zip(names, requests, strict=True)
+        ]
+        self._deferred = {
+            key: self._deferred.get(key) or deferred_of(self.plan, each.mm_features, each.num_prompt_tokens)
+            for key, each in zip(keys, requests, strict=True)
+        }
         starts = self.query_start_loc.np[: len(names) + 1].tolist()
         return [
             Share(
                 int(batch.num_computed_tokens_cpu[number]),
                 starts[number + 1] - starts[number],
                 int(batch.num_prompt_tokens[number]),
-                self._deferred[name],
+                self._deferred[keys[number]],
             )
-            for number, name in enumerate(names)
+            for number in range(len(names))
         ]
-
-    def _deferred_of(self, name: str) -> tuple[int, ...]:
-        request = self.requests[name]
-        return deferred_of(self.plan, request.mm_features, request.num_prompt_tokens)
 
     def _replace_metadata(self, shares: list[Share]) -> None:
         """Hand every routed layer the metadata of what runs and is cached there, built by its own backend."""

@@ -151,7 +151,7 @@ def test_padded_decode_steps(state):
     made._requests[0] = Request("text", 5, [], (0, 0, 0))
     tables = (torch.arange(16, dtype=torch.int32).view(4, 4),)
     batch = batch_of(["routed", "text"], [2, 0], [10, 5], [1, 1], [10, 5], padded_requests=4, padded_tokens=4)
-    made.prepare_attn(batch, CUDAGraphMode.FULL, tables, torch.zeros(1, 4), [[]], None)
+    made.prepare_attn(batch, CUDAGraphMode.NONE, tables, torch.zeros(1, 4), [[]], None)
     assert [each.seq_lens.tolist() for each in seen] == [[11, 6, 0, 0], [7, 6, 0, 0], [5, 6, 0, 0], [5, 6, 0, 0]]
     assert all(each.query_start_loc is batch.query_start_loc for each in seen)
     slots = {name: slots.tolist() for name, slots in made.take_forward().slots.items()}
@@ -162,6 +162,9 @@ def test_padded_decode_steps(state):
         "layer 3": [1 * 4 + 0, 5 * 4 + 1, PAD_SLOT_ID, PAD_SLOT_ID],
     }
     assert made.take_forward() is None
+    made.prepare_attn(batch, CUDAGraphMode.FULL, tables, torch.zeros(1, 4), [[]], None)
+    assert made.take_forward() is None, "a graph calls no forward"
+    assert made._slots[0, 0, :4].tolist() == slots["layer 1"]
 
 
 def test_dummy_batches_defer_nothing(state):
@@ -170,7 +173,9 @@ def test_dummy_batches_defer_nothing(state):
     batch = batch_of(["dummy"], [0], [0], [1], [0])
     made.prepare_attn(batch, CUDAGraphMode.NONE, (torch.zeros(1, 4),), torch.zeros(1, 1), [[]], None, for_capture=True)
     assert [each.seq_lens.tolist() for each in seen] == [[1]] * 4
-    assert made.take_forward().step is None
+    forward = made.take_forward()
+    assert forward.step is None
+    assert [slots.tolist() for slots in forward.slots.values()] == [[PAD_SLOT_ID]] * 3
 
 
 def test_a_routed_prompt_in_a_graph_is_refused(state):

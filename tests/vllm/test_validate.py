@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it")
 
-from vllm.config import CUDAGraphMode, KVTransferConfig, LoRAConfig
+from vllm.config import CompilationMode, CUDAGraphMode, KVTransferConfig, LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from reroute_kernels.vllm import Settings
@@ -58,6 +58,12 @@ def altered(**changes):
         (altered(parallel_config__pipeline_parallel_size=2), "pipeline_parallel_size above 1"),
         (altered(parallel_config__decode_context_parallel_size=2), "decode_context_parallel_size above 1"),
         (altered(parallel_config__prefill_context_parallel_size=2), "prefill_context_parallel_size above 1"),
+        (altered(scheduler_config__async_scheduling=True), "async_scheduling"),
+        (altered(scheduler_config__long_prefill_token_threshold=9), "long_prefill_token_threshold"),
+        (
+            altered(compilation_config__mode=CompilationMode.STOCK_TORCH_COMPILE),
+            "the compilation mode STOCK_TORCH_COMPILE",
+        ),
         (altered(lora_config=LoRAConfig()), "enable_lora"),
         (altered(kv_transfer_config=KVTransferConfig()), "kv_transfer_config"),
         (altered(ec_transfer_config=object()), "ec_transfer_config"),
@@ -87,9 +93,6 @@ def test_other_guesses(config):
     made = config(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2})
     altered(speculative_config__method="eagle")(made)
     with pytest.raises(NotImplementedError, match=r"speculative decoding by 'eagle' \(only 'ngram'\)"):
-        check_config(made)
-    altered(speculative_config__method="ngram", scheduler_config__async_scheduling=True)(made)
-    with pytest.raises(NotImplementedError, match="async_scheduling with speculative decoding"):
         check_config(made)
 
 
