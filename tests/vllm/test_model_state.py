@@ -114,13 +114,6 @@ def test_answers_as_the_adapter_for_transformers(through_state, engine, asked, e
     assert len({frozenset(addresses) for _, addresses in through_state}) == 1, "buffers moved, which graphs hold"
 
 
-class Built:
-    """An attention group that keeps what it was asked to build."""
-
-    def __init__(self, names):
-        self.layer_names, self.kv_cache_group_id, self.common = names, 0, None
-
-
 @pytest.fixture
 def state(monkeypatch):
     """A state without a model: three stages of a layer each, behind one, in blocks of four."""
@@ -130,7 +123,7 @@ def state(monkeypatch):
     made.stages = {f"layer {number}": number - 1 for number in (1, 2, 3)}
     made.device, made.max_num_reqs, made.max_num_tokens = torch.device("cpu"), 4, 16
     made.traces, made._requests, made._next = {}, {}, None
-    made._groups = [[[Built([name])]] for name in made.stages]
+    made._groups = [[[SimpleNamespace(layer_names=[name])]] for name in made.stages]
     made._seq_lens = torch.zeros(3, 4, dtype=torch.int32)
     made._block_sizes = [4]
     made._slots = torch.full((3, 1, 16), PAD_SLOT_ID)
