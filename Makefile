@@ -92,9 +92,9 @@ format: .venv/ready  ## format the code
 clean:  ## remove the environments and what was built
 	rm -rf .venv .venv-lmms-eval .venv-middle .venv-oldest .venv-vllm .triton build *.egg-info .benchmarks
 
-.venv/ready: requirements/dev.txt pyproject.toml
-.venv-middle/ready: requirements/middle.txt pyproject.toml
-.venv-oldest/ready: requirements/oldest.txt pyproject.toml
+.venv/ready: requirements/dev.txt requirements/constraints.txt pyproject.toml
+.venv-middle/ready: requirements/middle.txt requirements/constraints.txt pyproject.toml
+.venv-oldest/ready: requirements/oldest.txt requirements/constraints.txt pyproject.toml
 .venv/ready .venv-middle/ready .venv-oldest/ready:
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<

@@ -38,6 +38,7 @@ def _dirty_memory():
 def _full_precision():
     """The reference on a GPU is float32, whatever the machine's settings say."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
