@@ -356,9 +356,9 @@ def route_tokens(
 ) -> tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Make a whole decision in one call: rank the tokens, select those that run, and compact what belongs to them.
 
-    Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in fewer launches: three
-    where a sample's logits (Q * Hq * L) are at most 65,536 and L at most 4,096, else at most eight. To find the queries
-    by `key_mask`, where `query_index` is None, takes a few more. Differentiable in `tensors`.
+    Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in a single registered
+    call: four launches for at most 4,096 tokens, else eight. To find the queries by `key_mask`, where `query_index` is
+    None, takes a few more. Differentiable in `tensors`.
 
     Args:
         query, key, cos, sin, key_mask, query_index, past_key, past_mask, scale, query_reduction, head_reduction,

@@ -1,7 +1,7 @@
 """Rankings: the rules that score the candidates of a decision.
 
 A ranking is any object with a method `rank(candidates)`, which gives scores (B, L) float32, higher for what should run.
-One that scores by attention returns `candidates.attention(...)` instead, which is computed in the same launches as the
+One that scores by attention returns `candidates.attention(...)` instead, which is computed in the same call as the
 selection. The scores of tokens outside the pool are ignored.
 """
 

@@ -124,7 +124,7 @@ def resources(compiled):
     return {
         "registers": counts["vgpr_count"],
         "stack": counts["private_segment_fixed_size"],
-        "spills": counts["vgpr_spill_count"] + counts["sgpr_spill_count"],
+        "spills": counts["vgpr_spill_count"],  # scalar registers spill into lanes of these, not to memory
     }
 
 
@@ -165,14 +165,6 @@ def has_wide_addresses(compiled):
     )
 
 
-def float_reductions(compiled):
-    """Shape and layout of every block of floats that is reduced: they decide in which order it is summed."""
-    ttgir = compiled.asm["ttgir"]
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
-    blocks = re.findall(r"\}\) : \(tensor<([\dx]+)xf32, (#\w+)>\) ->", ttgir)
-    return [[shape, layouts[layout]] for shape, layout in blocks]
-
-
 def compile_case(target_and_case):
     target, case = target_and_case
     triton.runtime.driver.set_active(AbsentDevice(TARGETS[target]))
@@ -183,8 +175,7 @@ def compile_case(target_and_case):
             compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             row = {"kernel": kernel.__name__, "case": case, "target": target}
             row |= resources(compiled) | memory_accesses(compiled)
-            row |= {"shared": compiled.metadata.shared, "wide_addresses": has_wide_addresses(compiled)}
-            rows.append(row | {"float_reductions": float_reductions(compiled)})
+            rows.append(row | {"shared": compiled.metadata.shared, "wide_addresses": has_wide_addresses(compiled)})
 
         return launch
 

@@ -77,7 +77,7 @@ def test_guide_replaces_an_eager_router(backend, launches, device):
 
     with rk.backend(backend):
         routed, indices = run(names["routed_stage"], slice(0, 2), max(lengths))
-        assert [name for name, _ in launches].count("reduce_and_select") == (2 if backend == "triton" else 0)
+        assert [name for name, _ in launches].count("select_and_compact") == (2 if backend == "triton" else 0)
         for sample, length in enumerate(lengths):
             eager, expected = run(eager_stage, slice(sample, sample + 1), length)
             for index, alone in zip(indices, expected, strict=True):

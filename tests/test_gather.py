@@ -135,7 +135,7 @@ def test_empty(device, operations, launches, batch, length, width, shape):
 def test_one_launch_for_all_tensors(random_tensor, random_index, launches):
     tensors = [random_tensor(2, 20, width, dtype=dtype) for width in (1, 33, 3000) for dtype in DTYPES]
     rk.triton.gather_tokens(random_index(2, 20, 3), *tensors)
-    assert launches == [("copy_rows_to_compact", (6,))]
+    assert launches == [("copy_rows_to_compact", (6, 2))]
 
 
 def test_memory_is_dirty_before_a_kernel_writes_it(device, monkeypatch):

@@ -151,7 +151,7 @@ def test_empty(device, operations, launches, batch, length, width, shape):
 def test_one_launch(random_tensor, random_index, launches):
     index = random_index(2, 20, 3)
     rk.triton.scatter_tokens_(random_tensor(2, 20, 3000), index, random_tensor(2, 3, 3000))
-    assert launches == [("copy_rows_to_full", (6,))]
+    assert launches == [("copy_rows_to_full", (6, 2))]
 
 
 def test_same_bits_twice_and_in_any_order(device, random_tensor, random_index):

@@ -34,7 +34,7 @@ FREE = {
     "unsqueeze",
     "view",
 }
-ONE_PROGRAM = ["attention_logits", "reduce_and_select", "copy_rows_to_compact"]
+DECISION = ["attention_logits", "reduce_attention", "select_and_compact", "copy_rows_to_compact"]
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def work(monkeypatch):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padding"])
-def test_a_decision_is_three_launches_and_nothing_else(device, work, padded):
+def test_a_decision_is_four_launches_and_nothing_else(device, work, padded):
     arguments = decision(device, 3, 200, 2, padded=padded, past=50 if padded else 0)
-    assert work(lambda: rk.ops.route_tokens(**arguments)) == (ONE_PROGRAM, {})
+    assert work(lambda: rk.ops.route_tokens(**arguments)) == (DECISION, {})
 
 
 @pytest.mark.skipif(HAS_GPU, reason="operators of PyTorch may take several launches there")
@@ -87,7 +87,7 @@ def test_finding_the_last_tokens_of_a_mask(device, work):
     """What a caller saves who says where the queries are."""
     arguments = decision(device, 3, 200, 2, padded=True) | {"query_index": None}
     launches, others = work(lambda: rk.ops.route_tokens(**arguments))
-    assert launches == ONE_PROGRAM
+    assert launches == DECISION
     assert others.keys() - {"resize_", "scalar_tensor", "to"} == {"arange", "where", "topk", "flip"}
 
 
@@ -149,7 +149,7 @@ class Forward:
         self.hidden = self.routed.finish(self.hidden)
 
 
-SCATTER_FIRST = ["copy_rows_to_full", *ONE_PROGRAM]
+SCATTER_FIRST = ["copy_rows_to_full", *DECISION]
 
 
 @pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")
@@ -158,7 +158,7 @@ def test_decisions_of_a_prefill(device, work, action):
     forward = Forward(device, action, lefts=[0, 0])
     # Under `remove`, places among the survivors are looked up in the full sequence.
     lookup = {"lt": 1, "where": 1} if action == "remove" else {}
-    assert work(forward.decide) == (ONE_PROGRAM, {})
+    assert work(forward.decide) == (DECISION, {})
     assert work(forward.decide) == (SCATTER_FIRST, {"clone": 1, "copy_": 1, **lookup})
     assert work(forward.decide) == (SCATTER_FIRST, lookup)
     assert work(forward.finish) == (["copy_rows_to_full"], {})
@@ -170,7 +170,7 @@ def test_decisions_of_a_padded_prefill(device, work, action):
     forward = Forward(device, action, lefts=[0, 7])
     ragged = {"ge": 1}  # which rows of the compact sequence hold a token
     lookup = {"lt": 1, "where": 1} if action == "remove" else {}
-    assert work(forward.decide) == (ONE_PROGRAM, ragged)
+    assert work(forward.decide) == (DECISION, ragged)
     assert work(forward.decide) == (SCATTER_FIRST, {"clone": 1, "copy_": 1, **ragged, **lookup})
     assert work(forward.decide) == (SCATTER_FIRST, {**ragged, **lookup})
     assert work(forward.finish) == (["copy_rows_to_full"], {})

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, next_power_of_2, on_device_of
+from .launch import as_rows, cdiv, on_device_of, row_block
 
 
 @triton.jit
@@ -28,13 +28,12 @@ def copy_rows_to_compact(
     is_token = (row >= 0) & (row < length)
     row = tl.where(is_token, row, 0)
     for t in tl.static_range(len(sources)):
+        # One block of each tensor, another for every tensor: narrow ones do not all fall to the same program.
+        columns = (tl.program_id(1) + t) % tl.num_programs(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = columns < WIDTHS[t]
         source = sources[t] + sample * source_strides_b[t] + row * source_strides_l[t]
-        output = outputs[t] + place * WIDTHS[t]
-        for start in range(0, WIDTHS[t], BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            mask = columns < WIDTHS[t]
-            values = tl.load(source + columns, mask=mask & is_token, other=0)
-            tl.store(output + columns, values, mask=mask)
+        values = tl.load(source + columns, mask=mask & is_token, other=0)
+        tl.store(outputs[t] + place * WIDTHS[t] + columns, values, mask=mask)
 
 
 def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -53,8 +52,9 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         return outputs
     sources = tuple(source for source, _ in pairs)
     widths = tuple(source.shape[2] for source in sources)
+    block = row_block(max(widths))
     with on_device_of(index):
-        copy_rows_to_compact[(index.numel(),)](
+        copy_rows_to_compact[(index.numel(), cdiv(max(widths), block))](
             index.contiguous(),
             sources,
             tuple(output for _, output in pairs),
@@ -63,7 +63,7 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             length,
             index.shape[1],
             WIDTHS=widths,
-            BLOCK=min(2048, next_power_of_2(max(widths))),
+            BLOCK=block,
             num_warps=4,
         )
     return outputs

@@ -30,3 +30,8 @@ def cdiv(dividend: int, divisor: int) -> int:
 def next_power_of_2(size: int) -> int:
     """The smallest power of 2 that is at least `size`, which is 1 or more."""
     return 1 << (size - 1).bit_length()
+
+
+def row_block(width: int) -> int:
+    """Elements of a row that one program copies."""
+    return min(2048, next_power_of_2(width))

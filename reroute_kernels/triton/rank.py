@@ -15,15 +15,12 @@ from torch import Tensor
 from ..ref.rank import last_queries
 from .launch import cdiv, next_power_of_2, on_device_of
 
-# Tokens per split: fixed by the shape alone, so that results do not depend on the size of the device.
-MIN_SPLIT = 128
-MAX_SPLITS = 64
-# Bytes of keys that a program holds at a time: 16 a thread for either half of the channels.
-TILE_BYTES = 4096
-# Tokens instead, where a head has more channels than this: what the compilers fit into registers without spilling.
-WIDE_HEAD, WIDE_HEAD_TILE = 128, 32
-# Up to this many logits of a sample, one program reads them as fast as further programs would start.
-ONE_PROGRAM_LOGITS = 2**16
+# Splits of a sequence at most; how many there are, the shape alone decides, never the size of the device.
+MAX_SPLITS = 128
+# Channels and rows that a program holds at a time: many programs of one warp wait for memory by turns.
+TILE_CHANNELS, MAX_ROWS = 1024, 8
+# Tokens whose logits a program reduces.
+REDUCED_TILE = 64
 
 
 @triton.jit
@@ -49,6 +46,39 @@ def _nan_maximum(a, b):
 
 
 @triton.jit
+def _rotated_pairs(
+    rows,
+    cos,
+    sin,
+    places,
+    mask,
+    stride_cos_l,
+    stride_sin_l,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Channel pairs of `rows`, rotated by what the tables have at `places`; both are (ROWS, 1)."""
+    x, y = _channel_pairs(rows, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
+    cos_x, cos_y = _channel_pairs(cos + places * stride_cos_l, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
+    sin_x, sin_y = _channel_pairs(sin + places * stride_sin_l, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
+    return x * cos_x - y * sin_x, y * cos_y + x * sin_y
+
+
+@triton.jit
+def _products(keys, queries, BLOCK_ROWS: tl.constexpr):
+    """Products of every key's channels and every query's, channels last; a single query needs no axis of its own."""
+    return keys * queries if BLOCK_ROWS == 1 else keys[:, None, :] * queries[None, :, :]
+
+
+@triton.jit
+def _sum_of_channels(products, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """As (TILE, BLOCK_ROWS)."""
+    return tl.reshape(tl.sum(products, axis=len(products.shape) - 1), (TILE, BLOCK_ROWS))
+
+
+@triton.jit
 def _split_of_logits(
     query,  # at the sample
     keys,  # [L, D] of one sample and key head
@@ -59,6 +89,7 @@ def _split_of_logits(
     logits,  # at the sample
     kv_head,
     heads,
+    first_row,
     first,
     end,
     length,
@@ -84,67 +115,84 @@ def _split_of_logits(
 ):
     """Write the logits of the keys `first` to `end`; returns the softmax statistics of every row over them.
 
-    Keys of the past come rotated, are seen by every query that has a place, and have no logits written.
+    A row is one query of one head. Keys of the past come rotated, are seen by every query that has a place, and have
+    no logits written.
     """
-    row_ids = tl.arange(0, BLOCK_ROWS)
-    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    is_row = rows < GROUP * QUERIES
+    query_numbers = (rows % QUERIES).to(tl.int64)
+    row_heads = kv_head * GROUP + rows // QUERIES
+    if HAS_INDEX:
+        positions = tl.load(query_index + query_numbers, mask=is_row, other=-1)
+    else:
+        positions = length - QUERIES + query_numbers
+    query_rows = query + query_numbers[:, None] * stride_query_q + row_heads[:, None] * stride_query_h
+    if HALF > 0:
+        query_first, query_second = _rotated_pairs(
+            query_rows,
+            cos,
+            sin,
+            tl.minimum(tl.maximum(positions, 0), length - 1).to(tl.int64)[:, None],
+            is_row[:, None],
+            stride_cos_l,
+            stride_sin_l,
+            BLOCK_ROWS,
+            HALF,
+            BLOCK_HALF,
+            INTERLEAVED,
+        )
     rest_columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     rest_mask = rest_columns < 2 * HALF + REST
-    one_row = tl.arange(0, 1)[:, None]
+    if REST > 0:
+        query_rest = tl.load(query_rows + rest_columns, mask=is_row[:, None] & rest_mask, other=0.0).to(tl.float32)
 
+    row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(first, end, TILE):
         tokens = start + tl.arange(0, TILE)
         in_sequence = tokens < end
-        offsets = tokens.to(tl.int64)
+        offsets = tokens.to(tl.int64)[:, None]
         visible = in_sequence
         if HAS_MASK:
-            visible = visible & (tl.load(key_mask + offsets * stride_mask_l, mask=in_sequence, other=0) != 0)
-        key_rows = keys + offsets[:, None] * stride_key_l
+            visible &= tl.load(key_mask + tokens.to(tl.int64) * stride_mask_l, mask=in_sequence, other=0) != 0
+        key_rows = keys + offsets * stride_key_l
+        mask = in_sequence[:, None]
+        score = tl.zeros([TILE, BLOCK_ROWS], tl.float32)
         if HALF > 0:
-            mask = in_sequence[:, None]
-            key_first, key_second = _channel_pairs(key_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
-            if not IS_PAST:
-                cos_rows, sin_rows = cos + offsets[:, None] * stride_cos_l, sin + offsets[:, None] * stride_sin_l
-                cos_first, cos_second = _channel_pairs(cos_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
-                sin_first, sin_second = _channel_pairs(sin_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
-                rotated = key_first * cos_first - key_second * sin_first
-                key_second = key_second * cos_second + key_first * sin_second
-                key_first = rotated
-        if REST > 0:
-            key_rest = tl.load(key_rows + rest_columns, mask=in_sequence[:, None] & rest_mask, other=0.0)
-            key_rest = key_rest.to(tl.float32)
-
-        for row in range(GROUP * QUERIES):
-            query_number = tl.cast(row % QUERIES, tl.int64)
-            head = kv_head * GROUP + row // QUERIES
-            position = tl.load(query_index + query_number) if HAS_INDEX else length - QUERIES + query_number
-            query_row = query + query_number * stride_query_q + head * stride_query_h
-            score = tl.zeros([TILE], tl.float32)
-            if HALF > 0:
-                angle = tl.minimum(tl.maximum(position, 0), length - 1).to(tl.int64)
-                cos_row, sin_row = cos + angle * stride_cos_l + one_row, sin + angle * stride_sin_l + one_row
-                x, y = _channel_pairs(query_row + one_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
-                cos_x, cos_y = _channel_pairs(cos_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
-                sin_x, sin_y = _channel_pairs(sin_row, one_row == 0, 1, HALF, BLOCK_HALF, INTERLEAVED)
-                products = key_first * (x * cos_x - y * sin_x) + key_second * (y * cos_y + x * sin_y)
-                score += tl.sum(products, axis=1)
-            if REST > 0:
-                query_rest = tl.load(query_row + rest_columns, mask=rest_mask, other=0.0).to(tl.float32)
-                score += tl.sum(key_rest * query_rest, axis=1)
             if IS_PAST:
-                score = tl.where(visible & (position >= 0), score * scale, float("-inf"))
+                key_first, key_second = _channel_pairs(key_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
             else:
-                score = tl.where(visible & (tokens <= position), score * scale, float("-inf"))
-                tl.store(logits + (query_number * heads + head) * length + tokens, score, mask=in_sequence)
+                key_first, key_second = _rotated_pairs(
+                    key_rows,
+                    cos,
+                    sin,
+                    offsets,
+                    mask,
+                    stride_cos_l,
+                    stride_sin_l,
+                    TILE,
+                    HALF,
+                    BLOCK_HALF,
+                    INTERLEAVED,
+                )
+            products = _products(key_first, query_first, BLOCK_ROWS) + _products(key_second, query_second, BLOCK_ROWS)
+            score += _sum_of_channels(products, TILE, BLOCK_ROWS)
+        if REST > 0:
+            key_rest = tl.load(key_rows + rest_columns, mask=mask & rest_mask, other=0.0).to(tl.float32)
+            score += _sum_of_channels(_products(key_rest, query_rest, BLOCK_ROWS), TILE, BLOCK_ROWS)
+        if IS_PAST:
+            seen = visible[:, None] & (positions >= 0)[None, :]
+        else:
+            seen = visible[:, None] & (tokens[:, None] <= positions[None, :])
+        score = tl.where(seen, score * scale, float("-inf"))
+        if not IS_PAST:
+            places = (query_numbers * heads + row_heads)[None, :] * length + tokens[:, None]
+            tl.store(logits + places, score, mask=in_sequence[:, None] & is_row[None, :])
 
-            this_row = row_ids == row
-            before = tl.max(tl.where(this_row, row_max, float("-inf")), axis=0)
-            after = tl.maximum(before, tl.max(score, axis=0))
-            finite = tl.where(after == float("-inf"), 0.0, after)
-            tile_sum = tl.sum(tl.exp(score - finite), axis=0)
-            row_sum = tl.where(this_row, row_sum * tl.exp(row_max - finite) + tile_sum, row_sum)
-            row_max = tl.where(this_row, after, row_max)
+        after = tl.maximum(row_max, tl.max(score, axis=0))
+        finite = tl.where(after == float("-inf"), 0.0, after)
+        row_sum = row_sum * tl.exp(row_max - finite) + tl.sum(tl.exp(score - finite[None, :]), axis=0)
+        row_max = after
     return row_max, row_sum
 
 
@@ -197,9 +245,11 @@ def attention_logits(
     BLOCK_REST: tl.constexpr,
 ):
     split = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
+    row_blocks: tl.constexpr = (GROUP * QUERIES + BLOCK_ROWS - 1) // BLOCK_ROWS
+    kv_head = (tl.program_id(1) // row_blocks).to(tl.int64)
+    first_row = tl.program_id(1) % row_blocks * BLOCK_ROWS
     sample = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1) * GROUP
+    heads = tl.num_programs(1) // row_blocks * GROUP
     query += sample * stride_query_b
     if HALF > 0:
         cos += sample * stride_cos_b
@@ -226,6 +276,7 @@ def attention_logits(
             logits,
             kv_head,
             heads,
+            first_row,
             past_split * SPLIT,
             min(past_split * SPLIT + SPLIT, past_length),
             length,
@@ -262,6 +313,7 @@ def attention_logits(
             logits + sample * QUERIES * heads * length,
             kv_head,
             heads,
+            first_row,
             split * SPLIT,
             min(split * SPLIT + SPLIT, length),
             length,
@@ -286,20 +338,19 @@ def attention_logits(
             BLOCK_REST,
         )
 
-    row_ids = tl.arange(0, BLOCK_ROWS)
-    rows = (sample * QUERIES + row_ids % QUERIES) * heads + kv_head * GROUP + row_ids // QUERIES
-    statistics = rows * tl.num_programs(0) + split
-    tl.store(split_max + statistics, row_max, mask=row_ids < GROUP * QUERIES)
-    tl.store(split_sum + statistics, row_sum, mask=row_ids < GROUP * QUERIES)
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    statistics = (sample * QUERIES + rows % QUERIES) * heads + kv_head * GROUP + rows // QUERIES
+    statistics = statistics * tl.num_programs(0) + split
+    tl.store(split_max + statistics, row_max, mask=rows < GROUP * QUERIES)
+    tl.store(split_sum + statistics, row_sum, mask=rows < GROUP * QUERIES)
 
 
 @triton.jit
-def reduced_attention(
+def reduce_attention(
     logits,  # [B, Q, Hq, L]
     split_max,  # [B, Q, Hq, splits]
     split_sum,  # [B, Q, Hq, splits]
-    sample,
-    tokens,
+    scores,  # [B, L]
     length,
     splits,
     QUERIES: tl.constexpr,
@@ -310,7 +361,8 @@ def reduced_attention(
     BLOCK_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Scores of TILE tokens of one sample."""
+    tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    sample = tl.program_id(1).to(tl.int64)
     split_ids = tl.arange(0, BLOCK_SPLITS)[None, :]
     over_heads = tl.zeros([TILE], tl.float32)
     for first_head in range(0, HEADS, BLOCK_HEADS):
@@ -340,164 +392,23 @@ def reduced_attention(
             over_heads += tl.sum(over_queries, axis=0)
     if not MAX_OVER_HEADS:
         over_heads = over_heads / HEADS
-    return over_heads
+    tl.store(scores + sample * length + tokens, over_heads, mask=tokens < length)
 
 
-@triton.jit
-def reduce_attention(
-    logits,  # [B, Q, Hq, L]
-    split_max,  # [B, Q, Hq, splits]
-    split_sum,  # [B, Q, Hq, splits]
-    scores,  # [B, L]
-    length,
-    splits,
-    QUERIES: tl.constexpr,
-    HEADS: tl.constexpr,
-    MAX_OVER_QUERIES: tl.constexpr,
-    MAX_OVER_HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    sample = tl.program_id(1).to(tl.int64)
-    reduced = reduced_attention(
-        logits,
-        split_max,
-        split_sum,
-        sample,
-        tokens,
-        length,
-        splits,
-        QUERIES,
-        HEADS,
-        MAX_OVER_QUERIES,
-        MAX_OVER_HEADS,
-        BLOCK_HEADS,
-        BLOCK_SPLITS,
-        TILE,
-    )
-    tl.store(scores + sample * length + tokens, reduced, mask=tokens < length)
+def logits_blocks(length: int, past_length: int, rows: int, head_dim: int) -> dict[str, int]:
+    """Tokens per split of a sequence, and per tile of a split; rows of a program; its warps.
 
-
-def split_length(length: int) -> int:
-    """Tokens per split of a sequence."""
-    return max(MIN_SPLIT, next_power_of_2(cdiv(length, MAX_SPLITS)))
-
-
-class Attention:
-    """Logits of a few queries and the statistics of their softmax, by one launch; the rest is how to reduce them.
-
-    Takes the arguments of `reroute_kernels.ops.rank_tokens` up to `rotary_style`, of at least one sample and token.
+    Args:
+        length: new tokens.
+        past_length: tokens of the past.
+        rows: queries times query heads of a key head.
+        head_dim: channels of a head.
     """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        key_mask: Tensor | None,
-        query_index: Tensor | None,
-        past_key: Tensor | None,
-        past_mask: Tensor | None,
-        *,
-        scale: float | None,
-        query_reduction: str,
-        head_reduction: str,
-        rotary_style: str,
-    ):
-        batch, queries, heads, head_dim = query.shape
-        self.length, kv_heads = key.shape[1:3]
-        self.is_small = queries * heads * self.length <= ONE_PROGRAM_LOGITS
-        if query_index is None and key_mask is not None:
-            query_index = last_queries(key, key_mask, queries)
-        if past_key is not None and past_key.shape[1] == 0:
-            past_key = past_mask = None
-        past_length = 0 if past_key is None else past_key.shape[1]
-
-        # The kernels walk unit strides along channels.
-        query, key, past_key, cos, sin = (
-            x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, past_key, cos, sin)
-        )
-        half = 0 if cos is None else cos.shape[-1] // 2
-        rest = head_dim - 2 * half
-        channels = next_power_of_2(head_dim)
-        tile = WIDE_HEAD_TILE if channels > WIDE_HEAD else max(8, TILE_BYTES // (channels * key.element_size()))
-        split = split_length(self.length + past_length)
-        self.splits = cdiv(self.length, split) + cdiv(past_length, split)
-
-        def scratch(*last_dim: int) -> Tensor:
-            return torch.empty(batch, queries, heads, *last_dim, dtype=torch.float32, device=key.device)
-
-        self.logits, self.split_max, self.split_sum = scratch(self.length), scratch(self.splits), scratch(self.splits)
-        with on_device_of(key):
-            attention_logits[(self.splits, kv_heads, batch)](
-                query,
-                key,
-                cos,
-                sin,
-                key_mask,
-                query_index if query_index is None else query_index.contiguous(),
-                past_key,
-                past_mask,
-                self.logits,
-                self.split_max,
-                self.split_sum,
-                self.length,
-                past_length,
-                head_dim**-0.5 if scale is None else scale,
-                *query.stride()[:3],
-                *key.stride()[:3],
-                *_row_strides(cos),
-                *_row_strides(sin),
-                *((0, 0) if key_mask is None else key_mask.stride()),
-                *((0, 0, 0) if past_key is None else past_key.stride()[:3]),
-                *((0, 0) if past_mask is None else past_mask.stride()),
-                QUERIES=queries,
-                GROUP=heads // kv_heads,
-                HALF=half,
-                REST=rest,
-                INTERLEAVED=rotary_style == "interleaved",
-                HAS_MASK=key_mask is not None,
-                HAS_INDEX=query_index is not None,
-                HAS_PAST=past_key is not None,
-                HAS_PAST_MASK=past_mask is not None,
-                SPLIT=split,
-                TILE=min(split, tile),
-                BLOCK_ROWS=next_power_of_2(heads // kv_heads * queries),
-                BLOCK_HALF=next_power_of_2(max(half, 1)),
-                BLOCK_REST=next_power_of_2(max(rest, 1)),
-                num_warps=8 if channels > WIDE_HEAD else 4,
-            )
-        # How scores are summed depends on the shape alone, so that a fused decision equals the single operations.
-        self.reduction = {
-            "QUERIES": queries,
-            "HEADS": heads,
-            "MAX_OVER_QUERIES": query_reduction == "max",
-            "MAX_OVER_HEADS": head_reduction == "max",
-            "BLOCK_HEADS": min(8 if self.is_small else 32, next_power_of_2(heads)),
-            "BLOCK_SPLITS": max(16, next_power_of_2(self.splits)),  # fewer would be loaded by every thread
-            "TILE": min(512, max(64, next_power_of_2(self.length))) if self.is_small else 64,
-            "num_warps": 8 if self.is_small else 4,
-        }
-
-    def scores(self) -> Tensor:
-        """(B, L) float32, by a second launch."""
-        logits = self.logits
-        scores = torch.empty(logits.shape[0], self.length, dtype=torch.float32, device=logits.device)
-        with on_device_of(logits):
-            reduce_attention[(cdiv(self.length, self.reduction["TILE"]), logits.shape[0])](
-                logits, self.split_max, self.split_sum, scores, self.length, self.splits, **self.reduction
-            )
-        return scores
-
-
-def _row_strides(table: Tensor | None) -> tuple[int, int]:
-    """Strides of samples and tokens; one table serves all samples where there is only one."""
-    if table is None:
-        return 0, 0
-    return table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)
+    tile = max(8, TILE_CHANNELS // next_power_of_2(head_dim))
+    full_splits = MAX_SPLITS - 1 if past_length else MAX_SPLITS  # both may leave a rest
+    split = max(2 * tile, next_power_of_2(cdiv(length + past_length, full_splits)))
+    num_warps = 4 if head_dim > 128 else 2 if past_length else 1  # what the compilers fit into registers
+    return {"SPLIT": split, "TILE": tile, "BLOCK_ROWS": min(MAX_ROWS, next_power_of_2(rows)), "num_warps": num_warps}
 
 
 def rank_tokens(
@@ -516,19 +427,88 @@ def rank_tokens(
     rotary_style: str = "rotate_half",
 ) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
-    if key.shape[0] == 0 or key.shape[1] == 0:
-        return torch.empty(key.shape[:2], dtype=torch.float32, device=key.device)
-    return Attention(
-        query,
-        key,
-        cos,
-        sin,
-        key_mask,
-        query_index,
-        past_key,
-        past_mask,
-        scale=scale,
-        query_reduction=query_reduction,
-        head_reduction=head_reduction,
-        rotary_style=rotary_style,
-    ).scores()
+    batch, queries, heads, head_dim = query.shape
+    length, kv_heads = key.shape[1:3]
+    scores = torch.empty(batch, length, dtype=torch.float32, device=key.device)
+    if scores.numel() == 0:
+        return scores
+    if query_index is None and key_mask is not None:
+        query_index = last_queries(key, key_mask, queries)
+    if past_key is not None and past_key.shape[1] == 0:
+        past_key = past_mask = None
+    past_length = 0 if past_key is None else past_key.shape[1]
+
+    # The kernels walk unit strides along channels.
+    query, key, past_key, cos, sin = (
+        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, past_key, cos, sin)
+    )
+    half = 0 if cos is None else cos.shape[-1] // 2
+    rest = head_dim - 2 * half
+    rows = heads // kv_heads * queries
+    blocks = logits_blocks(length, past_length, rows, head_dim)
+    splits = cdiv(length, blocks["SPLIT"]) + cdiv(past_length, blocks["SPLIT"])
+
+    def scratch(*last_dim: int) -> Tensor:
+        return torch.empty(batch, queries, heads, *last_dim, dtype=torch.float32, device=key.device)
+
+    logits, split_max, split_sum = scratch(length), scratch(splits), scratch(splits)
+    with on_device_of(key):
+        attention_logits[(splits, kv_heads * cdiv(rows, blocks["BLOCK_ROWS"]), batch)](
+            query,
+            key,
+            cos,
+            sin,
+            key_mask,
+            query_index if query_index is None else query_index.contiguous(),
+            past_key,
+            past_mask,
+            logits,
+            split_max,
+            split_sum,
+            length,
+            past_length,
+            head_dim**-0.5 if scale is None else scale,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *_row_strides(cos),
+            *_row_strides(sin),
+            *((0, 0) if key_mask is None else key_mask.stride()),
+            *((0, 0, 0) if past_key is None else past_key.stride()[:3]),
+            *((0, 0) if past_mask is None else past_mask.stride()),
+            QUERIES=queries,
+            GROUP=heads // kv_heads,
+            HALF=half,
+            REST=rest,
+            INTERLEAVED=rotary_style == "interleaved",
+            HAS_MASK=key_mask is not None,
+            HAS_INDEX=query_index is not None,
+            HAS_PAST=past_key is not None,
+            HAS_PAST_MASK=past_mask is not None,
+            BLOCK_HALF=next_power_of_2(max(half, 1)),
+            BLOCK_REST=next_power_of_2(max(rest, 1)),
+            **blocks,
+        )
+        reduce_attention[(cdiv(length, REDUCED_TILE), batch)](
+            logits,
+            split_max,
+            split_sum,
+            scores,
+            length,
+            splits,
+            QUERIES=queries,
+            HEADS=heads,
+            MAX_OVER_QUERIES=query_reduction == "max",
+            MAX_OVER_HEADS=head_reduction == "max",
+            BLOCK_SPLITS=max(16, next_power_of_2(splits)),  # fewer would be loaded by every thread
+            BLOCK_HEADS=min(32, next_power_of_2(heads)),
+            TILE=REDUCED_TILE,
+            num_warps=4,
+        )
+    return scores
+
+
+def _row_strides(table: Tensor | None) -> tuple[int, int]:
+    """Strides of samples and tokens; one table serves all samples where there is only one."""
+    if table is None:
+        return 0, 0
+    return table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)

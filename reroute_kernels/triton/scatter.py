@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_rows, next_power_of_2, on_device_of
+from .launch import as_rows, cdiv, on_device_of, row_block
 
 
 @triton.jit
@@ -30,10 +30,10 @@ def copy_rows_to_full(
     row = tl.where(is_token, row, 0)
     source = compact + sample * stride_compact_b + (place % index_length) * stride_compact_m
     target = full + sample * stride_full_b + row * stride_full_l
-    for start in range(0, WIDTH, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = (columns < WIDTH) & is_token
-        tl.store(target + columns, tl.load(source + columns, mask=mask), mask=mask)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    values = tl.load(source + columns, mask=mask)  # whatever the index says: neither load waits for the other
+    tl.store(target + columns, values, mask=mask & is_token)
 
 
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
@@ -47,8 +47,9 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
         compact = compact.clone()  # a row could be read after it was written
     source = as_rows(compact)
     width = source.shape[2]
+    block = row_block(width)
     with on_device_of(full):
-        copy_rows_to_full[(index.numel(),)](
+        copy_rows_to_full[(index.numel(), cdiv(width, block))](
             index.contiguous(),
             source,
             target,
@@ -57,7 +58,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
             full.shape[1],
             index.shape[1],
             WIDTH=width,
-            BLOCK=min(2048, next_power_of_2(width)),
+            BLOCK=block,
             num_warps=4,
         )
     return full

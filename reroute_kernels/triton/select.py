@@ -1,9 +1,9 @@
 """Exact top-k of each sample and the ordered list of every token that runs.
 
-A radix select finds the K-th largest score in four passes over 8-bit digits; one ordered compaction then writes
-positions in ascending order, so there is nothing to sort and nothing that depends on the order of execution. Short
-sequences take one launch, of one program per sample; long ones five, of a program per tile: one for each digit, which
-counts it in every tile, and one that writes.
+The K-th largest score is found by counting; one ordered compaction then writes positions in ascending order, so there
+is nothing to sort and nothing that depends on the order of execution. Short sequences take one launch, of one program
+per sample, which narrows down the range where that score lies. Long ones take five, of a program per tile: a radix
+select counts each of four 8-bit digits in one, and the last one writes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ MIN_TILE, MAX_TILE = 2048, 4096
 @triton.jit
 def _order_preserving(scores):
     """Unsigned integers that compare as the scores do: -0.0 equals 0.0, and a NaN lies below every number."""
-    bits = (scores + 0.0).to(tl.uint32, bitcast=True)
+    bits = (scores.to(tl.float32) + 0.0).to(tl.uint32, bitcast=True)
     ordered = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(scores != scores, 0, ordered).to(tl.uint32)
 
 
 @triton.jit
-def _load_tile(scores, pool, pinned, tokens, length, stride_scores, stride_pool, stride_pinned):
-    """Sortable scores, candidates and pinned tokens of one tile; pointers stand at the sample's first token."""
-    mask = tokens < length
-    offsets = tokens.to(tl.int64)
-    ordered = _order_preserving(tl.load(scores + offsets * stride_scores, mask=mask, other=0.0).to(tl.float32))
+def _load_flags(pool, pinned, tokens, length, stride_pool, stride_pinned):
+    """Candidates and pinned tokens; pointers stand at the sample's first token."""
+    mask, offsets = tokens < length, tokens.to(tl.int64)
     is_pinned = tl.load(pinned + offsets * stride_pinned, mask=mask, other=0) != 0
     is_candidate = (tl.load(pool + offsets * stride_pool, mask=mask, other=0) != 0) & (is_pinned == 0)
-    return ordered, is_candidate, is_pinned
+    return is_candidate, is_pinned
+
+
+@triton.jit
+def _load_scores(scores, tokens, length, stride_scores):
+    """Sortable scores; the pointer stands at the sample's first token."""
+    return _order_preserving(tl.load(scores + tokens.to(tl.int64) * stride_scores, mask=tokens < length, other=0.0))
 
 
 @triton.jit
@@ -51,10 +55,9 @@ def _digit_counts(ordered, is_candidate, threshold, DIGIT: tl.constexpr):
 
 
 @triton.jit
-def _wanted(keep, histogram):
+def _wanted(keep, candidates):
     """Candidates to select: as many as asked for, or all; a negative count asks for none."""
-    asked = tl.maximum(tl.load(keep).to(tl.int64), 0)
-    return tl.minimum(asked, tl.sum(histogram, axis=0).to(tl.int64)).to(tl.int32)
+    return tl.minimum(tl.maximum(tl.load(keep).to(tl.int64), 0), candidates.to(tl.int64)).to(tl.int32)
 
 
 @triton.jit
@@ -65,74 +68,18 @@ def _threshold_digit(histogram, remaining):
 
 
 @triton.jit
-def _write_kept(
-    index, tokens, ordered, is_candidate, is_pinned, threshold, remaining, equal_before, kept_before, index_length
-):
-    """Write a tile's kept positions; returns how many it keeps, and how many candidates are at the threshold."""
-    equal = (is_candidate & (ordered == threshold)).to(tl.int32)
-    # Above the threshold, or at it and among the first `remaining` that are.
-    picked = is_candidate & (ordered > threshold)
-    picked = picked | ((equal != 0) & (equal_before + tl.cumsum(equal, axis=0) <= remaining))
-    kept = (is_pinned | picked).to(tl.int32)
-    place = kept_before + tl.cumsum(kept, axis=0) - 1
-    tl.store(index + place, tokens.to(tl.int64), mask=(kept != 0) & (place < index_length))
-    return tl.sum(kept, axis=0), tl.sum(equal, axis=0)
+def _write_kept(index, tokens, certain, equal, remaining, certain_before, equal_before, index_length):
+    """Write the positions of a tile's kept tokens.
 
-
-@triton.jit
-def select_in_one_program(
-    scores,
-    pool,
-    pinned,
-    keep,
-    index,
-    length,
-    index_length,
-    stride_scores,
-    stride_pool,
-    stride_pinned,
-    TILE: tl.constexpr,
-):
-    """Select from one sample; pointers stand at its first elements."""
-    digits = tl.arange(0, 256)
-    threshold = tl.full([], 0, tl.uint32)
-    remaining = 0
-    for digit_pass in tl.static_range(4):
-        histogram = tl.zeros([256], tl.int32)
-        for start in range(0, length, TILE):
-            tokens = start + tl.arange(0, TILE)
-            ordered, is_candidate, _ = _load_tile(
-                scores, pool, pinned, tokens, length, stride_scores, stride_pool, stride_pinned
-            )
-            histogram += _digit_counts(ordered, is_candidate, threshold, digit_pass)
-        if digit_pass == 0:
-            remaining = _wanted(keep, histogram)
-        digit = _threshold_digit(histogram, remaining)
-        remaining -= tl.sum(tl.where(digits > digit, histogram, 0), axis=0)
-        threshold |= digit.to(tl.uint32) << (24 - 8 * digit_pass)
-
-    written = 0
-    at_threshold = 0
-    for start in range(0, length, TILE):
-        tokens = start + tl.arange(0, TILE)
-        ordered, is_candidate, is_pinned = _load_tile(
-            scores, pool, pinned, tokens, length, stride_scores, stride_pool, stride_pinned
-        )
-        kept, equal = _write_kept(
-            index,
-            tokens,
-            ordered,
-            is_candidate,
-            is_pinned,
-            threshold,
-            remaining,
-            at_threshold,
-            written,
-            index_length,
-        )
-        written += kept
-        at_threshold += equal
-    _write_filler(index, written, 0, index_length, TILE)
+    `certain` tokens are kept; of those `equal` to the threshold, in all tiles together, the first `remaining` are.
+    """
+    both = certain.to(tl.int32) + (equal.to(tl.int32) << 16)  # a tile has fewer than 2**16 tokens: one scan counts both
+    counts = tl.cumsum(both, axis=0)
+    certain_so_far = certain_before + (counts & 0xFFFF)
+    equal_so_far = equal_before + (counts >> 16)
+    place = certain_so_far + tl.minimum(equal_so_far, remaining) - 1
+    kept = certain | (equal & (equal_so_far <= remaining))
+    tl.store(index + place, tokens.to(tl.int64), mask=kept & (place < index_length))
 
 
 @triton.jit
@@ -159,21 +106,44 @@ def select_and_compact(
     stride_pinned_b,
     stride_pinned_l,
     TILE: tl.constexpr,
+    PARTS: tl.constexpr,  # that the range of the last selected score is cut into at a time
 ):
+    """Narrows down where the last selected score lies, until that many are wanted or a single score is left.
+
+    As many as wanted or more, `reached`, are at `low` or above; fewer, `above`, are at `high` or above.
+    """
     sample = tl.program_id(0).to(tl.int64)
-    select_in_one_program(
-        scores + sample * stride_scores_b,
+    index += sample * index_length
+    tokens = tl.arange(0, TILE)
+    ordered = _load_scores(scores + sample * stride_scores_b, tokens, length, stride_scores_l)
+    is_candidate, is_pinned = _load_flags(
         pool + sample * stride_pool_b,
         pinned + sample * stride_pinned_b,
-        keep + sample,
-        index + sample * index_length,
+        tokens,
         length,
-        index_length,
-        stride_scores_l,
         stride_pool_l,
         stride_pinned_l,
-        TILE,
     )
+    ordered = tl.where(is_candidate, ordered, 0).to(tl.uint32)
+    both = tl.sum(is_candidate.to(tl.int32) + (is_pinned.to(tl.int32) << 16), axis=0)
+    low = tl.min(tl.where(is_candidate, ordered, 0xFFFFFFFF).to(tl.uint32), axis=0)
+    high = tl.max(ordered, axis=0) + 1
+    reached, above = both & 0xFFFF, 0
+    wanted = _wanted(keep + sample, reached)
+    parts = tl.arange(0, PARTS)
+    while (wanted > 0) & (reached != wanted) & (high - low > 1):
+        part = (high - low + (PARTS - 1)) // PARTS
+        bounds = low + parts.to(tl.uint32) * part
+        reach = tl.sum((ordered[:, None] >= bounds[None, :]).to(tl.int32), axis=0)
+        is_low = reach >= wanted  # at the first bound always, which is `low`
+        reached = tl.min(tl.where(is_low, reach, TILE), axis=0)
+        above = tl.maximum(above, tl.max(tl.where(is_low, 0, reach), axis=0))
+        low += (tl.sum(is_low.to(tl.int32), axis=0) - 1).to(tl.uint32) * part
+        high = tl.minimum(high, low + part)
+    certain = is_pinned | (ordered >= high)
+    equal = is_candidate & (ordered >= low) & (ordered < high)
+    _write_kept(index, tokens, certain, equal, wanted - above, 0, 0, index_length)
+    _write_filler(index, (both >> 16) + wanted, 0, index_length, TILE)
 
 
 @triton.jit
@@ -189,7 +159,7 @@ def _threshold_so_far(keep, counts, state, tiles, DIGITS: tl.constexpr, BLOCK_TI
         histogram += tl.sum(tl.load(counts + tile * 256 + digits[None, :], mask=tile < tiles, other=0), axis=0)
     if DIGITS == 1:
         threshold = tl.full([], 0, tl.uint32)
-        remaining = _wanted(keep, histogram)
+        remaining = _wanted(keep, tl.sum(histogram, axis=0))
     else:
         threshold = tl.load(state + 2 * (DIGITS - 2)).to(tl.uint32, bitcast=True)
         remaining = tl.load(state + 2 * (DIGITS - 2) + 1)
@@ -223,13 +193,12 @@ def count_digits(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)
     tokens = tile * TILE + tl.arange(0, TILE)
-    ordered, is_candidate, is_pinned = _load_tile(
-        scores + sample * stride_scores_b,
+    ordered = _load_scores(scores + sample * stride_scores_b, tokens, length, stride_scores_l)
+    is_candidate, is_pinned = _load_flags(
         pool + sample * stride_pool_b,
         pinned + sample * stride_pinned_b,
         tokens,
         length,
-        stride_scores_l,
         stride_pool_l,
         stride_pinned_l,
     )
@@ -277,13 +246,12 @@ def compact_tiles(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)[None, :]
     tokens = tile * TILE + tl.arange(0, TILE)
-    ordered, is_candidate, is_pinned = _load_tile(
-        scores + sample * stride_scores_b,
+    ordered = _load_scores(scores + sample * stride_scores_b, tokens, length, stride_scores_l)
+    is_candidate, is_pinned = _load_flags(
         pool + sample * stride_pool_b,
         pinned + sample * stride_pinned_b,
         tokens,
         length,
-        stride_scores_l,
         stride_pool_l,
         stride_pinned_l,
     )
@@ -306,26 +274,11 @@ def compact_tiles(
         equal_in_all += tl.sum(equal, axis=0)
 
     index += sample * index_length
-    kept_before = certain_before + tl.minimum(equal_before, remaining)
-    _write_kept(
-        index,
-        tokens,
-        ordered,
-        is_candidate,
-        is_pinned,
-        threshold,
-        remaining,
-        equal_before,
-        kept_before,
-        index_length,
-    )
+    certain = is_pinned | (is_candidate & (ordered > threshold))
+    equal = is_candidate & (ordered == threshold)
+    _write_kept(index, tokens, certain, equal, remaining, certain_before, equal_before, index_length)
     if tile == 0:
         _write_filler(index, certain_in_all + tl.minimum(equal_in_all, remaining), 0, index_length, TILE)
-
-
-def select_tile(length: int) -> int:
-    """Tokens that the one program of a sample holds at a time."""
-    return max(256, min(2048, next_power_of_2(length)))
 
 
 def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
@@ -338,8 +291,19 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
     strides = (*scores.stride(), *pool.stride(), *pinned.stride())
     with on_device_of(scores):
         if total <= ONE_PROGRAM_TOKENS:
+            blocks = {"TILE": max(256, next_power_of_2(total)), "PARTS": 4, "num_warps": 8}
             select_and_compact[(batch,)](
-                scores, pool, pinned, keep, index, total, length, *strides, TILE=select_tile(total), num_warps=8
+                scores,
+                pool,
+                pinned,
+                keep,
+                index,
+                total,
+                length,
+                *strides,
+                TILE=max(256, next_power_of_2(total)),
+                PARTS=4,
+                num_warps=8,
             )
             return index
         tile = max(MIN_TILE, min(MAX_TILE, next_power_of_2(total) // 32))

@@ -114,7 +114,7 @@ def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs,
         model.to("cpu")
     for stage in routing.trace.stages:
         assert torch.equal(stage.selected[0], golden[f"{name}/selected/{stage.layer}"]), f"layer {stage.layer}"
-    decision = ["attention_logits", "reduce_and_select", "copy_rows_to_compact"]
+    decision = ["attention_logits", "reduce_attention", "select_and_compact", "copy_rows_to_compact"]
     stages = len(routing.trace.stages)
     assert [launched for launched, _ in launches] == [*decision, "copy_rows_to_full"] * stages
     if device.type != "cpu":
