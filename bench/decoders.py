@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 
@@ -38,10 +38,9 @@ ATTENTION_FLOPS = {
 }
 
 
-def measure_prefill(clock: Clock, decoder: Decoder, visual_tokens: int, tiers, batches, dtype) -> list[dict]:
-    """Rows of every batch and tier: milliseconds through the adapter, and of the layers alone in a CUDA graph."""
+def measure_prefill(clock: Clock, decoder: Decoder, visual_tokens: int, tiers, batches, dtype) -> Iterator[dict]:
+    """A row for every batch and tier: milliseconds through the adapter, and of the layers alone in a CUDA graph."""
     model = make_model(decoder, visual_tokens, clock.device, dtype)
-    rows = []
     for batch in batches:
         inputs = make_inputs(model, visual_tokens, batch)
         prefill = Prefill(model, inputs)
@@ -62,8 +61,7 @@ def measure_prefill(clock: Clock, decoder: Decoder, visual_tokens: int, tiers, b
             row["graph"] = _milliseconds(_in_graphs(clock, layers))
             row["flops"] = {name: _flops(call) for name, call in layers.items()}
             row["peak_bytes"] = {name: _peak(clock.device, call) for name, call in layers.items()}
-            rows.append(row | _ratios(row))
-    return rows
+            yield row | _ratios(row)
 
 
 def _check(model, inputs: dict, policies: dict[str, rk.Policy], layers: dict[str, Callable]) -> None:

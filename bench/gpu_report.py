@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -47,17 +47,28 @@ class Sections:
             return None
         print(f"{name} ...", flush=True)
         start = time.perf_counter()
+
+        def keep(found: dict[str, object]) -> None:
+            record = {**self.description, "seconds": round(time.perf_counter() - start, 1), **found}
+            file.write_text(json.dumps(record, indent=1) + "\n")
+
+        result = None
         try:
-            record = {"result": work()}
+            found = work()
+            if isinstance(found, Iterator):  # rows, each kept as soon as it is there: a later one may fail or not end
+                for row in found:
+                    result = [*(result or []), row]
+                    keep({"result": result})
+            else:
+                result = found
+            keep({"result": result})
         except Exception:
             traceback.print_exc()
             self.failed.append(name)
-            record = {"result": None, "error": traceback.format_exc(limit=-1).strip().splitlines()[-1]}
-        record = {**self.description, "seconds": round(time.perf_counter() - start, 1), **record}
-        file.write_text(json.dumps(record, indent=1) + "\n")
+            keep({"result": result, "error": traceback.format_exc(limit=-1).strip().splitlines()[-1]})
         self.write_page()
-        print(f"{name}: {record['seconds']} s", flush=True)
-        return record["result"]
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+        return result
 
 
 def run_tests(shards: int, seconds: float, arguments: list[str]) -> dict[str, object]:

@@ -53,8 +53,8 @@ def test_counts_of_the_sections(dry_run):
     results = {path.stem: json.loads(path.read_text())["result"] for path in dry_run[0].glob("*.json")}
     assert results["tests"]["tests"] > 0
     launches = {(row["shape"], row["operation"]): row["launches"] for row in results["operations"]}
-    assert launches["tiny", "route_tokens"] == 3
-    assert launches["tiny", "decision"] == 4
+    assert launches["tiny", "route_tokens"] == 4
+    assert launches["tiny", "decision"] == 5
     assert launches["tiny, long", "route_tokens"] == 8
     assert all(row["graph"]["median"] > 0 and row["graph"]["floor_us"] > 0 for row in results["operations"])
     for row in results["prefill-llava"] + results["prefill-qwen2_5_vl"]:
@@ -82,7 +82,8 @@ def test_page_judges_targets():
                 {"operation": "decision", "shape": "LLaVA-1.5-7B", "batch": 1, "graph": {"median": 15.5}},
                 {"operation": "decision", "shape": "LLaVA-1.5-7B", "batch": 8, "graph": {"median": 1.0}},
             ],
-            "copies": [{"operation": "gather_tokens", "share_of_copy": 0.86}],
+            "copies": [{"operation": "gather_tokens", "gb_per_s": 86.0}],
+            "floors": {"copy_gb_per_s": 100.0},
         }
     )
     assert "| a decision in a graph, LLaVA-1.5-7B, us | at most 15 | 15.5 | **missed** |" in rows
@@ -109,6 +110,35 @@ def test_a_failed_section_is_named_and_kept(tmp_path, capsys):
     assert record["error"] == "ZeroDivisionError: division by zero"
     report.performance_page([tmp_path], tmp_path)
     assert "`copies` failed: ZeroDivisionError" in (tmp_path / "performance.md").read_text()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is one")
+def test_rows_are_kept_as_they_come(tmp_path):
+    from bench.gpu_report import Sections
+
+    def kept():
+        return json.loads((tmp_path / "prefill-llava.json").read_text())
+
+    def rows():
+        yield 1
+        assert kept()["result"] == [1]
+        yield 2
+        raise MemoryError("no more")
+
+    section = Sections(tmp_path, {"device": "CPU", "dry_run": True})
+    assert section.run("prefill-llava", rows) == [1, 2]
+    assert section.failed == ["prefill-llava"]
+    assert kept()["result"] == [1, 2]
+    assert kept()["error"] == "MemoryError: no more"
+
+
+def test_page_names_what_was_not_measured(tmp_path):
+    from bench.gpu_report import Sections
+
+    for name in set(SECTIONS) - {"sanitizer", "prefill-llava"}:
+        Sections(tmp_path, {"device": "CPU", "dry_run": True}).run(name, lambda: None)
+    report.performance_page([tmp_path], tmp_path)
+    assert "- not measured: `sanitizer`, `prefill-llava`\n" in (tmp_path / "performance.md").read_text()
 
 
 def test_a_run_without_tests_fails_its_section():
