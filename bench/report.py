@@ -29,6 +29,7 @@ SIGNS = {"works": "works", "refused": "refused", "not offered": "--"}
 
 def main() -> None:
     replace_between(ROOT / "README.md", "benchmarks", cpu_tables(_read(RESULTS / "cpu" / "benchmarks.json")))
+    replace_between(ROOT / "README.md", "gpus", gpu_summary(gpu_folders()))
     compiled = [_read(path) for path in sorted((RESULTS / "compile").glob("triton-*.json"))]
     replace_between(ROOT / "docs" / "kernels.md", "compiled", compile_tables(compiled))
     supported = [_read(path) for path in (RESULTS / "models").glob("transformers-*.json")]
@@ -59,6 +60,25 @@ def replace_between(path: Path, name: str, content: str) -> None:
     if not found or not found_end:
         raise ValueError(f"{path} must hold {begin} and {end}")
     path.write_text(f"{before}{begin}\n{content}\n{end}{after}")
+
+
+def gpu_summary(folders: list[Path]) -> str:
+    """A sentence about every GPU: what a decision takes there."""
+    sentences = []
+    for folder in folders:
+        against = _read(folder / "eager.json") if (folder / "eager.json").exists() else {"result": None}
+        found = [
+            f"{row['fused_in_graph']['median']:.1f} us for {row['shape']} with {row['length']:,} tokens"
+            + (f" ({row['eager']['median']:,.0f} us by eager code)" if row["eager"] else "")
+            for row in against["result"] or ()
+        ]
+        if found:
+            sentences.append(
+                f"On an {against['device']} a decision of one sample takes, in a CUDA graph and beyond the key "
+                f"projection, {', '.join(found)}; the record is `bench/results/{folder.name}/eager.json`. Eager code "
+                "cannot be captured in a graph."
+            )
+    return "\n".join(wrap(" ".join(sentences), 120, break_on_hyphens=False))
 
 
 def cpu_tables(results: dict) -> str:

@@ -102,6 +102,7 @@ def test_tables_are_those_of_the_records(tmp_path):
     cpu = report.cpu_tables(report._read(report.RESULTS / "cpu" / "benchmarks.json"))
     report.replace_between(tmp_path / "README.md", "benchmarks", cpu)
     results = report._read(report.RESULTS / "grounding" / "results.json")
+    report.replace_between(tmp_path / "README.md", "gpus", report.gpu_summary(report.gpu_folders()))
     report.replace_between(tmp_path / "README.md", "grounding", grounding.summary_table(results))
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
     report.replace_between(tmp_path / "methods.md", "methods", report.methods_tables())
