@@ -305,7 +305,7 @@ def performance_page(folders: list[Path], target: Path) -> None:
         "# Performance",
         "",
         "Written by `python -m bench.report` from the records in `bench/results/`; no figure here is typed by hand.",
-        "Figures of a CPU are in the README. What is measured, and against which floor: [kernels.md](kernels.md).",
+        "Figures of a CPU are in the README. What runs in a decision: [kernels.md](kernels.md).",
         "",
     ]
     if not folders:
@@ -449,8 +449,9 @@ def targets(results: dict) -> list[str]:
     for row in results.get("operations", []):
         if (row["operation"], row["shape"], row["batch"]) == ("decision", "LLaVA-1.5-7B", 1):
             rows.append(["a decision in a graph, LLaVA-1.5-7B, us", "at most 15", row["graph"]["median"]])
-    for row in results.get("copies", []):
-        share = row["gb_per_s"] / results["floors"]["copy_gb_per_s"]
+    floors = results.get("floors")
+    for row in results.get("copies", []) if floors else []:
+        share = row["gb_per_s"] / floors["copy_gb_per_s"]
         rows.append([f"`{row['operation']}`, share of copy bandwidth", "at least 0.85", share])
     for row in results.get("eager", []):
         if row["eager"]:

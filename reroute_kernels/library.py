@@ -84,6 +84,8 @@ def _route_fake(query, key, *arguments):
 
 def _overlaps_itself(tensor) -> bool:
     """Whether two elements may share memory: some step is no longer than all that smaller steps reach."""
+    if tensor.numel() == 0:
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

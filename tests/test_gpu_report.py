@@ -141,6 +141,18 @@ def test_page_names_what_was_not_measured(tmp_path):
     assert "- not measured: `sanitizer`, `prefill-llava`\n" in (tmp_path / "performance.md").read_text()
 
 
+def test_page_without_floors(tmp_path):
+    from bench.gpu_report import Sections
+
+    section = Sections(tmp_path, {"device": "CPU", "dry_run": True})
+    section.run("copies", lambda: [{"operation": "gather_tokens", "gb_per_s": 86.0}])
+    section.run("floors", lambda: 1 / 0)
+    report.performance_page([tmp_path], tmp_path)
+    page = (tmp_path / "performance.md").read_text()
+    assert "`floors` failed" in page
+    assert "share of copy bandwidth" not in page
+
+
 def test_a_run_without_tests_fails_its_section():
     from bench.gpu_report import run_tests
 

@@ -154,6 +154,12 @@ def test_one_launch(random_tensor, random_index, launches):
     assert launches == [("copy_rows_to_full", (6, 2))]
 
 
+def test_an_empty_view_holds_nothing_twice(device):
+    full = torch.ones(1, 1, 4, device=device).expand(2, 1, 4)[:, :0]
+    index = torch.full((2, 3), -1, device=device)
+    assert rk.ops.scatter_tokens_(full, index, torch.zeros(2, 3, 4, device=device)) is full
+
+
 def test_same_bits_twice_and_in_any_order(device, random_tensor, random_index):
     full, compact = random_tensor(3, 63, 100), random_tensor(3, 9, 100)
     index = random_index(3, 63, 9)

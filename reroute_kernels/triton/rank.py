@@ -1,8 +1,8 @@
 """Score tokens by the attention that a few queries pay to them, in two launches.
 
-The first launch reads the key once, rotates it on the way, and writes the logits with the softmax statistics of every
-split of the sequence; the second combines the splits and reduces over queries and heads. Keys of earlier turns are
-further splits, of which only the statistics are kept.
+The first launch reads the key once for every eight rows (a row is one query of one head), rotates it on the way, and
+writes the logits with the softmax statistics of every split of the sequence; the second combines the splits and reduces
+over queries and heads. Keys of earlier turns are further splits, of which only the statistics are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from .launch import cdiv, next_power_of_2, on_device_of
 
 # Splits of a sequence at most; how many there are, the shape alone decides, never the size of the device.
 MAX_SPLITS = 128
-# Channels and rows that a program holds at a time: many programs of one warp wait for memory by turns.
+# Channels that a program holds at a time, of eight tokens at least, and rows: many small programs, most of one warp,
+# wait for memory by turns.
 TILE_CHANNELS, MAX_ROWS = 1024, 8
 # Tokens whose logits a program reduces.
 REDUCED_TILE = 64

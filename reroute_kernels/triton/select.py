@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .launch import cdiv, next_power_of_2, on_device_of
 
-# Up to this many tokens one program selects as fast as five launches would start.
+# Up to this many tokens one program holds a whole sample.
 ONE_PROGRAM_TOKENS = 4096
 # Tokens that a program of a long sequence holds at a time, between these limits by the length alone.
 MIN_TILE, MAX_TILE = 2048, 4096
@@ -108,9 +108,10 @@ def select_and_compact(
     TILE: tl.constexpr,
     PARTS: tl.constexpr,  # that the range of the last selected score is cut into at a time
 ):
-    """Narrows down where the last selected score lies, until that many are wanted or a single score is left.
+    """Narrows down where the last selected score lies, until exactly the wanted reach it or a single score is left.
 
-    As many as wanted or more, `reached`, are at `low` or above; fewer, `above`, are at `high` or above.
+    `reached` candidates are at `low` or above, as many as are wanted or more; `above` of them at `high` or above, fewer
+    than are wanted. (Where `low` is 0, the place of a NaN, other tokens count as well; then one score is left at last.)
     """
     sample = tl.program_id(0).to(tl.int64)
     index += sample * index_length
