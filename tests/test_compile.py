@@ -127,7 +127,8 @@ def test_keys_are_read_16_bytes_at_a_time(compiled):
     assert len(rows) == 8
     for row in rows:
         assert row["wide_loads"] >= 6, row  # both halves of the key, its cosines and its sines
-        assert row["other_loads"] <= 9, row  # of queries and of their tables, their positions, two masks
+        # One row of each for a query, and its position; in the one case with masks one of them besides.
+        assert row["other_loads"] <= (8 if row["case"].startswith("long") else 7), row
 
 
 @pytest.mark.parametrize("kernel", ["attention_logits"], indirect=True)
