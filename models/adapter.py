@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from operator import attrgetter
 
 from torch import Tensor, nn
 
 from .vision import ReducedVision
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""The argument that holds the KV cache: since transformers 5.24, and before."""
+
+
+def cache_of(arguments: Mapping):
+    """The KV cache among the arguments or the outputs of a model or a layer, under either name; None without one."""
+    given = (arguments.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in given if cache is not None), None)
 
 
 def visual_token_ids(config) -> list[int]:
@@ -64,14 +74,14 @@ class Adapter:
         "inputs_embeds",
         "attention_mask",
         "position_ids",
-        "past_key_values",
+        "cache",
     )
     """What tells what a call is: arguments of `model.model`."""
 
-    decoder_arguments: tuple[str, ...] = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+    decoder_arguments: tuple[str, ...] = ("inputs_embeds", "attention_mask", "position_ids", "cache")
     """What the decoder is handed, by name."""
 
-    layer_arguments: tuple[str, ...] = ("attention_mask", "position_embeddings", "past_key_values")
+    layer_arguments: tuple[str, ...] = ("attention_mask", "position_embeddings", "cache")
     """What its layers are handed, by name, behind the hidden states."""
 
     def __init__(self, model: nn.Module):
@@ -103,7 +113,7 @@ class Adapter:
     def _require_arguments(self, module: nn.Module, names: tuple[str, ...]) -> None:
         parameters = inspect.signature(module.forward).parameters
         for name in names:
-            if name not in parameters:
+            if not parameters.keys() & (CACHE_NAMES if name == "cache" else {name}):
                 raise self._built_differently(f"{type(module).__name__}.forward has no argument {name!r}")
 
     def _built_differently(self, how: str) -> AttributeError:
@@ -111,7 +121,7 @@ class Adapter:
 
         return AttributeError(
             f"cannot route {type(self.model).__name__} of transformers {transformers.__version__}: {how} "
-            "(known to work: transformers 5.4 to 5.23)"
+            "(known to work: transformers 5.4 to 5.24)"
         )
 
     def _layer_types(self) -> list[str]:

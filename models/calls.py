@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..policy import Policy
 from ..routing import CachedPrompt, Past, Prompt, RoutedForward
-from .adapter import Adapter
+from .adapter import Adapter, cache_of
 from .generation import PromptCall, prompt_call
 from .layers import RoutedLayers
 from .parallel import over_all_heads
@@ -162,7 +162,7 @@ class Continuation:
             past = self._prompt.past
             self._masks[key] = self._layers.mask(
                 number,
-                kwargs.get("past_key_values"),
+                cache_of(kwargs),
                 self._queries,
                 past.lengths[stage] + self._new_tokens - self._queries,
                 past.length + self._new_tokens,
@@ -238,7 +238,7 @@ class CallReader:
         arguments = by_name(self._signature, args, kwargs)
         if self._vision is not None:
             self._vision.check_arguments(arguments)
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments.get("inputs_embeds")

@@ -23,7 +23,7 @@ from ..policy import Policy
 from ..presets import NUM_LAYERS, Preset, preset, presets
 from ..routing import Trace
 from . import ADAPTERS, apply
-from .adapter import visual_token_ids
+from .adapter import cache_of, visual_token_ids
 from .boxes import UNITS, Box, overlap, read_box
 
 TINY_CHECKPOINT = Path(__file__).with_name("tiny_grounding")
@@ -282,7 +282,7 @@ def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]
             with routed(model, run.policy) as routing, torch.no_grad():
                 if repeat == 0:  # warms up, and gives everything but the time
                     output = model(**inputs, use_cache=True, logits_to_keep=1)
-                    measure_cache(run, output.past_key_values, text)
+                    measure_cache(run, cache_of(output), text)
                     run.answer = answer(subject, max_new_tokens)
                     run.box = answered_box(subject, run.answer)
                     run.trace = routing.trace if routing else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import Trace, on_device
-from .adapter import Adapter
+from .adapter import Adapter, cache_of
 from .calls import CallReader, Prefill, by_name
 from .devices import loaded, to_layer
 from .layers import RoutedLayers
@@ -235,7 +235,7 @@ class Routing:
             self._rank_ahead(call, number, layer, args[0], kwargs["position_embeddings"])
 
     def _decide(self, call: Prefill, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
-        call.fill(kwargs.get("past_key_values"))
+        call.fill(cache_of(kwargs))
         hidden = to_layer(layer, hidden)
         tables = self._tables(layer, hidden, kwargs["position_embeddings"])
         hidden = call.forward.decide(hidden, tables, partial(self._project, call, number, layer))

@@ -10,6 +10,7 @@ import inspect
 
 import torch
 
+from reroute_kernels.models.adapter import cache_of
 from reroute_kernels.rankings import AllText, KeyNorm, Random, Uniform
 from tests.models.prompts import IMAGE, VIDEO
 
@@ -145,7 +146,7 @@ class SlowWay:
     def _begin(self, core, args, kwargs):
         names = inspect.signature(core.forward).parameters
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids"), cache_of(kwargs)
         if ids is None:
             visual = self.visual if self.visual is not None else torch.zeros(0, dtype=torch.bool)
         else:
@@ -198,7 +199,7 @@ class SlowWay:
             self.running = torch.tensor([place for place in range(length) if place not in deferred])
 
         def slow(hidden, *args, **kwargs):
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             kind, length = self.kinds[number], hidden.shape[1]
             counts = cache is not None and kind != "linear_attention"
             past = int(cache.get_seq_length(number)) if counts else 0
