@@ -9,14 +9,14 @@ from ..policy import Policy
 from .adapter import Adapter
 from .aya_vision import AyaVisionAdapter
 from .glm4v import Glm4vAdapter, Glm4vMoeAdapter
-from .hooks import Routing
+from .hooks import Routing, routings_on
 from .idefics3 import Idefics3Adapter
 from .llava import LlavaAdapter
 from .qwen2_vl import Qwen2_5VLAdapter, Qwen2VLAdapter
 from .qwen3_5 import Qwen3_5Adapter
 from .qwen3_vl import Qwen3VLAdapter
 
-__all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register"]
+__all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register", "remove", "routing_of"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "aya_vision": AyaVisionAdapter,
@@ -100,6 +100,42 @@ def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing
     if model_type not in ADAPTERS:
         raise ValueError(f"model must be of a supported type ({', '.join(ADAPTERS)}), got {model_type!r}")
     return Routing(ADAPTERS[model_type](model), policy, replace)
+
+
+def routing_of(model: nn.Module) -> Routing | None:
+    """The routing that is on a model, for handles that were lost.
+
+    Args:
+        model: what `apply` was given, or what is wrapped around it.
+
+    Returns:
+        The handle that `apply` returned, or None if the model is not routed.
+
+    Raises:
+        TypeError: the argument is no module.
+        ValueError: several models in this module are routed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
+    found = routings_on(model)
+    if len(found) > 1:
+        raise ValueError(f"model must hold one routed model, got {len(found)} in a {type(model).__name__}")
+    return found[0] if found else None
+
+
+def remove(model: nn.Module) -> None:
+    """Remove the routing that is on a model, if any, as `remove()` of its handle does.
+
+    Args:
+        model: what `apply` was given, or what is wrapped around it.
+
+    Raises:
+        TypeError: the argument is no module.
+        ValueError: several models in this module are routed.
+    """
+    routing = routing_of(model)
+    if routing is not None:
+        routing.remove()
 
 
 def _unwrapped(model: object) -> object:

@@ -69,6 +69,14 @@ class Adapter:
     )
     """What ranking reads of a decision layer."""
 
+    feature_arguments: tuple[str, ...] = (
+        "pixel_values",
+        "pixel_values_videos",
+        "image_hidden_states",
+        "mm_encoder_outputs",
+    )
+    """Arguments of `model.model` that bring images or videos, or their features."""
+
     core_arguments: tuple[str, ...] = (
         "input_ids",
         "inputs_embeds",
@@ -102,7 +110,11 @@ class Adapter:
         self._require_arguments(self.core, self.core_arguments)
         self._require_arguments(self.decoder, self.decoder_arguments)
         self._require(model.config, "image_token_id")
-        self.visual_token_ids = visual_token_ids(model.config)
+
+    @property
+    def visual_token_ids(self) -> list[int]:
+        """Ids of the placeholders that image and video features replace, as the configuration has them now."""
+        return visual_token_ids(self.model.config)
 
     def _require(self, owner: object, path: str):
         try:

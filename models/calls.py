@@ -20,8 +20,8 @@ from .vision import ReducedVision
 # The attribute of a cache object that holds its CachedPrompt: it lives, is copied and dies with the cache.
 _CACHE_ATTRIBUTE = "_reroute_kernels_prompt"
 
-# Arguments that bring image or video features.
-_FEATURES = ("pixel_values", "pixel_values_videos", "image_hidden_states", "mm_encoder_outputs")
+# Arguments that tell where the sequences end that are packed into one row.
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class Prefill:
@@ -66,7 +66,7 @@ class Prefill:
         queries, total = hidden.shape[1], forward.prompt.length
         if past is None:
             return layers.mask(number, self.cache, queries, 0, total, own, lambda: kept, hidden)
-        valid, positions = past.extended(stage, kept, ragged)
+        valid, positions = past.extended(stage, past.seen(stage), kept, ragged)
         before = past.lengths[stage]
         return layers.mask(number, self.cache, queries, before, past.length + total, valid, lambda: positions, hidden)
 
@@ -146,9 +146,9 @@ class Continuation:
         self._embeddings: dict[int, object] = {}
 
     @cached_property
-    def _later_valid(self) -> Tensor | None:
-        """(batch, new tokens) bool, False at padding; None where there is none. Most calls do not need it."""
-        return None if self._mask is None else self._mask[:, self._prompt.past.length :].bool()
+    def _visible(self) -> Tensor | None:
+        """(batch, all tokens) bool, False at padding; None where there is none. Most calls do not need it."""
+        return None if self._mask is None else self._mask.bool()
 
     def mask(self, stage: int, number: int, hidden: Tensor, kwargs: dict) -> object:
         """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
@@ -166,7 +166,7 @@ class Continuation:
                 self._queries,
                 past.lengths[stage] + self._new_tokens - self._queries,
                 past.length + self._new_tokens,
-                self._prompt.valid_keys(stage, self._batch, self._later_valid, self._new_tokens),
+                self._prompt.valid_keys(stage, self._batch, self._visible, self._new_tokens),
                 partial(self._prompt.key_positions, stage, self._batch, self._new_tokens),
                 hidden,
             )
@@ -191,10 +191,11 @@ class Continuation:
 
     def _offsets(self, device: torch.device) -> Tensor:
         """(queries,) or (batch, queries), how many tokens stand between the prompt and each new one."""
-        if self._later_valid is None:
+        if self._visible is None:
             offsets = torch.arange(self._new_tokens, device=device)
         else:
-            offsets = (self._later_valid.to(device).cumsum(dim=1) - 1).clamp(min=0)
+            later = self._visible[:, self._prompt.past.length :]
+            offsets = (later.to(device).cumsum(dim=1) - 1).clamp(min=0)
         return offsets[..., -self._queries :]
 
 
@@ -219,6 +220,7 @@ class CallReader:
         self._config = adapter.decoder.config
         self._combine = None if head_group is None else partial(over_all_heads, head_group)
         self._signature = inspect.signature(adapter.core.forward)
+        self._features = adapter.feature_arguments
         # The frames that it reads are no matter of torch.compile, which would warn.
         self._prompt_call = torch.compiler.disable(prompt_call)
 
@@ -287,13 +289,29 @@ class CallReader:
         mask, unlike_causal = _padding_mask(arguments.get("attention_mask"), queries, expected[1])
         is_padding_mask = isinstance(mask, Tensor) and tuple(mask.shape) == expected
         valid = mask[:, -queries:].to(visual.device, torch.bool) if is_padding_mask else None
-        jumps = self._position_jumps(cache, arguments)
-        asked = {"jumps": jumps, "unlike_causal": unlike_causal}
+        # A mask of another form may hide the visual tokens from the last one, which makes no prompt of text of this.
+        is_padding_mask = is_padding_mask and unlike_causal is None
+        asked = {
+            "placeholders": None if mask is None or is_padding_mask else visual.sum(),
+            "jumps": self._position_jumps(cache, visual.shape[0], arguments),
+            "unlike_causal": unlike_causal,
+            "gaps": _gaps(valid) if valid is not None and self._layers.has_states else None,
+        }
         asked = {name: number for name, number in asked.items() if number is not None}
         marked = None if marks is None else tuple(tokens.to(visual.device) for tokens in marks())
         prompt = Prompt(visual, valid, generation.guessed, marked, asked)
+        if not prompt.has_visual_tokens and not prompt.answers.get("placeholders"):
+            return None
+        if mask is not None and valid is None:
+            raise NotImplementedError(
+                f"attention_mask must be None or of shape {expected} for a routed prompt, got {_shape(mask)}"
+            )
+        _check_causal(prompt.answers.get("unlike_causal", 0))
         if not prompt.has_visual_tokens:
             return None
+        self._check_packing(arguments, prompt)
+        if marks is None:  # else what no reducer has marked is refused
+            self._check_features(arguments, prompt)
         self._layers.check_attention()
         self._check_cache(cache)
         if past is not None:
@@ -307,16 +325,6 @@ class CallReader:
                 "schedule must begin after the first attention layer for assisted decoding, which cuts the cache by "
                 f"that layer's length; got a decision at layer {self._policy.stage_layers[0]}"
             )
-        if mask is not None and not is_padding_mask:
-            raise NotImplementedError(
-                f"attention_mask must be None or of shape {expected} for a routed prompt, got {_shape(mask)}"
-            )
-        _check_causal(prompt.answers.get("unlike_causal", 0))
-        if jumps := prompt.answers.get("jumps"):
-            raise NotImplementedError(
-                "position_ids of a routed prompt without cache and mask must count by one, because transformers takes "
-                f"others for several packed sequences; got {jumps} that do not"
-            )
         if prompt.right_padded and prompt.has_empty_rows:
             raise NotImplementedError(
                 "attention_mask must put padding on the left where a sample sits a prompt out, got padding on the "
@@ -326,6 +334,11 @@ class CallReader:
             raise NotImplementedError(
                 "attention_mask must put padding on the left for a text model with layers of "
                 f"{', '.join(sorted(set(self._layers.kinds)))}, got padding on the right"
+            )
+        if gaps := prompt.answers.get("gaps"):
+            raise NotImplementedError(
+                "attention_mask must hide no tokens between others on a text model with recurrent states, which count "
+                f"them, got {gaps} that it hides"
             )
         for name in ("output_hidden_states", "output_attentions"):
             if arguments.get(name, getattr(self._config, name, False)):
@@ -383,15 +396,47 @@ class CallReader:
                 "got one padded on the right"
             )
 
-    def _position_jumps(self, cache, arguments: dict) -> Tensor | None:
-        """How often positions do not count by one, in a call in which transformers takes that for packed sequences."""
+    def _position_jumps(self, cache, batch: int, arguments: dict) -> Tensor | None:
+        """How often positions do not count by one, in a call in which transformers takes that for packed sequences.
+
+        Flash attention does so in a batch of one if nothing is padded, the masks of the others if there is neither a
+        mask nor a cache.
+        """
         positions = arguments.get("position_ids")
-        uses_cache = cache is not None or arguments.get("use_cache", getattr(self._config, "use_cache", False))
-        if positions is None or uses_cache or arguments.get("attention_mask") is not None:
+        if self._layers.uses_flash_attention:
+            tells_sequences = batch == 1
+        else:
+            uses_cache = cache is not None or arguments.get("use_cache", getattr(self._config, "use_cache", False))
+            tells_sequences = not uses_cache and arguments.get("attention_mask") is None
+        if positions is None or not tells_sequences:
             return None
         if positions.ndim == 3:
             positions = positions[0] if positions.shape[0] == 4 else None
         return None if positions is None else (positions.diff(dim=1) != 1).sum()
+
+    def _check_packing(self, arguments: dict, prompt: Prompt) -> None:
+        """Refuse several sequences packed into one row."""
+        for name in _PACKING:
+            if arguments.get(name) is not None:
+                raise NotImplementedError(f"{name} must be None for a routed prompt, got {_shape(arguments[name])}")
+        jumps = prompt.answers.get("jumps")
+        if jumps and not prompt.padded:
+            raise NotImplementedError(
+                "position_ids of a routed prompt must count by one where transformers takes others for several packed "
+                "sequences (without cache and mask, and under flash attention in a batch of one), got "
+                f"{jumps} that do not"
+            )
+
+    def _brings_features(self, arguments: dict) -> bool:
+        return any(arguments.get(name) is not None and len(arguments[name]) for name in self._features)
+
+    def _check_features(self, arguments: dict, prompt: Prompt) -> None:
+        """Refuse placeholders that nothing replaces, which the model takes for text."""
+        if arguments.get("input_ids") is not None and not self._brings_features(arguments):
+            raise ValueError(
+                f"input_ids must hold placeholders of images only beside their features ({', '.join(self._features)}), "
+                f"got {sum(prompt.visual_counts)} and no features"
+            )
 
     def _visual_tokens(self, arguments: dict) -> Tensor:
         """(B, L) bool, found by placeholder: `generate` may have encoded the images before this call."""
@@ -402,7 +447,7 @@ class CallReader:
                 visual |= input_ids == token_id
             return visual
         embeds = arguments["inputs_embeds"]
-        if not _brings_features(arguments):
+        if not self._brings_features(arguments):
             raise ValueError(
                 "input_ids must be given to a routed model, or image features beside inputs_embeds, as visual tokens "
                 f"cannot be told from text in them; got inputs_embeds of shape {tuple(embeds.shape)} alone"
@@ -415,7 +460,7 @@ class CallReader:
         self, cache, tokens: Tensor, arguments: dict, generation: PromptCall
     ) -> Prefill | Continuation | None:
         """New tokens on a filled cache."""
-        if arguments.get("input_ids") is None and tokens.shape[1] > 1 and not _brings_features(arguments):
+        if arguments.get("input_ids") is None and tokens.shape[1] > 1 and not self._brings_features(arguments):
             raise ValueError(
                 "input_ids must be given to a routed model, because visual tokens cannot be told from text in "
                 f"inputs_embeds; got {tokens.shape[1]} of these on a cache"
@@ -454,8 +499,8 @@ class CallReader:
                 f"attention_mask of the whole conversation must be given, and input_ids of the new tokens alone, on a "
                 f"cache in which layer {self._policy.stage_layers[0]} lacks tokens; got {queries} tokens and no mask"
             )
-        if _brings_features(arguments):
-            earlier = mask[:, length:-queries].bool() if mask is not None else None
+        if self._brings_features(arguments):
+            earlier = mask[:, :-queries].bool() if mask is not None else None
             past = prompt.with_later(batch, earlier, new_tokens - queries)
             call = self._prompt(cache, arguments, past, generation)
             if call is not None:
@@ -472,12 +517,12 @@ class CallReader:
                 f"past_key_values must come from a finished call, got layers of {sorted(lengths)} cached tokens and no "
                 "record of the routed prompt that filled them"
             )
-        if not _brings_features(arguments):
+        if not self._brings_features(arguments):
             return None
         (length,) = lengths
         mask, _ = _padding_mask(arguments.get("attention_mask"), queries, length + queries)
-        valid = mask[:, :length].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        past = Past.unrouted(length, valid, len(self._policy.stage_layers), tokens.device)
+        visible = mask[:, :length].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        past = Past.unrouted(length, visible, len(self._policy.stage_layers), tokens.device)
         return self._prompt(cache, arguments, past, generation)
 
     def _tokens_after(self, cache, prompt: CachedPrompt) -> int:
@@ -512,6 +557,12 @@ def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
     return {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
 
 
+def _gaps(valid: Tensor) -> Tensor:
+    """How many tokens are hidden between others of their row; valid: (B, L) bool."""
+    count = valid.cumsum(dim=1)
+    return (~valid & (count > 0) & (count < count[:, -1:])).sum()
+
+
 def _shape(value: object) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
@@ -532,10 +583,6 @@ def _check_causal(differences: int) -> None:
         )
 
 
-def _brings_features(arguments: dict) -> bool:
-    return any(arguments.get(name) is not None and len(arguments[name]) for name in _FEATURES)
-
-
 def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tensor | None]:
     """The (B, total) mask behind an attention mask.
 
@@ -544,7 +591,8 @@ def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tenso
 
     Returns:
         The mask, or what it is if there is none behind it; and, of four dimensions, in how many places it differs from
-        a causal mask with that padding.
+        a causal mask with that padding. What padding sees is no matter, unless it sees other padding: then it is
+        another sequence.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
@@ -553,5 +601,7 @@ def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tenso
     seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, :, :total]
     valid = seen[:, -1]
     causal = torch.ones(queries, total, dtype=torch.bool, device=seen.device).tril(total - queries)
-    differs = (seen ^ (causal & valid[:, None])) & valid[:, -queries:, None]
+    itself = causal.triu(total - queries)
+    expected = causal & valid[:, None]
+    differs = torch.where(valid[:, -queries:, None], seen ^ expected, seen & ~expected & ~itself)
     return valid, differs.sum()

@@ -6,7 +6,10 @@ import inspect
 import sys
 import threading
 import weakref
+from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +18,35 @@ from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import Trace, on_device
 from .adapter import Adapter, cache_of
-from .calls import CallReader, Prefill, by_name
+from .calls import CallReader, Continuation, Prefill, by_name
 from .devices import loaded, to_layer
 from .layers import RoutedLayers
 from .parallel import check_heads, head_group
+from .stack import calls_of, forwards_of
 from .vision import ReducedVision
 
-# The routing of each routed decoder: what is routed is the decoder, which `copy.copy` of a model shares with it.
+# The routing of each routed decoder and of the module around it, either of which a copy may share or a user replace.
 _routings: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Routing]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class _Call:
+    """State of one call of the model, on the stack of its thread: a hook may call the model anew.
+
+    routed: what is routed, or None; unread: arguments that are read once the decoder is handed the embeddings;
+    awaits_decoder: whether the decoder is still to be called.
+    """
+
+    routed: Prefill | Continuation | None = None
+    unread: tuple[tuple, dict] | None = None
+    awaits_decoder: bool = False
+
+
+class _Calls(threading.local):
+    """The calls of the model that run in a thread, each inside the one before."""
+
+    def __init__(self):
+        self.stack: list[_Call] = []
 
 
 class Routing:
@@ -48,7 +72,10 @@ class Routing:
         self._vision = None if policy.reducer is None else self._reduced_vision()
         self._ranks_ahead = {stage.layer - 1 for stage in policy.schedule if policy.ranks_by_previous_layer}
         self._calls = CallReader(adapter, policy, self._layers, self._head_group, self._vision)
-        self._local = threading.local()  # one forward per thread; `call` is what it is
+        self._running = _Calls()
+        # The frames that these read are no matter of torch.compile.
+        self._count_calls = torch.compiler.disable(partial(calls_of, adapter.core))
+        self._decoder_runs = torch.compiler.disable(partial(forwards_of, adapter.decoder))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._remove_present(replace)
         self._install()
@@ -96,10 +123,12 @@ class Routing:
 
     def _install(self) -> None:
         adapter, add = self._adapter, self._handles.append
+        self._hooked_layers = tuple(adapter.layers)
         self._decoder_signature = inspect.signature(adapter.decoder.forward)
         add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
         add(adapter.core.register_forward_hook(self._end, always_call=True))
         add(adapter.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+        add(adapter.layers[0].register_forward_pre_hook(self._enter_first_layer))
         first = self._layers.stages[0].start
         if first - 1 in self._ranks_ahead:
             add(adapter.layers[first - 1].register_forward_pre_hook(self._enter_last_unrouted_layer, with_kwargs=True))
@@ -114,7 +143,7 @@ class Routing:
         for number in range(adapter.feature_layers if self._routes_features else 0):
             add(adapter.layers[number].register_forward_hook(partial(self._add_layer_features, number)))
         add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
-        _routings[adapter.decoder] = weakref.ref(self)
+        _routings[adapter.core] = _routings[adapter.decoder] = weakref.ref(self)
         _forget_compiled_code()
 
     def remove(self) -> None:
@@ -124,12 +153,15 @@ class Routing:
         if self._handles:
             if self._vision is not None:
                 self._vision.remove()
-            _routings.pop(self._adapter.decoder, None)
+            for module in (self._adapter.core, self._adapter.decoder):
+                _routings.pop(module, None)
             _forget_compiled_code()
         self._handles.clear()
-        self._local = threading.local()  # an interrupted call may have left its state
+        self._running = _Calls()  # an interrupted call may have left its state
 
     def __enter__(self) -> Routing:
+        if not self._handles:
+            raise RuntimeError("routing must be on its model, got one that was removed: apply the policy anew")
         return self
 
     def __exit__(self, *exception) -> None:
@@ -143,40 +175,84 @@ class Routing:
 
     # One call of the model
 
+    @property
+    def _call(self) -> _Call | None:
+        """The innermost call of the model that runs in this thread."""
+        stack = self._running.stack
+        return stack[-1] if stack else None
+
+    @property
+    def _routed(self) -> Prefill | Continuation | None:
+        """What of it is routed."""
+        return self._running.stack[-1].routed if self._running.stack else None
+
     def _begin(self, core: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._local.call = self._local.unread = None
-        self._local.awaits_decoder = False
+        if self._running.stack:
+            self._forget_calls(self._count_calls() - 1)  # of an interrupted call
+        call = _Call()
+        self._running.stack.append(call)
         if self._vision is None:
-            self._local.call = self._calls.read(args, kwargs)
+            call.routed = self._calls.read(args, kwargs)
+            if call.routed is not None:
+                self._check_parts()
         else:
-            self._local.unread = args, kwargs  # what was dropped shows in what the decoder is handed
-        self._local.awaits_decoder = True
+            call.unread = args, kwargs  # what was dropped shows in what the decoder is handed
+        call.awaits_decoder = True
 
     def _end(self, core: nn.Module, args: tuple, output) -> None:
-        call, self._local.call = getattr(self._local, "call", None), None
-        self._local.awaits_decoder = False
-        if output is not None and isinstance(call, Prefill) and not call.finished:
+        if output is None:  # an error, of which `_begin` may not have seen the call
+            self._forget_calls(self._count_calls() - 1)
+            return
+        if not self._running.stack:
+            raise RuntimeError("a routed model lost the state of a call, during which it was called anew")
+        call = self._running.stack.pop()
+        if call.awaits_decoder:
+            raise RuntimeError(
+                f"a routed {type(core).__name__} must run its decoder, and it did not: was it replaced after apply?"
+            )
+        if isinstance(call.routed, Prefill) and not call.routed.finished:
             raise RuntimeError(
                 f"a routed prompt must run through all {len(self._adapter.layers)} decoder layers, and it did not: "
                 "does the configuration name fewer (num_hidden_layers)?"
             )
 
+    def _forget_calls(self, running: int) -> None:
+        """Drop the state of calls inside so many that run."""
+        del self._running.stack[max(running, 0) :]
+
+    def _check_parts(self) -> None:
+        """Refuse modules that took the place of those with hooks."""
+        adapter = self._adapter
+        if attrgetter(adapter.decoder_name)(adapter.core) is not adapter.decoder:
+            raise ValueError(
+                f"{adapter.decoder_name} must be the module that was routed, got another in its place: remove() the "
+                "routing and apply the policy anew"
+            )
+        layers = list(adapter.decoder.layers)
+        if len(layers) != len(self._hooked_layers) or not all(map(is_, layers, self._hooked_layers)):
+            pairs = zip_longest(layers, self._hooked_layers)
+            number = next(number for number, (layer, hooked) in enumerate(pairs) if layer is not hooked)
+            raise ValueError(
+                f"layers must be the modules that were routed, got another in the place of layer {number}: remove() "
+                "the routing and apply the policy anew"
+            )
+
     # Inside the language model
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not getattr(self._local, "awaits_decoder", False):
-            raise RuntimeError(
-                f"{type(decoder).__name__} was called on its own: call the whole model, which knows where the visual "
-                "tokens are, or remove() the routing first"
-            )
-        self._local.awaits_decoder = False
-        if self._vision is None and self._local.call is None:
+        state = self._call
+        if state is None or not state.awaits_decoder:
+            raise self._called_alone()
+        state.awaits_decoder = False
+        if self._vision is None and state.routed is None:
             return None
         arguments = by_name(self._decoder_signature, args, kwargs)
         if self._vision is not None:
-            unread, self._local.unread = self._local.unread, None
-            self._read_reduced(*unread, arguments)
-        call = self._local.call
+            unread, state.unread = state.unread, None
+            state.routed = self._read_reduced(*unread, arguments)
+            if state.routed is not None:
+                self._check_parts()
+        call = state.routed
         if call is None:
             return (), arguments
         given = arguments.get("position_ids")
@@ -188,7 +264,17 @@ class Routing:
         positions = call.position_ids(given)
         return None if positions is None else ((), {**arguments, "position_ids": positions})
 
-    def _read_reduced(self, args: tuple, kwargs: dict, arguments: dict) -> None:
+    def _enter_first_layer(self, layer: nn.Module, args: tuple) -> None:
+        if self._call is None and self._decoder_runs():  # by its `forward`, past its hooks
+            raise self._called_alone()
+
+    def _called_alone(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self._adapter.decoder).__name__} was called on its own: call the whole model, which knows where "
+            "the visual tokens are, or remove() the routing first"
+        )
+
+    def _read_reduced(self, args: tuple, kwargs: dict, arguments: dict) -> Prefill | Continuation | None:
         """Read a call of the model; the marks of what was dropped are taken out of what its decoder is handed."""
         vision, embeds = self._vision, arguments["inputs_embeds"]
         found: list[Tensor] = []
@@ -208,10 +294,10 @@ class Routing:
                 )
         if found:
             arguments["inputs_embeds"] = embeds.masked_fill(found[1][:, :, None], 0)
-        self._local.call = call
+        return call
 
     def _enter_layer(self, stage: int, number: int, layer: nn.Module, args: tuple, kwargs: dict):
-        call = getattr(self._local, "call", None)
+        call = self._routed
         if call is None:
             return None
         hidden, *others = args
@@ -229,7 +315,7 @@ class Routing:
         return (hidden, *others), kwargs
 
     def _enter_last_unrouted_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        call = getattr(self._local, "call", None)
+        call = self._routed
         if isinstance(call, Prefill):
             number = self._layers.stages[0].start - 1
             self._rank_ahead(call, number, layer, args[0], kwargs["position_embeddings"])
@@ -285,7 +371,7 @@ class Routing:
         check_heads(arguments, self._adapter.decoder.config, self._head_group)
         if call.past is not None and not keys_alone:
             keys = self._adapter.cached_keys(call.cache, number)[:, :, : call.past.lengths[call.stage]]
-            valid = call.past.valid[call.stage]
+            valid = call.past.seen(call.stage)
             arguments |= {
                 "past_key": on_device(hidden.device, keys).transpose(1, 2),
                 "past_mask": None if valid is None else on_device(hidden.device, valid).expand(hidden.shape[0], -1),
@@ -293,13 +379,13 @@ class Routing:
         return arguments
 
     def _add_layer_features(self, number: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        call = getattr(self._local, "call", None)
+        call = self._routed
         if not isinstance(call, Prefill) or number >= len(call.layer_features):
             return None
         return call.forward.add(output, call.layer_features[number])
 
     def _leave_last_layer(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        call = getattr(self._local, "call", None)
+        call = self._routed
         if not isinstance(call, Prefill):
             return None
         full = call.forward.finish(output)
@@ -308,9 +394,15 @@ class Routing:
         return full
 
 
+def routings_on(model: nn.Module) -> list[Routing]:
+    """The routings that are on a module or on what is in it."""
+    found = (_routings.get(module, lambda: None)() for module in model.modules())
+    return list(dict.fromkeys(routing for routing in found if routing is not None))
+
+
 def _routing_on(adapter: Adapter) -> Routing | None:
     """The routing that is on a model."""
-    return _routings.get(adapter.decoder, lambda: None)()
+    return next(iter(routings_on(adapter.core)), None)
 
 
 def _forget_compiled_code() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..policy import Policy
 from .adapter import Adapter
-from .masks import IMPLEMENTATIONS, attention_mask
+from .masks import FORMATS, attention_mask, is_flash_attention, mask_format
 
 _KINDS = ("full_attention", "sliding_attention", "linear_attention")
 
@@ -85,9 +85,10 @@ class RoutedLayers:
             NotImplementedError: they cannot.
         """
         implementation = self._config._attn_implementation
-        if implementation not in IMPLEMENTATIONS:
+        if self._mask_format is None:
             raise NotImplementedError(
-                f"attn_implementation must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {implementation!r}"
+                f"attn_implementation must be one for which transformers makes masks of the form {', '.join(FORMATS)}, "
+                f"got {implementation!r}"
             )
         if self._slides and self.uses_flash_attention:
             # A window counts rows there, and rows of a compact sequence are not neighbours.
@@ -98,7 +99,11 @@ class RoutedLayers:
 
     @property
     def uses_flash_attention(self) -> bool:
-        return self._config._attn_implementation.startswith("flash")
+        return is_flash_attention(self._config._attn_implementation)
+
+    @property
+    def _mask_format(self) -> str | None:
+        return mask_format(self._config._attn_implementation)
 
     def mask(
         self,
@@ -123,7 +128,7 @@ class RoutedLayers:
             positions: gives (B or 1, P + M), positions in the full sequence.
             hidden: the layer's input.
         """
-        implementation = self._config._attn_implementation
+        form = self._mask_format
         layers = getattr(cache, "layers", ())
         cached = layers[number] if number < len(layers) else None
         if self.kinds[number] == "sliding_attention" and total > self._config.sliding_window:
@@ -134,6 +139,6 @@ class RoutedLayers:
             keys = past + queries
             places = positions()[:, -keys:]
             valid = valid[:, -keys:] if valid is not None else None
-            return attention_mask(implementation, queries, past, keys, hidden, valid, places, window)
+            return attention_mask(form, queries, past, keys, hidden, valid, places, window)
         keys = getattr(cached, "max_cache_len", past + queries)
-        return attention_mask(implementation, queries, past, keys, hidden, valid)
+        return attention_mask(form, queries, past, keys, hidden, valid)

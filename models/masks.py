@@ -7,11 +7,37 @@ from torch import Tensor
 
 from ..routing import on_device
 
-IMPLEMENTATIONS = ("eager", "flash_attention_2", "flash_attention_3", "flex_attention", "sdpa")
+FORMATS = ("eager", "flash_attention", "flex_attention", "sdpa")
+"""Forms of a mask: additive, the valid keys, a BlockMask, boolean."""
+
+
+def is_flash_attention(implementation: str) -> bool:
+    """Whether transformers takes an attention implementation for a kind of flash attention."""
+    from transformers.utils.generic import is_flash_attention_requested
+
+    return is_flash_attention_requested(requested_attention_implementation=implementation)
+
+
+def mask_format(implementation: str) -> str | None:
+    """The form of the masks that transformers makes for an attention implementation, one of `FORMATS`.
+
+    Names are looked up in transformers' registry of masks, where kernels from the hub and attention functions of users
+    stand beside its own. None where it makes none that is known here.
+    """
+    from transformers import masking_utils
+
+    registry = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    if implementation in registry:
+        known = {getattr(masking_utils, f"{name}_mask"): name for name in FORMATS}
+        return known.get(registry[implementation])
+    # Kernels that are not loaded yet are not registered. Paged ones have no sequence that could be compacted.
+    if is_flash_attention(implementation) and "|" not in implementation:
+        return "flash_attention"
+    return None
 
 
 def attention_mask(
-    implementation: str,
+    form: str,
     queries: int,
     past: int,
     keys: int,
@@ -23,7 +49,7 @@ def attention_mask(
     """Mask for queries that stand behind `past` keys, each seeing itself and what stands before it.
 
     Args:
-        implementation: one of `IMPLEMENTATIONS`.
+        form: one of `FORMATS`, as `mask_format` gives it.
         queries, past: their numbers.
         keys: how many keys the layer is handed: past + queries, or more where a cache has room left.
         like: a tensor with the dtype and the device of the hidden states.
@@ -33,17 +59,17 @@ def attention_mask(
 
     Returns:
         (B or 1, 1, queries, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention; (B, keys) for
-        flash attention, which is causal by itself. None where the implementation needs none.
+        flash attention, which is causal by itself. None where none is needed.
 
     Raises:
         ValueError: flash attention with a window, or with room left in the cache.
     """
-    if implementation.startswith("flash"):
+    if form == "flash_attention":
         if window is not None or keys > past + queries:
             raise ValueError(f"flash attention takes no window and no room in the cache, got {window} and {keys} keys")
         return on_device(like.device, valid)
     sees_all = valid is None and window is None and keys == past + queries
-    if sees_all and (queries == 1 or (implementation == "sdpa" and past == 0)):
+    if sees_all and (queries == 1 or (form == "sdpa" and past == 0)):
         return None
     valid, positions = on_device(like.device, valid), on_device(like.device, positions)
     if keys > past + queries:
@@ -66,13 +92,13 @@ def attention_mask(
 
     device = like.device
     batch = next((rows.shape[0] for rows in (valid, positions) if rows is not None and rows.shape[0] > 1), 1)
-    if implementation == "flex_attention":
+    if form == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
         return create_block_mask(allowed, batch, None, queries, keys, device=device)
     sample = torch.arange(batch, device=device)[:, None, None, None]
     query, key = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
     mask = allowed(sample, sample, query, key).expand(batch, 1, queries, keys)
-    if implementation == "sdpa":
+    if form == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=like.dtype, device=device).masked_fill_(~mask, torch.finfo(like.dtype).min)

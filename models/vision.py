@@ -24,6 +24,7 @@ from .. import ops
 from ..reducers import Reducer, VisionFeatures
 from ..ref.rank import rotate_half
 from .devices import loaded
+from .stack import calls_of
 
 # Routings with a reducer are numbered, in as many bits.
 _BITS = 16
@@ -105,6 +106,11 @@ class ReducedVision(ABC):
                     f"{name} must be {expected!r}, as in the configuration, where there is a reducer, got "
                     f"{arguments[name]!r}"
                 )
+
+    def _check_nesting(self) -> None:
+        """Refuse to encode images while this tower encodes others, which a hook in it may ask for."""
+        if getattr(self._state, "outputs", None) is not None and calls_of(self.tower) > 1:
+            raise RuntimeError("images must not be encoded by a hook inside a vision tower whose features are reduced")
 
     def marks(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Which tokens are dropped.
@@ -217,6 +223,7 @@ class ClassTokenVision(ReducedVision):
         add(projector.register_forward_hook(self._mark_dropped))
 
     def _begin(self, layer: nn.Module, args: tuple) -> None:
+        self._check_nesting()
         self._state.outputs, self._state.others = [], []
 
     def _note_input(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -298,6 +305,7 @@ class WindowedVision(ReducedVision):
         add(tower.register_forward_hook(self._reduce))
 
     def _begin(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._check_nesting()
         self._state.grids = self._signature.bind(*args, **kwargs).arguments["grid_thw"]
         self._state.outputs = []
 

@@ -29,6 +29,8 @@ __all__ = [
     "rankings",
     "reducers",
     "ref",
+    "remove",
+    "routing_of",
     "solve",
     "triton",
 ]
@@ -38,8 +40,8 @@ def __getattr__(name):
     # Loaded on first use: the kernels need triton, the adapters are wanted only beside a transformers model.
     if name in ("triton", "models"):
         return import_module(f".{name}", __name__)
-    if name == "apply":
-        return import_module(".models", __name__).apply
+    if name in ("apply", "remove", "routing_of"):
+        return getattr(import_module(".models", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

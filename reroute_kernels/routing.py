@@ -471,12 +471,19 @@ class Past:
     """(B, P) bool, False at cached rows that hold no token; None where all do."""
     positions: list[Tensor]
     """(B or 1, P) positions in the full sequence."""
+    visible: list[Tensor | None] | None = None
+    """(B, P) bool, False also at what this call hides, which the next one may show; None where it hides nothing."""
 
-    def extended(self, stage: int, kept: Tensor, ragged: bool) -> tuple[Tensor | None, Tensor]:
+    def seen(self, stage: int) -> Tensor | None:
+        """Which keys of a stage the call sees, (B, P) bool; None for all."""
+        return (self.valid if self.visible is None else self.visible)[stage]
+
+    def extended(self, stage: int, valid: Tensor | None, kept: Tensor, ragged: bool) -> tuple[Tensor | None, Tensor]:
         """Which keys of a stage count, and their positions, once a prompt's rows are cached behind them.
 
         Args:
             stage: number of the stage.
+            valid: (B, P) bool, which of the keys before count; None for all.
             kept: (B, M) positions in the prompt, -1 at rows that hold no token.
             ragged: whether there are such rows.
 
@@ -484,15 +491,18 @@ class Past:
             (B, P + M) bool, or None where all do; and (B, P + M).
         """
         batch, length = kept.shape
-        valid = _joined(self.valid[stage], self.lengths[stage], kept >= 0 if ragged else None, length, kept, batch)
+        valid = _joined(valid, self.lengths[stage], kept >= 0 if ragged else None, length, kept, batch)
         earlier = on_device(kept.device, self.positions[stage]).expand(batch, -1)
         return valid, torch.cat([earlier, kept + self.length], dim=1)
 
     @classmethod
-    def unrouted(cls, length: int, valid: Tensor | None, stages: int, device: torch.device) -> Past:
-        """Of a cache that no routed prompt filled: all layers hold the same `length` tokens; valid: (B, length)."""
+    def unrouted(cls, length: int, visible: Tensor | None, stages: int, device: torch.device) -> Past:
+        """Of a cache that no routed prompt filled: all layers hold the same `length` tokens.
+
+        visible: (B, length) bool, what the call sees, or None where it sees all.
+        """
         positions = torch.arange(length, device=device)[None]
-        return cls(length, [length] * stages, [valid] * stages, [positions] * stages)
+        return cls(length, [length] * stages, [None] * stages, [positions] * stages, [visible] * stages)
 
 
 @dataclass(eq=False)
@@ -518,7 +528,7 @@ class CachedPrompt:
             kept = kept[:, :length]
             valid, places = (kept >= 0 if ragged else None), kept
             if before:
-                valid, places = before.extended(stage, kept, ragged)
+                valid, places = before.extended(stage, before.valid[stage], kept, ragged)
                 length += before.lengths[stage]
             lengths.append(length)
             all_valid.append(valid)
@@ -528,21 +538,28 @@ class CachedPrompt:
         rows = forward.rows - prompt.guessed
         return cls(forward.policy, prompt.visual.shape[0], past, last_position, prompt.right_padded, rows)
 
-    def valid_keys(self, stage: int, batch: int, added: Tensor | None, count: int) -> Tensor | None:
+    def valid_keys(self, stage: int, batch: int, visible: Tensor | None, count: int) -> Tensor | None:
         """Which of a stage's keys count for the tokens of a later call.
 
         Args:
             stage: number of the stage.
             batch: samples of the call, B or a multiple of it (each sample repeated in place).
-            added: (batch, count) bool of all tokens after the prompt, False at padding; None where there is none.
+            visible: (batch, L + count) bool of the prompt and all tokens after it, False at padding and at what the
+                call hides; None if there is neither.
             count: the tokens after the prompt.
 
         Returns:
             (batch, P + count) bool, or None where every key counts.
         """
-        like = self.past.positions[stage]
-        cached = _repeated(self.past.valid[stage], batch)
-        return _joined(cached, self.past.lengths[stage], added, count, like, batch)
+        positions, cached = self.past.positions[stage], _repeated(self.past.valid[stage], batch)
+        added = None
+        if visible is not None:
+            visible = on_device(positions.device, visible)
+            places = _repeated(positions, batch).clamp(min=0).expand(batch, -1)
+            shown = visible[:, : self.past.length].gather(1, places)
+            cached = shown if cached is None else cached & shown
+            added = visible[:, self.past.length :]
+        return _joined(cached, self.past.lengths[stage], added, count, positions, batch)
 
     def key_positions(self, stage: int, batch: int, count: int) -> Tensor:
         """Positions in the full sequence, (batch or 1, P + count), of the same keys."""
@@ -550,14 +567,15 @@ class CachedPrompt:
         later = torch.arange(self.past.length, self.past.length + count, device=cached.device)
         return torch.cat([cached, later.expand(cached.shape[0], -1)], dim=1)
 
-    def with_later(self, batch: int, added: Tensor | None, count: int) -> Past:
-        """What the cache holds after `count` more tokens; arguments as in `valid_keys`."""
+    def with_later(self, batch: int, visible: Tensor | None, count: int) -> Past:
+        """The cache after `count` more tokens, before a call; arguments as in `valid_keys`."""
         stages = range(len(self.past.lengths))
         return Past(
             self.past.length + count,
             [length + count for length in self.past.lengths],
-            [self.valid_keys(stage, batch, added, count) for stage in stages],
+            [self.valid_keys(stage, batch, None, count) for stage in stages],
             [self.key_positions(stage, batch, count) for stage in stages],
+            [self.valid_keys(stage, batch, visible, count) for stage in stages],
         )
 
 

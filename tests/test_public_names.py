@@ -31,6 +31,8 @@ def test_names():
         "rankings",
         "reducers",
         "ref",
+        "remove",
+        "routing_of",
         "solve",
         "triton",
     ]
@@ -39,7 +41,7 @@ def test_names():
 
 @pytest.mark.parametrize("name", rk.__all__)
 def test_every_name_resolves(name):
-    if name in ("apply", "models"):
+    if name in ("apply", "models", "remove", "routing_of"):
         pytest.importorskip("transformers")
     assert getattr(rk, name) is not None
 

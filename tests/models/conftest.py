@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import reroute_kernels as rk
 from tests.models.prompts import GOLDEN, PROMPTS, batch
 
 transformers = pytest.importorskip("transformers")
@@ -22,7 +23,10 @@ def model(_loaded):
     assert not hooks(_loaded)
     _loaded.set_attn_implementation("sdpa")
     yield _loaded
-    assert not hooks(_loaded), "a test left its routing on the shared model"
+    routing, left = rk.routing_of(_loaded), hooks(_loaded)
+    drop_hooks(_loaded)  # so that this test alone fails
+    assert routing is None, "a test left its routing on the shared model"
+    assert not left, "a test left a hook on the shared model"
 
 
 @pytest.fixture(scope="session")
@@ -55,10 +59,19 @@ def others(prompt):
 
 def hooks(model) -> list:
     """Every forward hook on the model that is not transformers' own."""
-    return [
-        hook
-        for module in model.modules()
-        for table in (module._forward_pre_hooks, module._forward_hooks)
-        for hook in table.values()
-        if "transformers" not in getattr(hook, "__module__", "")
-    ]
+    return [table[number] for table, number in _hooks(model)]
+
+
+def drop_hooks(model) -> None:
+    """Remove the routing of a model, and every other hook that is not transformers' own."""
+    rk.remove(model)
+    for table, number in list(_hooks(model)):
+        del table[number]
+
+
+def _hooks(model):
+    for module in model.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in table.items():
+                if "transformers" not in getattr(hook, "__module__", ""):
+                    yield table, number

@@ -371,7 +371,7 @@ def test_generation_streamed_from_a_thread(model, inputs):
                 streamed += tokens.flatten().tolist()
             thread.join()
             assert streamed == expected
-        assert not hasattr(routing._local, "call") or routing._local.call is None
+        assert not routing._running.stack
 
 
 # Dropped

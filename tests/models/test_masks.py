@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from reroute_kernels.models.masks import attention_mask
+from reroute_kernels.models.masks import attention_mask, mask_format
 
 LIKE = torch.zeros(1, dtype=torch.float16)
 VALID = torch.tensor([[True, True, False, True, True], [True] * 5])
@@ -74,12 +74,45 @@ def test_flex_attention_sees_what_sdpa_sees(valid, queries, past, keys):
             assert seen == expected.expand(2, 1, queries, keys)[sample, 0, query].tolist()
 
 
-@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
-def test_flash_attention_takes_the_valid_keys(implementation):
-    assert attention_mask(implementation, 5, 0, 5, LIKE) is None
-    assert attention_mask(implementation, 1, 4, 5, LIKE) is None
-    assert torch.equal(attention_mask(implementation, 2, 3, 5, LIKE, VALID), VALID)
+def test_flash_attention_takes_the_valid_keys():
+    assert attention_mask("flash_attention", 5, 0, 5, LIKE) is None
+    assert attention_mask("flash_attention", 1, 4, 5, LIKE) is None
+    assert torch.equal(attention_mask("flash_attention", 2, 3, 5, LIKE, VALID), VALID)
     with pytest.raises(ValueError, match="flash attention takes no"):
-        attention_mask(implementation, 2, 3, 5, LIKE, None, torch.arange(5)[None], window=3)
+        attention_mask("flash_attention", 2, 3, 5, LIKE, None, torch.arange(5)[None], window=3)
     with pytest.raises(ValueError, match="flash attention takes no"):
-        attention_mask(implementation, 2, 3, 8, LIKE)
+        attention_mask("flash_attention", 2, 3, 8, LIKE)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "form"),
+    [
+        ("sdpa", "sdpa"),
+        ("eager", "eager"),
+        ("flex_attention", "flex_attention"),
+        ("flash_attention_2", "flash_attention"),
+        ("flash_attention_3", "flash_attention"),
+        ("flash_attention_4", "flash_attention"),
+        ("kernels-community/flash-attn2", "flash_attention"),
+        ("kernels-community/vllm-flash-attn3", "flash_attention"),
+        ("paged|flash_attention_2", None),
+        ("paged|sdpa", None),
+        ("someone's", None),
+    ],
+)
+def test_format_of_an_implementation(implementation, form):
+    assert mask_format(implementation) == form
+
+
+@pytest.mark.parametrize("name", ["my_attention", "kernels-community/my-flash"])
+def test_format_of_a_registered_implementation(name):
+    """As transformers registers kernels of the hub, and as users do: under any name, with the masks of another."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    try:
+        assert mask_format(name) == "sdpa"
+        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+        assert mask_format(name) is None
+    finally:
+        del AttentionMaskInterface._global_mapping[name]
