@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
+from .parallel import check_not_sharded
 from .vision import ReducedVision
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -18,6 +19,11 @@ def cache_of(arguments: Mapping):
     """The KV cache among the arguments or the outputs of a model or a layer, under either name; None without one."""
     given = (arguments.get(name) for name in CACHE_NAMES)
     return next((cache for cache in given if cache is not None), None)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` puts around it."""
+    return module._modules.get("_orig_mod", module)
 
 
 def visual_token_ids(config) -> list[int]:
@@ -99,9 +105,10 @@ class Adapter:
                 f"model must be a whole one with its head, such as LlavaForConditionalGeneration, got "
                 f"{type(model).__name__}, which has no attribute 'model'"
             )
-        self.core: nn.Module = model.model
-        self.decoder: nn.Module = self._require(self.core, self.decoder_name)
+        self.core: nn.Module = uncompiled(model.model)
+        self.decoder: nn.Module = uncompiled(self._require(self.core, self.decoder_name))
         self.layers: nn.ModuleList = self._require(self.decoder, "layers")
+        check_not_sharded(model, self.core, self.decoder, *self.layers)
         self.layer_types: list[str] = self._layer_types()
         for layer, kind in zip(self.layers, self.layer_types, strict=False):
             for path in self.layer_attributes if kind == "full_attention" else ():
@@ -123,10 +130,11 @@ class Adapter:
             raise self._built_differently(f"{type(owner).__name__} has no attribute {path!r}") from None
 
     def _require_arguments(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        parameters = inspect.signature(module.forward).parameters
+        parameters = inspect.signature(uncompiled(module).forward).parameters
         for name in names:
             if not parameters.keys() & (CACHE_NAMES if name == "cache" else {name}):
-                raise self._built_differently(f"{type(module).__name__}.forward has no argument {name!r}")
+                kind = type(uncompiled(module)).__name__
+                raise self._built_differently(f"{kind}.forward has no argument {name!r}")
 
     def _built_differently(self, how: str) -> AttributeError:
         import transformers

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import Trace, on_device
-from .adapter import Adapter, cache_of
+from .adapter import Adapter, cache_of, uncompiled
 from .calls import CallReader, Continuation, Prefill, by_name
 from .devices import loaded, to_layer
 from .layers import RoutedLayers
-from .parallel import check_heads, head_group
+from .parallel import check_heads, check_not_sharded, head_group
 from .stack import calls_of, forwards_of
 from .vision import ReducedVision
 
@@ -221,9 +221,10 @@ class Routing:
         del self._running.stack[max(running, 0) :]
 
     def _check_parts(self) -> None:
-        """Refuse modules that took the place of those with hooks."""
+        """Refuse modules that took the place of those with hooks, and those that were sharded since."""
         adapter = self._adapter
-        if attrgetter(adapter.decoder_name)(adapter.core) is not adapter.decoder:
+        check_not_sharded(*self._hooked_layers)
+        if uncompiled(attrgetter(adapter.decoder_name)(adapter.core)) is not adapter.decoder:
             raise ValueError(
                 f"{adapter.decoder_name} must be the module that was routed, got another in its place: remove() the "
                 "routing and apply the policy anew"

@@ -8,6 +8,8 @@ and their mesh in `model._device_mesh`: of one axis in 5.4, with further axes be
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -48,6 +50,23 @@ def check_heads(ranking: dict[str, object], config, group) -> None:
             f"model must have its {expected[0]} query and {expected[1]} key heads split evenly over {group.size()} "
             f"tensor-parallel ranks, got {got[0]} query and {got[1]} key heads on this one"
         )
+
+
+def check_not_sharded(*modules: nn.Module) -> None:
+    """Refuse modules whose weights FSDP brings together only while they run, after a decision is made.
+
+    Raises:
+        NotImplementedError: FSDP wraps one of them, or `fully_shard` was called on it.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, not in use
+    if fsdp is None:
+        return
+    for module in modules:
+        if isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
+            raise NotImplementedError(
+                "model must not be sharded by FSDP, whose weights are not there when a decision is made, got "
+                f"{type(module).__name__}"
+            )
 
 
 def over_all_heads(group, scores: Tensor, reduction: str) -> Tensor:

@@ -1,8 +1,11 @@
+import contextlib
+
 import pytest
 import torch
 
 import reroute_kernels as rk
 from tests.models.prompts import GOLDEN, PROMPTS, batch
+from tests.models.slow_way import decoder_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,3 +78,15 @@ def _hooks(model):
             for number, hook in table.items():
                 if "transformers" not in getattr(hook, "__module__", ""):
                     yield table, number
+
+
+@contextlib.contextmanager
+def no_layer_runs(model):
+    """Asserts that a call is refused before the first decoder layer runs."""
+    ran = []
+    handle = decoder_of(model).layers[0].register_forward_pre_hook(lambda *_: ran.append(True))
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert not ran

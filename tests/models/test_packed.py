@@ -8,6 +8,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import reroute_kernels as rk
+from tests.models.conftest import no_layer_runs
 from tests.models.prompts import batch, policy, selections
 from tests.models.test_ways import flash_attention_stand_in
 
@@ -35,17 +36,6 @@ def attention(model, name):
         del ALL_ATTENTION_FUNCTIONS[name]
         if not known:
             del AttentionMaskInterface._global_mapping[name]
-
-
-@contextlib.contextmanager
-def no_layer_runs(model):
-    ran = []
-    handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: ran.append(True))
-    try:
-        yield
-    finally:
-        handle.remove()
-    assert not ran
 
 
 def text_positions(inputs, positions):

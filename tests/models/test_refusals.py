@@ -17,7 +17,7 @@ from transformers import (
 
 import reroute_kernels as rk
 from reroute_kernels.models.adapter import CACHE_NAMES
-from tests.models.conftest import hooks
+from tests.models.conftest import hooks, no_layer_runs
 from tests.models.families import load
 from tests.models.prompts import GOLDEN, Prompt, batch, policy
 
@@ -303,6 +303,23 @@ def test_refusals_leave_the_model_usable(model, inputs):
         with pytest.raises(NotImplementedError):
             model(**inputs, output_attentions=True)
         assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("gap", [3, 20], ids=["text", "image"])
+@torch.no_grad()
+def test_tokens_that_are_hidden_between_others_where_states_are_recurrent(gap):
+    """The recurrent layers of the unrouted model count such a token, those of a stage would not."""
+    case = load("qwen3_5")
+    inputs = case.batch([case.prompt(1, 6, 15, seed=1), case.prompt(1, 3, 9, seed=2)])
+    hidden = inputs["attention_mask"].clone()
+    hidden[0, gap] = 0
+    this = rk.Policy([rk.Stage(3, 0.5)])
+    with rk.apply(case.model, this) as routing:
+        refused = pytest.raises(NotImplementedError, match=r"must hide no tokens between others .* got 1 that")
+        with refused, no_layer_runs(case.model):
+            case.model(**{**inputs, "attention_mask": hidden})
+        case.model(**inputs)  # padding on the left hides nothing between others
+        assert routing.trace is not None
 
 
 @torch.no_grad()
