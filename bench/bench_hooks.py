@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import reroute_kernels as rk
 from bench.device import Clock, Timing
 from bench.prefill import LLAVA_7B, TEXT_AFTER, TEXT_BEFORE, Decoder, make_inputs, make_model
+from reroute_kernels.models.adapter import cache_name, cache_of
 
 TRIVIAL = Decoder("32 layers, d = 32", "llava", 32, 32, 2, 2, 32)
 VISUAL_TOKENS = 16
@@ -57,11 +58,14 @@ def prefill(model: nn.Module) -> Callable[[], object]:
 
 def decode_step(model: nn.Module) -> Callable[[], object]:
     """One more token on the cache of a prompt; all models have as many."""
-    cache = prefill(model)().past_key_values
+    cache = cache_of(prefill(model)())
     ids = make_inputs(model, 0)["input_ids"][:, :1]
     mask = torch.ones(1, cache.get_seq_length() + ROUNDS + 2, dtype=torch.int64, device=ids.device)
     return lambda: model(
-        input_ids=ids, attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache, logits_to_keep=1
+        input_ids=ids,
+        attention_mask=mask[:, : cache.get_seq_length() + 1],
+        logits_to_keep=1,
+        **{cache_name(model): cache},
     )
 
 
@@ -125,7 +129,7 @@ def bench_forward_of_7b_size(benchmark, call, large, device):
         ids = make_inputs(large, 0)["input_ids"][:, :1]
 
         def forward():
-            large(input_ids=ids, past_key_values=cache)
+            large(input_ids=ids, **{cache_name(large): cache})
     else:
         inputs = make_inputs(large, 576)
         hidden = torch.randn(1, CACHED_TOKENS, LLAVA_7B.hidden, dtype=large.dtype, device=device)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reroute_kernels as rk
 from bench.device import Clock, Timing
 from bench.prefill import Decoder, Prefill, make_inputs, make_model
+from reroute_kernels.models.adapter import cache_name, cache_of
 
 VISUAL_TOKENS = 576
 DECODE_VISUAL_TOKENS = 4096
@@ -137,7 +138,7 @@ def measure_decoding(clock: Clock, decoder: Decoder, visual_tokens: int, steps: 
 
 
 def _decode(clock: Clock, model, inputs: dict, steps: int) -> dict[str, float]:
-    cache = model(**inputs).past_key_values
+    cache = cache_of(model(**inputs))
     held = sum(
         tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
     )
@@ -146,7 +147,7 @@ def _decode(clock: Clock, model, inputs: dict, steps: int) -> dict[str, float]:
     times = []
     for _ in range(steps):
         positions = positions + 1
-        step = {"input_ids": token, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        step = {"input_ids": token, "position_ids": positions, "use_cache": True, cache_name(model): cache}
         output = []
         times.append(clock.once(lambda step=step, output=output: output.append(model(**step))))
         token = output[0].logits[:, -1:].argmax(dim=-1)

@@ -9,13 +9,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 import reroute_kernels as rk
 from reroute_kernels.models import ADAPTERS
+from reroute_kernels.models.adapter import cache_name
 from reroute_kernels.routing import Prompt, RoutedForward
 
 TEXT_BEFORE, TEXT_AFTER = 16, 48
@@ -93,8 +93,8 @@ def make_model(decoder: Decoder, visual_tokens: int, device: torch.device, dtype
     with device:
         model = kind._from_config(config, dtype=dtype).eval()
         features = torch.randn(visual_tokens, decoder.hidden, dtype=dtype) * 0.1
-    model.model.get_image_features = lambda pixel_values, *_, **__: SimpleNamespace(
-        pooler_output=[features] * len(pixel_values)
+    model.model.get_image_features = lambda pixel_values, *_, **__: (
+        transformers.modeling_outputs.BaseModelOutputWithPooling(pooler_output=[features] * len(pixel_values))
     )
     return model
 
@@ -224,8 +224,8 @@ class Prefill:
             hidden,
             attention_mask=None,
             position_embeddings=self.adapter.position_embeddings(*tables),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(self.model): cache},
         )
         return output[0] if isinstance(output, tuple) else output
 

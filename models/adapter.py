@@ -21,6 +21,12 @@ def cache_of(arguments: Mapping):
     return next((cache for cache in given if cache is not None), None)
 
 
+def cache_name(model: nn.Module) -> str:
+    """The argument of a model that holds the KV cache."""
+    parameters = inspect.signature(uncompiled(model).forward).parameters
+    return next(name for name in CACHE_NAMES if name in parameters)
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside what `torch.compile` puts around it."""
     return module._modules.get("_orig_mod", module)
