@@ -12,6 +12,7 @@ from torch import Tensor
 from ..policy import Policy
 from ..routing import CachedPrompt, Past, Prompt, RoutedForward
 from .adapter import Adapter, cache_of
+from .answers import Answers
 from .generation import PromptCall, prompt_call
 from .layers import RoutedLayers
 from .parallel import over_all_heads
@@ -225,7 +226,11 @@ class CallReader:
         self._prompt_call = torch.compiler.disable(prompt_call)
 
     def read(
-        self, args: tuple, kwargs: dict, marks: Callable[[], tuple[Tensor, Tensor]] | None = None
+        self,
+        args: tuple,
+        kwargs: dict,
+        marks: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        answers: Answers | None = None,
     ) -> Prefill | Continuation | None:
         """From the arguments of the model inside the head.
 
@@ -233,11 +238,12 @@ class CallReader:
             args, kwargs: its arguments.
             marks: gives (B, L) bool, the tokens of a prompt that a reducer dropped, and those that any did; None where
                 there is no reducer.
+            answers: what is known of answers that are scored with the prompt.
 
         Raises:
             ValueError, NotImplementedError: the call cannot be routed, for a reason that is named.
         """
-        arguments = by_name(self._signature, args, kwargs)
+        arguments = by_name(self._signature, args, kwargs) | {"answers": answers or Answers()}
         if self._vision is not None:
             self._vision.check_arguments(arguments)
         cache = cache_of(arguments)
@@ -291,15 +297,18 @@ class CallReader:
         valid = mask[:, -queries:].to(visual.device, torch.bool) if is_padding_mask else None
         # A mask of another form may hide the visual tokens from the last one, which makes no prompt of text of this.
         is_padding_mask = is_padding_mask and unlike_causal is None
+        answers: Answers = arguments["answers"]
+        starts = answers.starts(visual, valid)
         asked = {
             "placeholders": None if mask is None or is_padding_mask else visual.sum(),
             "jumps": self._position_jumps(cache, visual.shape[0], arguments),
             "unlike_causal": unlike_causal,
             "gaps": _gaps(valid) if valid is not None and self._layers.has_states else None,
+            "early_answers": None if starts is None else answers.too_early(visual, starts),
         }
         asked = {name: number for name, number in asked.items() if number is not None}
         marked = None if marks is None else tuple(tokens.to(visual.device) for tokens in marks())
-        prompt = Prompt(visual, valid, generation.guessed, marked, asked)
+        prompt = Prompt(visual, valid, generation.guessed, marked, asked, starts)
         if not prompt.has_visual_tokens and not prompt.answers.get("placeholders"):
             return None
         if mask is not None and valid is None:
@@ -312,13 +321,19 @@ class CallReader:
         self._check_packing(arguments, prompt)
         if marks is None:  # else what no reducer has marked is refused
             self._check_features(arguments, prompt)
+        if early := prompt.answers.get("early_answers"):
+            raise ValueError(
+                "answers_from must be positions behind the last visual token of each sample, got ones with "
+                f"{early} visual tokens at or behind them"
+            )
         self._layers.check_attention()
         self._check_cache(cache)
         if past is not None:
             self._check_past(cache)
         if marks is not None and prompt.answers["last_dropped"]:
             raise ValueError(
-                "input_ids must end with text where there is a reducer, got a dropped visual token at the end"
+                "input_ids must end with text where there is a reducer, and so must what stands before an answer, got "
+                "a dropped visual token at the end"
             )
         if generation.assisted and self._layers.length_is_routed:
             raise NotImplementedError(

@@ -18,6 +18,7 @@ from ..ops import FLOATING
 from ..policy import Policy
 from ..routing import Trace, on_device
 from .adapter import Adapter, cache_of, uncompiled
+from .answers import Answers, checked
 from .calls import CallReader, Continuation, Prefill, by_name
 from .devices import loaded, to_layer
 from .layers import RoutedLayers
@@ -38,15 +39,16 @@ class _Call:
     """
 
     routed: Prefill | Continuation | None = None
-    unread: tuple[tuple, dict] | None = None
+    unread: tuple[tuple, dict, Answers] | None = None
     awaits_decoder: bool = False
 
 
 class _Calls(threading.local):
-    """The calls of the model that run in a thread, each inside the one before."""
+    """The calls of the model that run in a thread, each inside the one before, and what the next one was told."""
 
     def __init__(self):
         self.stack: list[_Call] = []
+        self.labels: Tensor | None = None  # of the call whose head was entered last
 
 
 class Routing:
@@ -60,11 +62,13 @@ class Routing:
     Attributes:
         policy: the policy.
         trace: what the latest routed prefill did, or None before the first one.
+        answers_from: where answers begin in prompts that are scored together with them; None leaves it to `labels`.
     """
 
     def __init__(self, adapter: Adapter, policy: Policy, replace: bool = False):
         self.policy = policy
         self.trace: Trace | None = None
+        self._answers_from: int | Tensor | None = None
         self._adapter = adapter
         self._check_model()
         self._layers = RoutedLayers(adapter, policy)
@@ -124,6 +128,9 @@ class Routing:
     def _install(self) -> None:
         adapter, add = self._adapter, self._handles.append
         self._hooked_layers = tuple(adapter.layers)
+        self._model_signature = inspect.signature(adapter.model.forward)
+        add(adapter.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+        add(adapter.model.register_forward_hook(self._leave_model, always_call=True))
         self._decoder_signature = inspect.signature(adapter.decoder.forward)
         add(adapter.core.register_forward_pre_hook(self._begin, with_kwargs=True))
         add(adapter.core.register_forward_hook(self._end, always_call=True))
@@ -173,6 +180,20 @@ class Routing:
     def __reduce__(self):
         raise TypeError("a routed model cannot be pickled: remove() the routing first")
 
+    @property
+    def answers_from(self) -> int | Tensor | None:
+        """Where answers begin in prompts that are scored together with them: the last token before ranks.
+
+        A position in the rows of `input_ids`, padding included, behind all visual tokens: an integer for all samples,
+        or (B,) integers. A row that ends before has no answer. It holds until it is set anew, and goes before what
+        `labels` tell; None leaves it to them.
+        """
+        return self._answers_from
+
+    @answers_from.setter
+    def answers_from(self, position: int | Tensor | None) -> None:
+        self._answers_from = checked(position)
+
     # One call of the model
 
     @property
@@ -186,17 +207,24 @@ class Routing:
         """What of it is routed."""
         return self._running.stack[-1].routed if self._running.stack else None
 
+    def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._running.labels = by_name(self._model_signature, args, kwargs).get("labels")
+
+    def _leave_model(self, model: nn.Module, args: tuple, output) -> None:
+        self._running.labels = None
+
     def _begin(self, core: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._running.stack:
             self._forget_calls(self._count_calls() - 1)  # of an interrupted call
         call = _Call()
         self._running.stack.append(call)
+        answers, self._running.labels = Answers(self._running.labels, self._answers_from), None
         if self._vision is None:
-            call.routed = self._calls.read(args, kwargs)
+            call.routed = self._calls.read(args, kwargs, answers=answers)
             if call.routed is not None:
                 self._check_parts()
         else:
-            call.unread = args, kwargs  # what was dropped shows in what the decoder is handed
+            call.unread = args, kwargs, answers  # what was dropped shows in what the decoder is handed
         call.awaits_decoder = True
 
     def _end(self, core: nn.Module, args: tuple, output) -> None:
@@ -275,7 +303,9 @@ class Routing:
             "the visual tokens are, or remove() the routing first"
         )
 
-    def _read_reduced(self, args: tuple, kwargs: dict, arguments: dict) -> Prefill | Continuation | None:
+    def _read_reduced(
+        self, args: tuple, kwargs: dict, answers: Answers, arguments: dict
+    ) -> Prefill | Continuation | None:
         """Read a call of the model; the marks of what was dropped are taken out of what its decoder is handed."""
         vision, embeds = self._vision, arguments["inputs_embeds"]
         found: list[Tensor] = []
@@ -284,14 +314,14 @@ class Routing:
             found.extend(vision.marks(embeds))
             return tuple(found)
 
-        call = self._calls.read(args, kwargs, marks)
+        call = self._calls.read(args, kwargs, marks, answers)
         if isinstance(call, Prefill):
-            answers, visual = call.forward.prompt.answers, sum(call.forward.prompt.visual_counts)
-            if answers["foreign"] or not (answers["dropped"] or vision.kept_all):
+            counted, visual = call.forward.prompt.answers, sum(call.forward.prompt.visual_counts)
+            if counted["foreign"] or not (counted["dropped"] or vision.kept_all):
                 raise ValueError(
                     "image features must be computed by this model under this routing, where there is a reducer, got a "
-                    f"prompt of {visual} visual tokens of which {answers['dropped']} were dropped by it and "
-                    f"{answers['foreign']} by another"
+                    f"prompt of {visual} visual tokens of which {counted['dropped']} were dropped by it and "
+                    f"{counted['foreign']} by another"
                 )
         if found:
             arguments["inputs_embeds"] = embeds.masked_fill(found[1][:, :, None], 0)

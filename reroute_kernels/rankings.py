@@ -56,7 +56,8 @@ class Candidates:
     valid: Tensor | None
     """(B, L) bool, False at what the ranking token does not see, such as padding; None where it sees everything."""
     last: Tensor | None
-    """(B,) int64, the place of each sample's last token; None where it is the last of the row."""
+    """(B,) int64, the place of the last token of each sample's prompt, before an answer; None where it is the last of
+    the row."""
     keep: Tensor
     """(B,) int64, how many will be selected."""
     most_text: int

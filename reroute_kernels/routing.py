@@ -5,6 +5,7 @@ Nothing here knows a model: tensors come in, a ranking is a callable, and the ke
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -38,6 +39,8 @@ class Prompt:
         visual: (B, L) bool, positions that hold image or video features.
         valid: (B, L) bool, False at padding; None where there is none.
         guessed: tokens at the end of every row that a draft model guessed. They run, and do not rank.
+        starts: (B,) int64, the place of the first token of an answer that is scored with its prompt, behind all visual
+            tokens; L where a row has none. Answers run, and do not rank. None where no row has one.
         marks: (B, L) bool, tokens that a reducer dropped, and those that any did; None where there is no reducer.
         asked: integer tensors without dimensions, by name, to be read in the same transfer.
 
@@ -52,6 +55,7 @@ class Prompt:
         guessed: int = 0,
         marks: tuple[Tensor, Tensor] | None = None,
         asked: Mapping[str, Tensor] | None = None,
+        starts: Tensor | None = None,
     ):
         asked = asked or {}
         self.length = visual.shape[1]
@@ -61,6 +65,8 @@ class Prompt:
             valid = torch.ones_like(visual)
         end = torch.where(valid, places, -1).amax(dim=1)  # [B]
         last = end - guessed  # of the prompt itself
+        if starts is not None:
+            last = torch.minimum(last, starts - 1)
         visual = visual & valid & (places <= last[:, None])
         is_last = places == last[:, None]
         # The next token is predicted from the last one, so it runs whatever it is.
@@ -72,11 +78,13 @@ class Prompt:
             self.pool = self.pool & ~dropped
             counts = {"dropped": dropped, "last_dropped": dropped & is_last, "foreign": foreign}
             asked = {**asked, **{name: tokens.sum() for name, tokens in counts.items()}}
+        behind = [] if starts is None else [(valid & (places > last[:, None])).sum(1)]
         counts = torch.stack(
-            [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end]
+            [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end, *behind]
             + [number.to(end.device, end.dtype).expand_as(end) for number in asked.values()]
         ).tolist()
         self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *answers = counts
+        self.unranked_counts = answers.pop(0) if behind else [guessed] * len(trailing)
         self.answers = {name: numbers[0] for name, numbers in zip(asked, answers, strict=True)}
         self.padded = min(self.valid_counts) < self.length
         # A sample without a token sits this prompt out: it is padded on neither side.
@@ -84,9 +92,19 @@ class Prompt:
         self.has_empty_rows = min(self.valid_counts) == 0
         self.valid = valid if self.padded else None
         self.end = end if self.padded else None
-        # What ranks, and what it sees: the prompt without guesses.
-        self.last = last if self.padded or guessed else None
-        self.ranked = valid & (places <= last[:, None]) if guessed else self.valid
+        # What ranks, and what it sees: the prompt without guesses and answers.
+        self.last = last if self.padded or self.ranks_within else None
+        self.ranked = valid & (places <= last[:, None]) if self.ranks_within else self.valid
+
+    @property
+    def ranks_within(self) -> bool:
+        """Whether tokens stand behind the one that ranks, in some row."""
+        return any(self.unranked_counts)
+
+    @property
+    def most_text(self) -> int:
+        """The text tokens that may rank, of the sample that has most."""
+        return max(map(operator.sub, self.pinned_counts, self.unranked_counts))
 
     @property
     def has_visual_tokens(self) -> bool:
@@ -173,7 +191,8 @@ class RoutedForward:
             for counts in self.selected_counts
         ]
         self.lengths = [max(rows) for rows in self.row_lengths]
-        lasts = [[length - 1 - prompt.guessed for length in rows] for rows in self.row_lengths]
+        ends = [[max(rows)] * len(rows) if fill_front else rows for rows in self.row_lengths]
+        lasts = [[end - 1 - after for end, after in zip(rows, prompt.unranked_counts, strict=True)] for rows in ends]
         self._keep, self.rows, self._last = torch.tensor(
             [self.selected_counts, self.row_lengths, lasts], device=prompt.visual.device
         )
@@ -259,9 +278,11 @@ class RoutedForward:
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
         ranked, last = None, None
-        if self.prompt.guessed:
+        if self.prompt.ranks_within:
             last = on_device(kept.device, self._last[stage])
             ranked = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
+            if ragged and self.fill_front:
+                ranked = ranked & (kept >= 0)
         elif ragged:
             last, ranked = None if self.fill_front else on_device(kept.device, self._last[stage]), kept >= 0
         self._sequence = TokenSequence(compact, tables, pool, pinned, ranked, last, kept, index)
@@ -277,7 +298,7 @@ class RoutedForward:
             source.ranked,
             source.last,
             on_device(source.hidden.device, self._keep[stage]),
-            max(self.prompt.pinned_counts),
+            self.prompt.most_text,
             stage - self._reduces,
             partial(project, source.hidden, source.tables, source.ranked),
         )
