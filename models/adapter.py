@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
+from .checkpointing import checkpointed
 from .parallel import check_not_sharded
 from .vision import ReducedVision
 
@@ -136,11 +137,11 @@ class Adapter:
             raise self._built_differently(f"{type(owner).__name__} has no attribute {path!r}") from None
 
     def _require_arguments(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        parameters = inspect.signature(uncompiled(module).forward).parameters
+        module = uncompiled(checkpointed(uncompiled(module)))
+        parameters = inspect.signature(module.forward).parameters
         for name in names:
             if not parameters.keys() & (CACHE_NAMES if name == "cache" else {name}):
-                kind = type(uncompiled(module)).__name__
-                raise self._built_differently(f"{kind}.forward has no argument {name!r}")
+                raise self._built_differently(f"{type(module).__name__}.forward has no argument {name!r}")
 
     def _built_differently(self, how: str) -> AttributeError:
         import transformers

@@ -13,6 +13,7 @@ from ..policy import Policy
 from ..routing import CachedPrompt, Past, Prompt, RoutedForward
 from .adapter import Adapter, cache_of
 from .answers import Answers
+from .checkpointing import recomputes_hooks
 from .generation import PromptCall, prompt_call
 from .layers import RoutedLayers
 from .parallel import over_all_heads
@@ -358,9 +359,12 @@ class CallReader:
         for name in ("output_hidden_states", "output_attentions"):
             if arguments.get(name, getattr(self._config, name, False)):
                 raise NotImplementedError(f"{name} must be off for a routed prompt, got {arguments.get(name, True)}")
-        layer = self._adapter.layers[self._policy.stage_layers[0]]
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
-            raise NotImplementedError("gradient checkpointing must be off for a routed prompt, got it on")
+        reduced = self._vision.tower.modules() if self._vision is not None else ()
+        if any(map(recomputes_hooks, (*self._adapter.layers, *reduced))):
+            raise NotImplementedError(
+                "gradient checkpointing must be off for a routed prompt before transformers 5.24, got it on: torch's "
+                "checkpoint_wrapper may be put around the layers before apply"
+            )
         forward = RoutedForward(self._policy, prompt, self._layers.fill_front, self._combine)
         if past is not None and self._layers.has_states:
             for stage, rows in enumerate(forward.row_lengths):

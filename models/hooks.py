@@ -20,6 +20,7 @@ from ..routing import Trace, on_device
 from .adapter import Adapter, cache_of, uncompiled
 from .answers import Answers, checked
 from .calls import CallReader, Continuation, Prefill, by_name
+from .checkpointing import runs_first
 from .devices import loaded, to_layer
 from .layers import RoutedLayers
 from .parallel import check_heads, check_not_sharded, head_group
@@ -142,7 +143,8 @@ class Routing:
         for stage, numbers in enumerate(self._layers.stages):
             for number in numbers:
                 hook = partial(self._enter_layer, stage, number)
-                add(adapter.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+                layer = adapter.layers[number]
+                add(layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=runs_first(layer)))
         if self._vision is not None:
             self._vision.install(add)
         # What the model adds before the first decision, it adds itself.

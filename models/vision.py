@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..reducers import Reducer, VisionFeatures
 from ..ref.rank import rotate_half
+from .checkpointing import checkpointed
 from .devices import loaded
 from .stack import calls_of
 
@@ -310,7 +311,7 @@ class WindowedVision(ReducedVision):
         self._state.outputs = []
 
     def _note_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        arguments = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        arguments = inspect.signature(checkpointed(block).forward).bind(*args, **kwargs).arguments
         self._state.input = [arguments[name] for name in ("hidden_states", "cu_seqlens", "position_embeddings")]
 
     def _reduce(self, tower: nn.Module, args: tuple, output):

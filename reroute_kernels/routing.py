@@ -273,7 +273,11 @@ class RoutedForward:
         ragged = self.is_ragged(stage)
         if ragged and self.fill_front:
             index, rows = self._move_to_end(index, rows, on_device(index.device, self.rows[stage]))
-        compact, tables, carried = rows[0], tuple(rows[1 : 1 + len(source.tables)]), rows[1 + len(source.tables) :]
+        compact, carried = rows[0], rows[1 + len(source.tables) :]
+        # One operation made all rows, which have gradients for that: layers are handed tables without, as the model's.
+        tables = tuple(
+            row if table.requires_grad else row.detach() for row, table in zip(rows[1:], source.tables, strict=False)
+        )
         pool, pinned = carried[:2] if for_good else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)

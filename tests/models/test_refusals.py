@@ -205,13 +205,6 @@ def test_other_caches(model, inputs):
         model(**inputs, past_key_values=OwnCache(config=model.config.get_text_config()))
 
 
-def test_gradient_checkpointing(model, inputs):
-    other = copy.deepcopy(model).train()
-    other.gradient_checkpointing_enable()
-    with rk.apply(other, policy()), pytest.raises(NotImplementedError, match="gradient checkpointing must be off"):
-        other(**inputs)
-
-
 @pytest.mark.parametrize(
     ("first", "side", "message"),
     [(0, "left", "must be empty .* the first decision is at layer 0"), (2, "right", "got one padded on the right")],

@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 
 import reroute_kernels as rk
+from reroute_kernels.models.checkpointing import recomputes_hooks
 from reroute_kernels.rankings import LastQuery
 from tests.models.families import MODELS, load
 from tests.models.prompts import ACTIONS, IMAGE, Prompt, selections
@@ -763,10 +764,22 @@ def _(case):
 
 @way("gradient checkpointing", "in training")
 def _(case):
-    model = copy.deepcopy(case.model).train()
+    model, inputs = copy.deepcopy(case.model).train(), case.batch([one_image(case)])
+    plain = copy.deepcopy(model)
     model.gradient_checkpointing_enable()
+
+    def gradients(each):
+        each(**inputs, use_cache=False).logits[:, -1].logsumexp(-1).sum().backward()
+        return {name: weight.grad for name, weight in each.named_parameters() if weight.grad is not None}
+
     with rk.apply(model, policies(case)[0]):
-        refusal("gradient checkpointing must be off", lambda: model(**case.batch([one_image(case)])), model)
+        if recomputes_hooks(decoder_of(model).layers[1]):
+            refusal("gradient checkpointing must be off", lambda: gradients(model), model)
+        actual = gradients(model)
+    with rk.apply(plain, policies(case)[0]) as routing:
+        expected = gradients(plain)
+        assert routing.trace is not None
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
 
 @way("prefill in chunks", "`generate(prefill_chunk_size=16)`")
