@@ -12,6 +12,7 @@ from reroute_kernels.models.adapter import CACHE_NAMES, cache_of
 from reroute_kernels.models.answers import Answers
 from tests.models.families import load
 from tests.models.prompts import ACTIONS, IMAGE, Prompt, offset, selections
+from tests.models.slow_way import decoder_of
 
 LAST, TEXT = rk.rankings.LastQuery, rk.rankings.AllText
 RANKINGS = {
@@ -83,9 +84,27 @@ def in_turn(case, routing, prompt, answer):
     if not prompt.features:
         whole = case.model(**case.batch([joined(prompt, answer)]))
         return whole.logits[0, len(prompt) - 1 :], [[] for _ in routing.policy.schedule]
+    positions = positions_of(case, joined(prompt, answer))
     first = case.model(**case.batch([prompt]), use_cache=True)
-    later = case.model(input_ids=answer[None], **on_cache(case.model, cache_of(first)))
-    return torch.cat([first.logits[0, -1:], later.logits[0]]), selections(routing.trace)
+    logits, cache = [first.logits[0, -1:]], on_cache(case.model, cache_of(first))
+    for place, token in enumerate(answer, len(prompt)):  # layers with states take one at a time in every version
+        step = {} if positions is None else {"position_ids": positions[..., place : place + 1]}
+        logits.append(case.model(input_ids=token[None, None], **step, **cache).logits[0])
+    return torch.cat(logits), selections(routing.trace)
+
+
+def positions_of(case, sample):
+    """What the model hands its decoder; not every version knows where to go on behind images."""
+    found = []
+    hook = decoder_of(case.model).register_forward_pre_hook(
+        lambda decoder, args, kwargs: found.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            case.model(**case.batch([sample]))
+    finally:
+        hook.remove()
+    return None if found[0] is None or found[0].ndim < 3 else found[0][-3:]
 
 
 def check(case, policy, side="left", way="labels", pairs=None):
