@@ -256,7 +256,7 @@ class CallReader:
         held = _cached_tokens(cache, [0])[0] if cache is not None else 0
         generation = PromptCall()
         if held == 0 or tokens.shape[1] > 1:
-            generation = self._prompt_call(self._adapter.model)
+            generation = self._prompt_call(self._adapter.core)
             self._check_chunks(generation, held)
         if held:
             return self._on_cache(cache, tokens, arguments, generation)

@@ -30,20 +30,26 @@ class PromptCall:
     chunk_size: int | None = None
 
 
-def prompt_call(model: nn.Module) -> PromptCall:
-    """Read the frame of transformers' generation loop that called this model, if one did.
+def prompt_call(core: nn.Module) -> PromptCall:
+    """Read the frame of the generation loop of transformers whose own call of its model this is, if there is one.
 
-    Assisted decoding appends guesses to the prompt of its first call, and a chunk looks like a prompt of its own: both
-    would rank by a token that is not the prompt's last, and no argument tells. Nor does one tell what was cut off by
-    the length of a cache that may be routed; a mask of ones is dropped.
+    Assisted decoding appends draft tokens to the prompt of its first call, and a chunk looks like a prompt of its own:
+    both would rank by a token that is not the prompt's last, and no argument tells. Nor does one tell what was cut off
+    by the length of a cache that may be routed; a mask of ones is dropped.
+
+    Args:
+        core: the model inside the head, which copies of a model share.
     """
     frame: FrameType | None = sys._getframe(1)
-    # Only frames of that loop are asked for their locals: a frame that was asked keeps them alive.
-    while frame is not None and not (
-        frame.f_globals.get("__name__") == _GENERATION and frame.f_locals.get("self") is model
-    ):
-        frame = frame.f_back
-    if frame is None:
+    callee, running, nested = frame, set(), False
+    # Only frames of calls and loops are asked for their locals: a frame that was asked keeps them alive.
+    while frame is not None and not _generates_with(core, frame):
+        if frame.f_code is nn.Module._call_impl.__code__:
+            module = id(frame.f_locals["self"])
+            nested |= module in running
+            running.add(module)
+        callee, frame = frame, frame.f_back
+    if frame is None or nested or not _is_model_call(callee, frame.f_locals["self"]):
         return PromptCall()
     values = frame.f_locals
     if frame.f_code.co_name == "_assisted_decoding":
@@ -55,3 +61,18 @@ def prompt_call(model: nn.Module) -> PromptCall:
     if chunk is not None and ids.shape[1] > chunk:
         return PromptCall(chunked_ids=ids, chunk_size=chunk)
     return PromptCall(uncut=values.get("next_sequence_length", 0) is None)
+
+
+def _generates_with(core: nn.Module, frame: FrameType) -> bool:
+    """Whether a frame is one of transformers' generation with a model that is, shares or wraps this one."""
+    if frame.f_globals.get("__name__") != _GENERATION:
+        return False
+    model = frame.f_locals.get("self")
+    return isinstance(model, nn.Module) and any(module is core for module in model.modules())
+
+
+def _is_model_call(callee: FrameType, model: nn.Module) -> bool:
+    """Whether what a generation loop runs is its model, not a logits processor, a stopping criterion or a streamer."""
+    code = callee.f_code
+    first = callee.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first is model or callee.f_globals.get("__name__", "").startswith("torch._dynamo")

@@ -1,0 +1,199 @@
+"""Which calls are those of the loop in `generate`: only there are draft tokens and chunks of a prompt looked for."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, StoppingCriteria
+
+import reroute_kernels as rk
+from tests.models.prompts import batch, policy, selections
+
+GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+LOOKUP = {**GREEDY, "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2}
+
+
+@pytest.fixture
+def repeated(prompt):
+    """A prompt in which prompt lookup finds draft tokens before the first call."""
+    one = prompt(1, 5, 12, seed=1)
+    one.ids = torch.cat([one.ids, one.ids[-9:-3]])
+    return batch([one])
+
+
+class Asker:
+    """Makes a plain call of the model about another image, and keeps the logits of its last token."""
+
+    def __init__(self, model, others):
+        self.model, self.others, self.answers, self.asks = model, others, [], False
+
+    @torch.no_grad()
+    def ask(self, *_):
+        if not self.asks:  # not in what it calls itself
+            self.asks = True
+            self.answers.append(self.model(**self.others).logits[0, -1])
+            self.asks = False
+
+
+class AskingProcessor(LogitsProcessor):
+    def __init__(self, asker):
+        self.asker = asker
+
+    def __call__(self, input_ids, scores):
+        self.asker.ask()
+        return scores
+
+
+class ThreadedProcessor(AskingProcessor):
+    def __call__(self, input_ids, scores):
+        thread = threading.Thread(target=self.asker.ask)
+        thread.start()
+        thread.join()
+        return scores
+
+
+class AskingCriteria(StoppingCriteria):
+    def __init__(self, asker):
+        self.asker = asker
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.asker.ask()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class AskingStreamer:
+    """`put` is the method of the asker itself, decorated by torch: the loop calls it without a frame in between."""
+
+    def __init__(self, asker):
+        self.put, self.end = asker.ask, asker.ask
+
+
+WHO = {
+    "processor": lambda asker: {"logits_processor": [AskingProcessor(asker)]},
+    "thread": lambda asker: {"logits_processor": [ThreadedProcessor(asker)]},
+    "criteria": lambda asker: {"stopping_criteria": [AskingCriteria(asker)]},
+    "streamer": lambda asker: {"streamer": AskingStreamer(asker)},
+}
+
+
+@pytest.mark.parametrize("who", WHO)
+@torch.no_grad()
+def test_plain_call_from_inside_assisted_decoding(model, repeated, others, who):
+    with rk.apply(model, policy()):
+        expected, tokens = model(**others).logits[0, -1], model.generate(**repeated, **LOOKUP)
+        asker = Asker(model, others)
+        asked = model.generate(**repeated, **LOOKUP, **WHO[who](asker))
+    assert asker.answers
+    assert all(torch.equal(answer, expected) for answer in asker.answers)
+    assert torch.equal(asked, tokens)
+
+
+@pytest.mark.parametrize("where", ["model", "tower", "projector"])
+@torch.no_grad()
+def test_plain_call_from_a_hook_inside_the_first_call(family, model, repeated, others, where):
+    """Before the decoder is entered: a hook of the model, or of what encodes its image."""
+    tower = model.model.visual if family == "qwen2_5_vl" else model.model.vision_tower
+    projector = tower.merger if family == "qwen2_5_vl" else model.model.multi_modal_projector
+    with rk.apply(model, policy()):
+        expected = model(**others).logits[0, -1]
+        asker = Asker(model, others)
+        module = {"model": model, "tower": tower, "projector": projector}[where]
+        handle = module.register_forward_pre_hook(asker.ask)
+        model.generate(**repeated, **LOOKUP)
+        handle.remove()
+    assert asker.answers
+    assert all(torch.equal(answer, expected) for answer in asker.answers)
+
+
+@torch.no_grad()
+def test_generation_inside_a_generation(model, repeated, others):
+    with rk.apply(model, policy()) as routing:
+        expected = {}
+        for name, settings in (("greedy", GREEDY), ("lookup", LOOKUP)):
+            expected[name] = (model.generate(**others, **settings), selections(routing.trace))
+
+        class Generates(LogitsProcessor):
+            def __call__(self, input_ids, scores):
+                for name, settings in (("greedy", GREEDY), ("lookup", LOOKUP)):
+                    found.append((name, model.generate(**others, **settings), selections(routing.trace)))
+                return scores
+
+        found = []
+        model.generate(**repeated, **LOOKUP, logits_processor=[Generates()])
+    assert found
+    for name, tokens, selected in found:
+        assert torch.equal(tokens, expected[name][0])
+        assert selected == expected[name][1]
+
+
+# Models that share the decoder with the one that was routed, or wrap it
+
+
+class Wrapper(PreTrainedModel, GenerationMixin):
+    """A model of its own which hands every call on."""
+
+    _supports_sdpa = True
+
+    def __init__(self, model):
+        super().__init__(model.config)
+        self.inside = model
+        self.generation_config = model.generation_config
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        return self.inside.prepare_inputs_for_generation(*args, **kwargs)
+
+    def forward(self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None, **kwargs):
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        return self.inside(input_ids=input_ids, pixel_values=pixel_values, **given)
+
+
+def subclassed(model):
+    """As tools do that put a class of their own under a model; its `__call__` stands between the loop and torch."""
+
+    class Called(type(model)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    other = copy.copy(model)
+    other.__class__ = Called
+    return other
+
+
+def compiled(model):
+    other = copy.copy(model)
+    other.forward = torch.compile(other.forward, backend="eager")
+    return other
+
+
+SHARED = {"copy": copy.copy, "subclass": subclassed, "wrapper": Wrapper, "compiled-forward": compiled}
+of_llava = pytest.mark.parametrize("family", ["llava"], indirect=True)
+
+
+@of_llava
+@pytest.mark.parametrize(("kind", "made"), [("copy", "before"), *((kind, "after") for kind in SHARED)])
+@torch.no_grad()
+def test_draft_tokens_of_a_model_that_shares_the_decoder(model, repeated, kind, made):
+    other = SHARED[kind](model) if made == "before" else None
+    with rk.apply(model, policy()) as routing:
+        tokens = model.generate(**repeated, **GREEDY)
+        expected = selections(routing.trace)
+        other = SHARED[kind](model) if other is None else other
+        routing.trace = None
+        assert torch.equal(other.generate(**repeated, **LOOKUP), tokens)
+        assert routing.trace.length > repeated["input_ids"].shape[1], "no draft token stood in the first call"
+        assert selections(routing.trace) == expected
+    torch._dynamo.reset()
+
+
+@of_llava
+@pytest.mark.parametrize("kind", ["copy", "subclass", "compiled-forward"])
+@torch.no_grad()
+def test_chunks_of_a_model_that_shares_the_decoder(model, inputs, kind):
+    length = inputs["input_ids"].shape[1]
+    with (
+        rk.apply(model, policy()),
+        pytest.raises(NotImplementedError, match="prefill_chunk_size must be None for a routed prompt"),
+    ):
+        SHARED[kind](model).generate(**inputs, **GREEDY, prefill_chunk_size=length - 5)
+    torch._dynamo.reset()
