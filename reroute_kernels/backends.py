@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,11 +18,11 @@ from . import ref
 
 BACKENDS = ("ref", "triton")
 
-_forced: str | None = None
-
 
 class backend:
-    """Force a backend for the whole process, until the end of a `with` block where it is used as one.
+    """Force a backend in this thread or asynchronous task, until the end of a `with` block if it is used as one.
+
+    Blocks nest, and one object may be used for several. The environment variable forces one for the whole process.
 
     Args:
         name: `"ref"`, `"triton"`, or None to choose by device again. `"triton"` on CPU tensors needs Triton's
@@ -33,17 +34,35 @@ class backend:
     """
 
     def __init__(self, name: str | None):
-        global _forced
         if name is not None:
             _check_available(name, "name")
-        self._previous, _forced = _forced, name
+        self._name = name
+        # A call replaces what the innermost block forces; if a block begins with it, that is taken back.
+        self._before = _in_force.get()
+        block = self._before[-1][0] if self._before else None
+        self._called = (*self._before[:-1], (block, name))
+        _in_force.set(self._called)
 
     def __enter__(self) -> backend:
+        in_force = _in_force.get()
+        _in_force.set((*(self._before if in_force is self._called else in_force), (self, self._name)))
         return self
 
     def __exit__(self, *exception) -> None:
-        global _forced
-        _forced = self._previous
+        in_force = _in_force.get()
+        # Blocks of generators may end in another order than they began in.
+        place = max(number for number, (block, _) in enumerate(in_force) if block is self)
+        _in_force.set(in_force[:place] + in_force[place + 1 :])
+
+
+# What is forced in this thread or task, the innermost block last: (the block, or None outside of all, the name).
+_in_force: ContextVar[tuple[tuple[backend | None, str | None], ...]] = ContextVar("_in_force", default=())
+
+
+def forced_backend() -> str | None:
+    """What is forced in this thread or task by `backend`, or None."""
+    in_force = _in_force.get()
+    return in_force[-1][1] if in_force else None
 
 
 def _check_available(name: str, source: str) -> None:
@@ -79,7 +98,7 @@ def active_backend(device: torch.device | str) -> str:
         RuntimeError: a forced backend cannot run on this device.
     """
     device = torch.device(device)
-    forced = _forced
+    forced = forced_backend()
     if forced is None and (forced := os.environ.get("REROUTE_BACKEND") or None) is not None:
         _check_available(forced, "REROUTE_BACKEND")
     if forced is None:

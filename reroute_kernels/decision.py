@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .checks import check_rows
+
 
 def route_tokens_by(rank_tokens: Callable, select_tokens: Callable, gather_tokens: Callable) -> Callable:
     """The function `route_tokens` of a backend that has these operations."""
@@ -47,7 +49,8 @@ def route_tokens_by(rank_tokens: Callable, select_tokens: Callable, gather_token
             rotary_style=rotary_style,
         )
         index = select_tokens(scores, pool, pinned, keep, length)
-        result = index, gather_tokens(index, *tensors)
+        check_rows(tensors[:1], *scores.shape, scores.device)  # the others beside it
+        result = index, gather_tokens(index, *tensors) if tensors else ()
         return (*result, scores) if return_scores else result
 
     return route_tokens

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import torch
 
+from . import checks
 from .backends import operations_for
 
 _library = torch.library.Library("reroute_kernels", "DEF")
@@ -39,7 +40,9 @@ def _full_precision(device):
     return nullcontext()
 
 
-def _rank_fake(query, key, *arguments):
+def _rank_fake(*ranking):
+    checks.check_ranking(*ranking[:8])
+    key = ranking[1]
     return key.new_empty(key.shape[:2], dtype=torch.float32)
 
 
@@ -48,6 +51,7 @@ def _select(scores, pool, pinned, keep, length):
 
 
 def _select_fake(scores, pool, pinned, keep, length):
+    checks.check_selection(scores, pool, pinned, keep, length)
     return scores.new_empty((scores.shape[0], length), dtype=torch.int64)
 
 
@@ -56,6 +60,7 @@ def _gather(index, tensors):
 
 
 def _gather_fake(index, tensors):
+    checks.check_gather(index, tensors)
     return [tensor.new_empty((*index.shape, *tensor.shape[2:])) for tensor in tensors]
 
 
@@ -76,10 +81,12 @@ def _route(*arguments):
     return index, list(compact), scores
 
 
-def _route_fake(query, key, *arguments):
-    *_, length, tensors = arguments
-    index = key.new_empty((key.shape[0], length), dtype=torch.int64)
-    return index, _gather_fake(index, tensors), _rank_fake(query, key)
+def _route_fake(*arguments):
+    *ranking, pool, pinned, keep, length, tensors = arguments
+    scores = _rank_fake(*ranking)
+    index = _select_fake(scores, pool, pinned, keep, length)
+    checks.check_rows(tensors[:1], *scores.shape, scores.device)
+    return index, _gather_fake(index, tensors), scores
 
 
 def _overlaps_itself(tensor) -> bool:
@@ -101,16 +108,16 @@ def _scatter(full, index, compact):
             f"full must not hold an element twice, as expanded or unfolded views do, got strides {full.stride()} "
             f"for shape {tuple(full.shape)}"
         )
+    if full.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("full must not be an inference tensor outside torch.inference_mode(), got one")
+    operations_for(full.device).scatter_tokens_(full, index, compact)
     # What PyTorch does for its own operators that write in place, so that autograd notices.
     if not full.is_inference():
         torch.autograd.graph.increment_version(full)
-    elif not torch.is_inference_mode_enabled():
-        raise RuntimeError("full must not be an inference tensor outside torch.inference_mode(), got one")
-    operations_for(full.device).scatter_tokens_(full, index, compact)
 
 
 def _scatter_fake(full, index, compact):
-    return None
+    checks.check_scatter(full, index, compact)
 
 
 _RANKING = (

@@ -13,46 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library  # noqa: F401 (registers the operations)
-
-REDUCTIONS = ("mean", "max")
-ROTARY_STYLES = ("rotate_half", "interleaved")
-FLOATING = (torch.float32, torch.float16, torch.bfloat16)
-COPYABLE = (
-    *FLOATING,
-    torch.float64,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
-_COPYABLE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in COPYABLE)
-
-
-def expect_one_of(**given: tuple[object, tuple]) -> None:
-    """Refuse values, by the names of their arguments, that are none of those accepted."""
-    for name, (value, accepted) in given.items():
-        if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-
-
-def _refused(name: str, tensor: Tensor, accepted: str) -> ValueError:
-    got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-    return ValueError(f"{name} must be {accepted}, got {got}")
-
-
-def _expect_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
-
-
-def _expect_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    _expect_tensor(name, flags)
-    if flags.shape != shape or flags.dtype != torch.bool or flags.device != device:
-        raise _refused(name, flags, f"{tuple(shape)} bool on {device}")
+from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
 
 
 def _ranking(
@@ -69,81 +30,31 @@ def _ranking(
     head_reduction,
     rotary_style,
 ) -> tuple:
-    """The arguments as the registered operations take them."""
-    _expect_tensor("query", query)
-    _expect_tensor("key", key)
-    if query.ndim != 4 or query.dtype not in FLOATING:
-        raise _refused("query", query, "(B, Q, Hq, D) float32, float16 or bfloat16")
-    if key.ndim != 4 or key.dtype != query.dtype:
-        raise _refused("key", key, f"(B, L, Hkv, D) {query.dtype}, as query is")
-    batch, queries, heads, head_dim = query.shape
-    length, kv_heads = key.shape[1:3]
-    device = query.device
-    if key.shape[0] != batch or key.shape[3] != head_dim or key.device != device:
-        raise _refused("key", key, f"(B, L, Hkv, D) with B = {batch} and D = {head_dim} on {device}, as query is")
-    if queries == 0 or head_dim == 0 or kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise _refused("query", query, f"(B, Q, Hq, D) with Q and D above 0 and Hq a multiple of Hkv = {kv_heads}")
-    if (cos is None) != (sin is None):
-        raise ValueError("cos and sin must be given together, got only one of them")
-    if cos is not None:
-        _check_table("cos", cos, batch, length, head_dim, device)
-        _check_table("sin", sin, batch, length, head_dim, device)
-        if sin.shape != cos.shape:
-            raise _refused("sin", sin, f"{tuple(cos.shape)}, as cos is")
-    if key_mask is not None:
-        _expect_flags("key_mask", key_mask, (batch, length), device)
-    if query_index is not None:
-        _expect_tensor("query_index", query_index)
-        if query_index.shape != (batch, queries) or query_index.dtype != torch.int64 or query_index.device != device:
-            raise _refused("query_index", query_index, f"({batch}, {queries}) int64 on {device}")
-    elif queries > length:
-        raise ValueError(f"query must have at most L = {length} queries where query_index is None, got {queries}")
-    if past_key is not None:
-        _expect_tensor("past_key", past_key)
-        if (
-            past_key.ndim != 4
-            or past_key.shape[0] != batch
-            or past_key.shape[2:] != key.shape[2:]
-            or past_key.dtype != key.dtype
-            or past_key.device != device
-        ):
-            raise _refused(
-                "past_key", past_key, f"({batch}, P, {kv_heads}, {head_dim}) {key.dtype} on {device}, as key is"
-            )
-    if past_mask is not None:
-        if past_key is None:
-            raise ValueError("past_mask must come with past_key, got it alone")
-        _expect_flags("past_mask", past_mask, (batch, past_key.shape[1]), device)
+    """The arguments as the registered operations take them, which check the tensors."""
+    tensors = {
+        "query": query,
+        "key": key,
+        "cos": cos,
+        "sin": sin,
+        "key_mask": key_mask,
+        "query_index": query_index,
+        "past_key": past_key,
+        "past_mask": past_mask,
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None or name in ("query", "key"):
+            expect_tensor(name, tensor)
     expect_one_of(
         query_reduction=(query_reduction, REDUCTIONS),
         head_reduction=(head_reduction, REDUCTIONS),
         rotary_style=(rotary_style, ROTARY_STYLES),
     )
     if scale is None:
-        scale = head_dim**-0.5
+        scale = (query.shape[-1] or 1) ** -0.5 if query.ndim else 1.0
     elif not isinstance(scale, (Real, torch.SymFloat)):
         raise TypeError(f"scale must be a real number or None, got {scale!r}")
     reductions = (query_reduction, head_reduction)
-    tensors = (query, key, cos, sin, key_mask, query_index, past_key, past_mask)
-    return (*tensors, float(scale), *reductions, rotary_style)
-
-
-def _check_table(name: str, table: Tensor, batch: int, length: int, head_dim: int, device: torch.device) -> None:
-    _expect_tensor(name, table)
-    if (
-        table.ndim != 3
-        or table.shape[0] not in (1, batch)
-        or table.shape[1] != length
-        or not 0 < table.shape[2] <= head_dim
-        or table.shape[2] % 2
-        or table.dtype not in FLOATING
-        or table.device != device
-    ):
-        raise _refused(
-            name,
-            table,
-            f"({batch} or 1, {length}, R) float32, float16 or bfloat16, R even and at most {head_dim}, on {device}",
-        )
+    return (*tensors.values(), float(scale), *reductions, rotary_style)
 
 
 def rank_tokens(
@@ -212,30 +123,28 @@ def rank_tokens(
         return torch.ops.reroute_kernels.rank_tokens(*ranking)
 
 
-def _check_selection(pool, pinned, keep, length, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _counts(keep: object, batch: int, device: torch.device) -> Tensor:
     """`keep` as a tensor."""
-    _expect_flags("pool", pool, shape, device)
-    _expect_flags("pinned", pinned, shape, device)
-    batch = shape[0]
-    if not isinstance(keep, Tensor):
-        is_several = isinstance(keep, Iterable) and not isinstance(keep, (Mapping, Set))
-        values = list(keep) if is_several else [keep] * batch
-        try:
-            counts = [as_integer(k) for k in values if not isinstance(k, bool)]
-        except TypeError:
-            counts = []
-        if len(counts) != len(values):
-            raise TypeError(f"keep must be an integer, integers or a tensor, got {keep!r}")
-        if len(counts) != batch or any(k < 0 for k in counts):
-            raise ValueError(f"keep must be an integer of 0 or more, or {batch} of them, got {keep!r}")
-        keep = torch.tensor([min(k, 2**63 - 1) for k in counts], dtype=torch.int64, device=device)
-    if keep.shape != (batch,) or keep.dtype not in (torch.int32, torch.int64) or keep.device != device:
-        raise _refused("keep", keep, f"({batch},) int32 or int64 on {device}")
+    if isinstance(keep, Tensor):
+        return keep
+    is_several = isinstance(keep, Iterable) and not isinstance(keep, (Mapping, Set))
+    values = list(keep) if is_several else [keep] * batch
+    try:
+        counts = [as_integer(k) for k in values if not isinstance(k, bool)]
+    except TypeError:
+        counts = []
+    if len(counts) != len(values):
+        raise TypeError(f"keep must be an integer, integers or a tensor, got {keep!r}")
+    if len(counts) != batch or any(k < 0 for k in counts):
+        raise ValueError(f"keep must be an integer of 0 or more, or {batch} of them, got {keep!r}")
+    return torch.tensor([min(k, 2**63 - 1) for k in counts], dtype=torch.int64, device=device)
+
+
+def _expect_length(length: object) -> None:
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length must be an integer, got {length!r}")
     if not 0 <= length < 2**63:
         raise ValueError(f"length must be 0 or more, and below 2**63, got {length}")
-    return keep
 
 
 def select_tokens(
@@ -261,38 +170,25 @@ def select_tokens(
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or number is not accepted.
     """
-    _expect_tensor("scores", scores)
-    if scores.ndim != 2 or scores.dtype != torch.float32:
-        raise _refused("scores", scores, "(B, L) float32")
-    keep = _check_selection(pool, pinned, keep, length, scores.shape, scores.device)
+    for name, tensor in (("scores", scores), ("pool", pool), ("pinned", pinned)):
+        expect_tensor(name, tensor)
+    _expect_length(length)
+    keep = _counts(keep, scores.shape[0] if scores.ndim else 0, scores.device)
     return torch.ops.reroute_kernels.select_tokens(scores, pool, pinned, keep, length)
 
 
-def _check_rows(tensors, batch: int, length: int | None, device: torch.device) -> None:
+def _expect_tensors(tensors: Sequence[object]) -> None:
     for i, tensor in enumerate(tensors):
-        _expect_tensor(f"tensors[{i}]", tensor)
-        if length is None and tensor.ndim >= 2:
-            length = tensor.shape[1]
-        if (
-            tensor.ndim < 2
-            or tensor.shape[0] != batch
-            or tensor.shape[1] != length
-            or tensor.dtype not in COPYABLE
-            or tensor.device != device
-        ):
-            raise _refused(
-                f"tensors[{i}]",
-                tensor,
-                f"(B, L, ...) with B = {batch} and one L for all of them, on {device}, of dtype {_COPYABLE_NAMES}",
-            )
+        expect_tensor(f"tensors[{i}]", tensor)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, index, *tensors):
+        compact = torch.ops.reroute_kernels.gather_tokens(index, tensors)
         ctx.save_for_backward(index)
         ctx.length = tensors[0].shape[1]
-        return tuple(torch.ops.reroute_kernels.gather_tokens(index, tensors))
+        return tuple(compact)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -322,12 +218,10 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype or device is not accepted, or there is nothing to gather.
     """
-    _expect_tensor("index", index)
+    expect_tensor("index", index)
     if not tensors:
         raise ValueError("tensors must hold at least one tensor, got none")
-    if index.ndim != 2 or index.dtype != torch.int64:
-        raise _refused("index", index, "(B, M) int64")
-    _check_rows(tensors, index.shape[0], None, index.device)
+    _expect_tensors(tensors)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return _Gather.apply(index, *tensors)
     return tuple(torch.ops.reroute_kernels.gather_tokens(index, tensors))
@@ -389,11 +283,13 @@ def route_tokens(
         head_reduction,
         rotary_style,
     )
-    batch, total = key.shape[:2]
-    keep = _check_selection(pool, pinned, keep, length, (batch, total), key.device)
+    expect_tensor("pool", pool)
+    expect_tensor("pinned", pinned)
+    _expect_length(length)
+    keep = _counts(keep, key.shape[0] if key.ndim else 0, key.device)
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
-    _check_rows(tensors, batch, total, key.device)
+    _expect_tensors(tensors)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
         index, compact, scores = torch.ops.reroute_kernels.route_tokens(
@@ -441,16 +337,8 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or memory layout is not accepted.
     """
-    _expect_tensor("full", full)
-    _expect_tensor("index", index)
-    _expect_tensor("compact", compact)
-    if full.ndim < 2 or full.dtype not in COPYABLE:
-        raise _refused("full", full, f"(B, L, ...) of dtype {_COPYABLE_NAMES}")
-    if index.ndim != 2 or index.shape[0] != full.shape[0] or index.dtype != torch.int64 or index.device != full.device:
-        raise _refused("index", index, f"({full.shape[0]}, M) int64 on {full.device}")
-    shape = (*index.shape, *full.shape[2:])
-    if compact.shape != shape or compact.dtype != full.dtype or compact.device != full.device:
-        raise _refused("compact", compact, f"{tuple(shape)} {full.dtype} on {full.device}")
+    for name, tensor in (("full", full), ("index", index), ("compact", compact)):
+        expect_tensor(name, tensor)
     if not torch.compiler.is_compiling() and full.is_neg():
         raise ValueError("full must not be a lazily negated view, got one: write to a copy of it")
     if torch.is_grad_enabled() and (full.requires_grad or compact.requires_grad):

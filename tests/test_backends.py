@@ -1,8 +1,10 @@
 """Which backend runs, how it is forced, and what works without Triton."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,85 @@ def test_call_lasts_until_the_next():
         assert active_backend("cuda") == "triton"
     assert active_backend("cuda") == "ref"
     rk.backend(None)
+    assert active_backend("cuda") == "triton"
+
+
+def test_blocks_of_threads_that_overlap():
+    first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
+    seen = {}
+
+    def first():
+        with rk.backend("ref"):
+            first_in.set()
+            second_in.wait(30)
+            seen["first"] = active_backend("cuda")
+        first_out.set()
+
+    def second():
+        first_in.wait(30)
+        seen["before"] = active_backend("cuda")
+        with rk.backend("triton"):
+            second_in.set()
+            first_out.wait(30)
+            seen["second"] = active_backend("cuda")
+        seen["after"] = active_backend("cuda")
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": "ref", "before": "triton", "second": "triton", "after": "triton"}
+    assert active_backend("cuda") == "triton"
+
+
+def test_blocks_of_tasks_that_overlap():
+    async def forced(name, others):
+        with rk.backend(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                others.append((name, active_backend("cuda")))
+
+    async def both():
+        seen = []
+        await asyncio.gather(forced("ref", seen), forced("triton", seen))
+        return seen
+
+    seen = asyncio.run(both())
+    assert len(seen) == 6
+    assert all(name == active for name, active in seen)
+    assert active_backend("cuda") == "triton"
+
+
+def test_one_object_for_several_blocks():
+    forced = rk.backend("ref")
+    assert active_backend("cuda") == "ref"
+    for _ in range(2):
+        with forced:
+            assert active_backend("cuda") == "ref"
+            with rk.backend("triton"), forced:
+                assert active_backend("cuda") == "ref"
+            assert active_backend("cuda") == "ref"
+        assert active_backend("cuda") == "triton"
+
+
+def test_block_of_a_generator_that_ends_later():
+    def forcing():
+        with rk.backend("ref"):
+            yield
+
+    running = forcing()
+    next(running)
+    with rk.backend("triton"):
+        running.close()
+        assert active_backend("cuda") == "triton"
+    assert active_backend("cuda") == "triton"
+
+
+def test_call_inside_a_block_ends_with_it():
+    with rk.backend("triton"):
+        rk.backend("ref")
+        assert active_backend("cuda") == "ref"
     assert active_backend("cuda") == "triton"
 
 

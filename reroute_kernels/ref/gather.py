@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_gather
+
 
 def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """See `reroute_kernels.ops.gather_tokens`."""
+    check_gather(index, tensors)
     if not tensors:
         return ()
     length = tensors[0].shape[1]

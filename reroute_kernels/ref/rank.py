@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_ranking
+
 # Tokens whose keys are rotated at a time, so that no rotated copy of all keys is made.
 TILE = 512
 
@@ -60,6 +62,7 @@ def rank_tokens(
     rotary_style: str = "rotate_half",
 ) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
+    check_ranking(query, key, cos, sin, key_mask, query_index, past_key, past_mask)
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     if length == 0:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..checks import check_scatter
+
 
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     """See `reroute_kernels.ops.scatter_tokens_`."""
+    check_scatter(full, index, compact)
     sample, row = ((index >= 0) & (index < full.shape[1])).nonzero(as_tuple=True)
     full[sample, index[sample, row]] = compact[sample, row]
     return full

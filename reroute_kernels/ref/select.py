@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_selection
+
 
 def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
     """See `reroute_kernels.ops.select_tokens`."""
+    check_selection(scores, pool, pinned, keep, length)
     batch, total = scores.shape
     candidates = pool & ~pinned
     positions = torch.arange(total, device=scores.device).expand(batch, total)

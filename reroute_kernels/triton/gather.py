@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import check_gather
 from .launch import as_rows, cdiv, on_device_of, row_block
 
 
@@ -38,6 +39,7 @@ def copy_rows_to_compact(
 
 def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """See `reroute_kernels.ops.gather_tokens`."""
+    check_gather(index, tensors)
     outputs = tuple(
         torch.empty(*index.shape, *tensor.shape[2:], dtype=tensor.dtype, device=tensor.device) for tensor in tensors
     )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import check_ranking
 from ..ref.rank import last_queries
 from .launch import cdiv, next_power_of_2, on_device_of
 
@@ -428,6 +429,7 @@ def rank_tokens(
     rotary_style: str = "rotate_half",
 ) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
+    check_ranking(query, key, cos, sin, key_mask, query_index, past_key, past_mask)
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     scores = torch.empty(batch, length, dtype=torch.float32, device=key.device)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import check_scatter
 from .launch import as_rows, cdiv, on_device_of, row_block
 
 
@@ -38,13 +39,17 @@ def copy_rows_to_full(
 
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     """See `reroute_kernels.ops.scatter_tokens_`."""
+    check_scatter(full, index, compact)
     if compact.numel() == 0 or full.numel() == 0:
         return full
     target = as_rows(full)
     if target.data_ptr() != full.data_ptr():  # the inner layout forced a copy: write there, then back
-        return full.copy_(scatter_tokens_(target, index, compact).view(full.shape))
+        return full.copy_(scatter_tokens_(target, index, as_rows(compact)).view(full.shape))
+    # What lies in the memory of the full sequence could be read after it was written.
     if _may_overlap(full, compact):
-        compact = compact.clone()  # a row could be read after it was written
+        compact = compact.clone()
+    if _may_overlap(full, index):
+        index = index.clone()
     source = as_rows(compact)
     width = source.shape[2]
     block = row_block(width)

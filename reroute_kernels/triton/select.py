@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import check_selection
 from .launch import cdiv, next_power_of_2, on_device_of
 
 # Up to this many tokens one program holds a whole sample.
@@ -284,6 +285,7 @@ def compact_tiles(
 
 def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
     """See `reroute_kernels.ops.select_tokens`."""
+    check_selection(scores, pool, pinned, keep, length)
     batch, total = scores.shape
     index = torch.empty(batch, length, dtype=torch.int64, device=scores.device)
     if index.numel() == 0:

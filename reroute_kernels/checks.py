@@ -1,0 +1,196 @@
+"""Which tensors the operations accept: shapes, dtypes and devices, checked once a call, where memory is touched.
+
+Every backend's function checks what it is handed, and so do the shapes of results that the compiler asks for: a call by
+`torch.ops.reroute_kernels.*` from compiled code, or of `rk.triton.*`, reads and writes within its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "max")
+ROTARY_STYLES = ("rotate_half", "interleaved")
+FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+COPYABLE = (
+    *FLOATING,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+_COPYABLE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in COPYABLE)
+
+
+def expect_one_of(**given: tuple[object, tuple]) -> None:
+    """Refuse values, by the names of their arguments, that are none of those accepted."""
+    for name, (value, accepted) in given.items():
+        if value not in accepted:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def _refused(name: str, tensor: Tensor, accepted: str) -> ValueError:
+    got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+    return ValueError(f"{name} must be {accepted}, got {got}")
+
+
+def expect_tensor(name: str, value: object) -> None:
+    """Refuse what is no dense tensor.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: its layout is another.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got layout {value.layout}")
+
+
+def check_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse what is no mask of a shape on a device."""
+    if flags.shape != shape or flags.dtype != torch.bool or flags.device != device:
+        raise _refused(name, flags, f"{tuple(shape)} bool on {device}")
+
+
+def check_ranking(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    key_mask: Tensor | None,
+    query_index: Tensor | None,
+    past_key: Tensor | None,
+    past_mask: Tensor | None,
+) -> None:
+    """Refuse tensors that `rank_tokens` does not accept.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    if query.ndim != 4 or query.dtype not in FLOATING:
+        raise _refused("query", query, "(B, Q, Hq, D) float32, float16 or bfloat16")
+    if key.ndim != 4 or key.dtype != query.dtype:
+        raise _refused("key", key, f"(B, L, Hkv, D) {query.dtype}, as query is")
+    batch, queries, heads, head_dim = query.shape
+    length, kv_heads = key.shape[1:3]
+    device = query.device
+    if key.shape[0] != batch or key.shape[3] != head_dim or key.device != device:
+        raise _refused("key", key, f"(B, L, Hkv, D) with B = {batch} and D = {head_dim} on {device}, as query is")
+    if queries == 0 or head_dim == 0 or kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise _refused("query", query, f"(B, Q, Hq, D) with Q and D above 0 and Hq a multiple of Hkv = {kv_heads}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together, got only one of them")
+    if cos is not None:
+        _check_table("cos", cos, batch, length, head_dim, device)
+        _check_table("sin", sin, batch, length, head_dim, device)
+        if sin.shape != cos.shape:
+            raise _refused("sin", sin, f"{tuple(cos.shape)}, as cos is")
+    if key_mask is not None:
+        check_flags("key_mask", key_mask, (batch, length), device)
+    if query_index is not None:
+        if query_index.shape != (batch, queries) or query_index.dtype != torch.int64 or query_index.device != device:
+            raise _refused("query_index", query_index, f"({batch}, {queries}) int64 on {device}")
+    elif queries > length:
+        raise ValueError(f"query must have at most L = {length} queries where query_index is None, got {queries}")
+    if past_key is not None and (
+        past_key.ndim != 4
+        or past_key.shape[0] != batch
+        or past_key.shape[2:] != key.shape[2:]
+        or past_key.dtype != key.dtype
+        or past_key.device != device
+    ):
+        raise _refused("past_key", past_key, f"({batch}, P, {kv_heads}, {head_dim}) {key.dtype} on {device}, as key is")
+    if past_mask is not None:
+        if past_key is None:
+            raise ValueError("past_mask must come with past_key, got it alone")
+        check_flags("past_mask", past_mask, (batch, past_key.shape[1]), device)
+
+
+def _check_table(name: str, table: Tensor, batch: int, length: int, head_dim: int, device: torch.device) -> None:
+    if (
+        table.ndim != 3
+        or table.shape[0] not in (1, batch)
+        or table.shape[1] != length
+        or not 0 < table.shape[2] <= head_dim
+        or table.shape[2] % 2
+        or table.dtype not in FLOATING
+        or table.device != device
+    ):
+        raise _refused(
+            name,
+            table,
+            f"({batch} or 1, {length}, R) float32, float16 or bfloat16, R even and at most {head_dim}, on {device}",
+        )
+
+
+def check_selection(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> None:
+    """Refuse tensors that `select_tokens` does not accept.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+    if scores.ndim != 2 or scores.dtype != torch.float32:
+        raise _refused("scores", scores, "(B, L) float32")
+    check_flags("pool", pool, scores.shape, scores.device)
+    check_flags("pinned", pinned, scores.shape, scores.device)
+    batch, device = scores.shape[0], scores.device
+    if keep.shape != (batch,) or keep.dtype not in (torch.int32, torch.int64) or keep.device != device:
+        raise _refused("keep", keep, f"({batch},) int32 or int64 on {device}")
+    if length < 0:
+        raise ValueError(f"length must be 0 or more, got {length}")
+
+
+def check_gather(index: Tensor, tensors: Sequence[Tensor], length: int | None = None) -> None:
+    """Refuse tensors that `gather_tokens` does not accept.
+
+    Args:
+        index: (B, M) int64.
+        tensors: each (B, L, ...).
+        length: L; None: that of the first of them.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    if index.ndim != 2 or index.dtype != torch.int64:
+        raise _refused("index", index, "(B, M) int64")
+    check_rows(tensors, index.shape[0], length, index.device)
+
+
+def check_rows(tensors: Sequence[Tensor], batch: int, length: int | None, device: torch.device) -> None:
+    """Refuse tensors that hold no rows of `batch` samples of one length."""
+    for i, tensor in enumerate(tensors):
+        if length is None and tensor.ndim >= 2:
+            length = tensor.shape[1]
+        if (
+            tensor.ndim < 2
+            or tensor.shape[0] != batch
+            or tensor.shape[1] != length
+            or tensor.dtype not in COPYABLE
+            or tensor.device != device
+        ):
+            raise _refused(
+                f"tensors[{i}]",
+                tensor,
+                f"(B, L, ...) with B = {batch} and one L for all of them, on {device}, of dtype {_COPYABLE_NAMES}",
+            )
+
+
+def check_scatter(full: Tensor, index: Tensor, compact: Tensor) -> None:
+    """Refuse tensors that `scatter_tokens_` does not accept.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    if full.ndim < 2 or full.dtype not in COPYABLE:
+        raise _refused("full", full, f"(B, L, ...) of dtype {_COPYABLE_NAMES}")
+    if index.ndim != 2 or index.shape[0] != full.shape[0] or index.dtype != torch.int64 or index.device != full.device:
+        raise _refused("index", index, f"({full.shape[0]}, M) int64 on {full.device}")
+    shape = (*index.shape, *full.shape[2:])
+    if compact.shape != shape or compact.dtype != full.dtype or compact.device != full.device:
+        raise _refused("compact", compact, f"{tuple(shape)} {full.dtype} on {full.device}")

@@ -1,0 +1,184 @@
+"""Tensors that do not fit are refused wherever an operation can be called: registered, by backend, or compiled."""
+
+import pytest
+import torch
+
+import reroute_kernels as rk
+from reroute_kernels import checks
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def flags(*shape):
+    return torch.zeros(shape, dtype=torch.bool)
+
+
+def positions(*shape):
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+RANKING = {
+    "query": zeros(2, 1, 4, 16),
+    "key": zeros(2, 20, 2, 16),
+    "cos": zeros(2, 20, 8),
+    "sin": zeros(2, 20, 8),
+    "key_mask": flags(2, 20),
+    "query_index": positions(2, 1),
+    "past_key": zeros(2, 7, 2, 16),
+    "past_mask": flags(2, 7),
+}
+SELECTION = {"pool": flags(2, 20), "pinned": flags(2, 20), "keep": positions(2), "length": 12}
+ACCEPTED = {
+    "rank_tokens": RANKING,
+    "select_tokens": {"scores": zeros(2, 20), **SELECTION},
+    "gather_tokens": {"index": positions(2, 3), "tensors": (zeros(2, 20, 4), zeros(2, 20))},
+    "scatter_tokens_": {"full": zeros(2, 20, 4), "index": positions(2, 3) - 1, "compact": zeros(2, 3, 4)},
+    "route_tokens": {**RANKING, **SELECTION, "tensors": (zeros(2, 20, 4),)},
+}
+REFUSED = [
+    ("rank_tokens", "query", zeros(4, 1, 4, 16)),
+    ("rank_tokens", "key", zeros(2, 20, 2, 8)),
+    ("rank_tokens", "key", zeros(2, 20, 3, 16)),
+    ("rank_tokens", "cos", zeros(2, 19, 8)),
+    ("rank_tokens", "cos", zeros(2, 20, 18)),
+    ("rank_tokens", "sin", zeros(1, 20, 8)),
+    ("rank_tokens", "key_mask", flags(2, 10)),
+    ("rank_tokens", "query_index", positions(1, 1)),
+    ("rank_tokens", "query_index", positions(2, 1).int()),
+    ("rank_tokens", "past_key", zeros(1, 7, 2, 16)),
+    ("rank_tokens", "past_mask", flags(2, 5)),
+    ("select_tokens", "scores", zeros(2, 20).double()),
+    ("select_tokens", "pool", flags(2, 10)),
+    ("select_tokens", "pinned", flags(1, 20)),
+    ("select_tokens", "pinned", positions(2, 20)),
+    ("select_tokens", "keep", positions(1)),
+    ("select_tokens", "length", -1),
+    ("gather_tokens", "index", positions(4, 3)),
+    ("gather_tokens", "index", positions(2, 3).int()),
+    ("gather_tokens", "tensors", (zeros(2, 20, 4), zeros(2, 5, 4))),
+    ("gather_tokens", "tensors", (zeros(2, 20, 4), zeros(1, 20, 4))),
+    ("gather_tokens", "tensors", (zeros(2),)),
+    ("scatter_tokens_", "index", positions(4, 3)),
+    ("scatter_tokens_", "full", zeros(1, 20, 4)),
+    ("scatter_tokens_", "compact", zeros(2, 2, 4)),
+    ("scatter_tokens_", "compact", zeros(2, 3, 5)),
+    ("scatter_tokens_", "compact", zeros(2, 3, 4).double()),
+    ("route_tokens", "key", zeros(2, 10, 2, 16)),
+    ("route_tokens", "pool", flags(2, 10)),
+    ("route_tokens", "keep", positions(3)),
+    ("route_tokens", "tensors", (zeros(2, 10, 4),)),
+    ("route_tokens", "tensors", (zeros(2, 20, 4), zeros(2, 10, 4))),
+]
+IDS = [f"{name}-{argument}-{number}" for number, (name, argument, _) in enumerate(REFUSED)]
+
+
+def registered(name, arguments):
+    values = dict(arguments)
+    if name in ("rank_tokens", "route_tokens"):
+        ranking = [values.pop(each) for each in RANKING]
+        return getattr(torch.ops.reroute_kernels, name)(*ranking, 1.0, "mean", "mean", "rotate_half", *values.values())
+    return getattr(torch.ops.reroute_kernels, name)(*values.values())
+
+
+def of_backend(module):
+    def call(name, arguments):
+        values = dict(arguments)
+        tensors = values.pop("tensors", ()) if name == "gather_tokens" else ()
+        return getattr(module, name)(*values.values(), *tensors) if tensors else getattr(module, name)(**values)
+
+    return call
+
+
+WAYS = {"registered": registered, "ref": of_backend(rk.ref), "triton": of_backend(rk.triton)}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("way", WAYS)
+def test_accepted(device, way, name):
+    if device.type != "cpu":
+        pytest.skip("tensors of this file are on the CPU")
+    WAYS[way](name, ACCEPTED[name])
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), REFUSED, ids=IDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_refused(way, name, argument, value, launches):
+    """Before a kernel is launched that would read or write outside its tensors."""
+    arguments = {**ACCEPTED[name], argument: value}
+    written = arguments["full"].clone() if name == "scatter_tokens_" else None
+    backend = "triton" if way == "registered" else None
+    with rk.backend(backend), pytest.raises(ValueError, match=r"\w+(\[\d\])? must be .*, got"):
+        WAYS[way](name, arguments)
+    assert "copy_rows_to_full" not in [launched for launched, _ in launches]
+    if written is not None:
+        assert torch.equal(arguments["full"], written)
+    if name != "route_tokens":
+        assert launches == []
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), REFUSED, ids=IDS)
+def test_refused_where_shapes_are_asked_for(name, argument, value):
+    """The compiler runs an operation on tensors without memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+
+        def fake(x):
+            if isinstance(x, tuple):
+                return tuple(map(fake, x))
+            return mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+
+        arguments = {name: fake(x) for name, x in {**ACCEPTED[name], argument: value}.items()}
+        with pytest.raises(ValueError, match=r"must be .*, got"):
+            registered(name, arguments)
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_tensors_are_checked_once(name, monkeypatch, device):
+    """What is checked where memory is touched is not checked before, which would cost the host twice."""
+    counted = []
+    for check in ("check_ranking", "check_selection", "check_gather", "check_scatter"):
+        for module in (rk.ref, rk.triton):
+            for part in ("rank", "select", "gather", "scatter"):
+                target = f"{module.__name__}.{part}.{check}"
+                original = getattr(checks, check)
+
+                def counting(*args, check=check, original=original):
+                    counted.append(check)
+                    return original(*args)
+
+                monkeypatch.setattr(target, counting, raising=False)
+    arguments = {
+        key: tuple(x.to(device) for x in value)
+        if isinstance(value, tuple)
+        else value.to(device)
+        if isinstance(value, torch.Tensor)
+        else value
+        for key, value in ACCEPTED[name].items()
+    }
+    tensors = arguments.pop("tensors") if name == "gather_tokens" else ()
+    getattr(rk.ops, name)(*arguments.values(), *tensors) if tensors else getattr(rk.ops, name)(**arguments)
+    expected = {
+        "rank_tokens": ["check_ranking"],
+        "select_tokens": ["check_selection"],
+        "gather_tokens": ["check_gather"],
+        "scatter_tokens_": ["check_scatter"],
+        "route_tokens": ["check_ranking", "check_selection", "check_gather"],
+    }
+    assert counted == expected[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+@pytest.mark.parametrize("backend", ["ref", "triton"])
+def test_scatter_where_inputs_lie_in_what_is_written(device, backend, dtype):
+    """The index, or the rows, in the memory of the full sequence."""
+    memory = torch.arange(8, device=device).flip(0).view(1, 8).to(dtype)
+    index = memory[:, 4:] if dtype == torch.int64 else torch.tensor([[3, 2, 1, 0]], device=device)
+    compact = memory[:, :4] + 10 if dtype == torch.int64 else memory[:, :4]
+    expected = memory.clone()
+    expected[0, index[0].clone()] = compact[0].clone()
+    with rk.backend(backend):
+        rk.ops.scatter_tokens_(memory, index, compact)
+    assert torch.equal(memory, expected)
