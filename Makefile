@@ -5,9 +5,11 @@ SEED ?= 0
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,rank select gather scatter route ops memory work fuzz backends))
+
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: help browser test test-oldest test-lmms-eval test-vllm test-matrix fuzz compile-matrix gpu-report demo bench \
+.PHONY: help browser test test-oldest test-lmms-eval test-vllm test-matrix test-triton fuzz compile-matrix gpu-report demo bench \
   bench-vllm grounding train scenes lint format clean
 
 help:  ## list the targets
@@ -41,6 +43,13 @@ browser:  ## install Chromium for the tests of the page, where it is missing, wi
 
 fuzz: .venv/ready  ## run 5,000 random cases, kernel against reference; SEED=N begins at another seed
 	$(BIN)/python -m pytest $(PARALLEL:loadfile=load) tests/test_fuzz.py --fuzz-cases 5000 --fuzz-seed $(SEED)
+
+test-triton: .venv/ready  ## run the kernels' tests in the interpreter of the newest supported Triton
+	@set -e; version=$(lastword $(TRITONS)); \
+	test -e .triton/$$version/triton || $(BIN)/python -m pip install -q --disable-pip-version-check \
+	  --no-deps --target .triton/$$version triton==$$version; \
+	echo "triton $$version"; \
+	OMP_NUM_THREADS=1 PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -q $(PARALLEL:loadfile=load) $(KERNEL_TESTS)
 
 compile-matrix: .venv/ready  ## compile every kernel with every supported Triton, for GPUs that need not be here
 	@set -e; for version in $(TRITONS); do \

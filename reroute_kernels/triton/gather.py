@@ -33,7 +33,8 @@ def copy_rows_to_compact(
         columns = (tl.program_id(1) + t) % tl.num_programs(1) * BLOCK + tl.arange(0, BLOCK)
         mask = columns < WIDTHS[t]
         source = sources[t] + sample * source_strides_b[t] + row * source_strides_l[t]
-        values = tl.load(source + columns, mask=mask & is_token, other=0)
+        # A block of flags and a single flag would make integers in Triton's interpreter, which are no mask.
+        values = tl.load(source + columns, mask=columns < tl.where(is_token, WIDTHS[t], 0), other=0)
         tl.store(outputs[t] + place * WIDTHS[t] + columns, values, mask=mask)
 
 

@@ -32,9 +32,10 @@ def copy_rows_to_full(
     source = compact + sample * stride_compact_b + (place % index_length) * stride_compact_m
     target = full + sample * stride_full_b + row * stride_full_l
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < WIDTH
-    values = tl.load(source + columns, mask=mask)  # whatever the index says: neither load waits for the other
-    tl.store(target + columns, values, mask=mask & is_token)
+    # Whatever the index says: neither load waits for the other.
+    values = tl.load(source + columns, mask=columns < WIDTH)
+    # A block of flags and a single flag would make integers in Triton's interpreter, which are no mask.
+    tl.store(target + columns, values, mask=columns < tl.where(is_token, WIDTH, 0))
 
 
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
