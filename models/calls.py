@@ -446,12 +446,12 @@ class CallReader:
                 f"{jumps} that do not"
             )
 
-    def _brings_features(self, arguments: dict) -> bool:
+    def brings_features(self, arguments: dict) -> bool:
         return any(arguments.get(name) is not None and len(arguments[name]) for name in self._features)
 
     def _check_features(self, arguments: dict, prompt: Prompt) -> None:
         """Refuse placeholders that nothing replaces, which the model takes for text."""
-        if arguments.get("input_ids") is not None and not self._brings_features(arguments):
+        if arguments.get("input_ids") is not None and not self.brings_features(arguments):
             raise ValueError(
                 f"input_ids must hold placeholders of images only beside their features ({', '.join(self._features)}), "
                 f"got {sum(prompt.visual_counts)} and no features"
@@ -466,7 +466,7 @@ class CallReader:
                 visual |= input_ids == token_id
             return visual
         embeds = arguments["inputs_embeds"]
-        if not self._brings_features(arguments):
+        if not self.brings_features(arguments):
             raise ValueError(
                 "input_ids must be given to a routed model, or image features beside inputs_embeds, as visual tokens "
                 f"cannot be told from text in them; got inputs_embeds of shape {tuple(embeds.shape)} alone"
@@ -479,7 +479,7 @@ class CallReader:
         self, cache, tokens: Tensor, arguments: dict, generation: PromptCall
     ) -> Prefill | Continuation | None:
         """New tokens on a filled cache."""
-        if arguments.get("input_ids") is None and tokens.shape[1] > 1 and not self._brings_features(arguments):
+        if arguments.get("input_ids") is None and tokens.shape[1] > 1 and not self.brings_features(arguments):
             raise ValueError(
                 "input_ids must be given to a routed model, because visual tokens cannot be told from text in "
                 f"inputs_embeds; got {tokens.shape[1]} of these on a cache"
@@ -518,7 +518,7 @@ class CallReader:
                 f"attention_mask of the whole conversation must be given, and input_ids of the new tokens alone, on a "
                 f"cache in which layer {self._policy.stage_layers[0]} lacks tokens; got {queries} tokens and no mask"
             )
-        if self._brings_features(arguments):
+        if self.brings_features(arguments):
             earlier = mask[:, :-queries].bool() if mask is not None else None
             past = prompt.with_later(batch, earlier, new_tokens - queries)
             call = self._prompt(cache, arguments, past, generation)
@@ -536,7 +536,7 @@ class CallReader:
                 f"past_key_values must come from a finished call, got layers of {sorted(lengths)} cached tokens and no "
                 "record of the routed prompt that filled them"
             )
-        if not self._brings_features(arguments):
+        if not self.brings_features(arguments):
             return None
         (length,) = lengths
         mask, _ = _padding_mask(arguments.get("attention_mask"), queries, length + queries)

@@ -22,6 +22,7 @@ from .answers import Answers, checked
 from .calls import CallReader, Continuation, Prefill, by_name
 from .checkpointing import runs_first
 from .devices import loaded, to_layer
+from .experts import asks_for_router_logits, with_tokens, without_padding
 from .layers import RoutedLayers
 from .parallel import check_heads, check_not_sharded, head_group
 from .stack import calls_of, forwards_of
@@ -36,12 +37,13 @@ class _Call:
     """State of one call of the model, on the stack of its thread: a hook may call the model anew.
 
     routed: what is routed, or None; unread: arguments that are read once the decoder is handed the embeddings;
-    awaits_decoder: whether the decoder is still to be called.
+    awaits_decoder: whether the decoder is still to be called; mask: the attention mask, where the head is kept from it.
     """
 
     routed: Prefill | Continuation | None = None
     unread: tuple[tuple, dict, Answers] | None = None
     awaits_decoder: bool = False
+    mask: object = None
 
 
 class _Calls(threading.local):
@@ -49,7 +51,9 @@ class _Calls(threading.local):
 
     def __init__(self):
         self.stack: list[_Call] = []
-        self.labels: Tensor | None = None  # of the call whose head was entered last
+        # Of the call whose head was entered last: its labels, and its attention mask where the head is kept from it.
+        self.labels: Tensor | None = None
+        self.mask: object = None
 
 
 class Routing:
@@ -209,18 +213,29 @@ class Routing:
         """What of it is routed."""
         return self._running.stack[-1].routed if self._running.stack else None
 
-    def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._running.labels = by_name(self._model_signature, args, kwargs).get("labels")
+    def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        arguments = by_name(self._model_signature, args, kwargs)
+        self._running.labels, self._running.mask = arguments.get("labels"), None
+        mask = arguments.get("attention_mask")
+        if mask is None or not self._calls.brings_features(arguments):
+            return None
+        if not asks_for_router_logits(arguments, self._adapter.decoder.config):
+            return None
+        self._running.mask = mask
+        return (), {**arguments, "attention_mask": None}
 
     def _leave_model(self, model: nn.Module, args: tuple, output) -> None:
-        self._running.labels = None
+        self._running.labels = self._running.mask = None
 
-    def _begin(self, core: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, core: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._running.stack:
             self._forget_calls(self._count_calls() - 1)  # of an interrupted call
         call = _Call()
         self._running.stack.append(call)
         answers, self._running.labels = Answers(self._running.labels, self._answers_from), None
+        call.mask, self._running.mask = self._running.mask, None
+        if call.mask is not None:
+            kwargs = {**kwargs, "attention_mask": call.mask}
         if self._vision is None:
             call.routed = self._calls.read(args, kwargs, answers=answers)
             if call.routed is not None:
@@ -228,11 +243,12 @@ class Routing:
         else:
             call.unread = args, kwargs, answers  # what was dropped shows in what the decoder is handed
         call.awaits_decoder = True
+        return None if call.mask is None else (args, kwargs)
 
-    def _end(self, core: nn.Module, args: tuple, output) -> None:
+    def _end(self, core: nn.Module, args: tuple, output) -> object:
         if output is None:  # an error, of which `_begin` may not have seen the call
             self._forget_calls(self._count_calls() - 1)
-            return
+            return None
         if not self._running.stack:
             raise RuntimeError("a routed model lost the state of a call, during which it was called anew")
         call = self._running.stack.pop()
@@ -245,6 +261,15 @@ class Routing:
                 f"a routed prompt must run through all {len(self._adapter.layers)} decoder layers, and it did not: "
                 "does the configuration name fewer (num_hidden_layers)?"
             )
+        if call.mask is None or getattr(output, "router_logits", None) is None:
+            return None
+        if isinstance(call.routed, Prefill):
+            starts = [stage.start for stage in self._layers.stages]
+            rows = with_tokens(output.router_logits, self._adapter.layers, starts, call.routed.forward)
+        else:
+            rows = without_padding(output.router_logits, call.mask)
+        output.router_logits = rows
+        return output
 
     def _forget_calls(self, running: int) -> None:
         """Drop the state of calls inside so many that run."""
