@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..policy import Policy
 from ..routing import CachedPrompt, Past, Prompt, RoutedForward
+from .activated import activated_counts, activated_visual
 from .adapter import Adapter, cache_of
 from .answers import Answers
 from .checkpointing import recomputes_hooks
@@ -62,7 +63,7 @@ class Prefill:
         forward, past, layers = self.forward, self.past, self._layers
         kept, ragged = forward.kept[stage], forward.is_ragged(stage)
         # Rows without a token that stand after all others are kept out by causality alone.
-        own = kept >= 0 if ragged and layers.fill_front else None
+        own = kept >= 0 if ragged and forward.fill_front else None
         if layers.kinds[number] == "linear_attention":
             return own
         queries, total = hidden.shape[1], forward.prompt.length
@@ -300,12 +301,14 @@ class CallReader:
         is_padding_mask = is_padding_mask and unlike_causal is None
         answers: Answers = arguments["answers"]
         starts = answers.starts(visual, valid)
+        activated = activated_counts(self._adapter.model, self._adapter.decoder)
         asked = {
             "placeholders": None if mask is None or is_padding_mask else visual.sum(),
             "jumps": self._position_jumps(cache, visual.shape[0], arguments),
             "unlike_causal": unlike_causal,
             "gaps": _gaps(valid) if valid is not None and self._layers.has_states else None,
             "early_answers": None if starts is None else answers.too_early(visual, starts),
+            "activated": None if activated is None else activated_visual(visual, activated),
         }
         asked = {name: number for name, number in asked.items() if number is not None}
         marked = None if marks is None else tuple(tokens.to(visual.device) for tokens in marks())
@@ -327,6 +330,8 @@ class CallReader:
                 "answers_from must be positions behind the last visual token of each sample, got ones with "
                 f"{early} visual tokens at or behind them"
             )
+        if activated is not None and any(activated):
+            self._check_activated(prompt)
         self._layers.check_attention()
         self._check_cache(cache)
         if past is not None:
@@ -365,7 +370,9 @@ class CallReader:
                 "gradient checkpointing must be off for a routed prompt before transformers 5.24, got it on: torch's "
                 "checkpoint_wrapper may be put around the layers before apply"
             )
-        forward = RoutedForward(self._policy, prompt, self._layers.fill_front, self._combine)
+        # What is counted from the end of a row stays there if shorter rows are filled up at their front.
+        fill_front = self._layers.fill_front or activated is not None
+        forward = RoutedForward(self._policy, prompt, fill_front, self._combine)
         if past is not None and self._layers.has_states:
             for stage, rows in enumerate(forward.row_lengths):
                 if forward.is_ragged(stage):
@@ -374,6 +381,20 @@ class CallReader:
                         f"sample, got {', '.join(map(str, rows))} at layer {self._policy.stage_layers[stage]}"
                     )
         return Prefill(self._layers, forward, past)
+
+    @staticmethod
+    def _check_activated(prompt: Prompt) -> None:
+        """Whether rows of a stage end with the tokens with which those of the prompt end."""
+        if number := prompt.answers["activated"]:
+            raise NotImplementedError(
+                "alora_invocation_tokens must stand behind the last visual token of each sample of a routed prompt, "
+                f"got {number} visual tokens behind them"
+            )
+        if prompt.right_padded:
+            raise NotImplementedError(
+                "attention_mask must put padding on the left under activated LoRA (alora_invocation_tokens), which "
+                "counts tokens from the end of a row, got padding on the right"
+            )
 
     def _check_cache(self, cache) -> None:
         if cache is None:
