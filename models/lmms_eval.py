@@ -117,6 +117,22 @@ class _Stopped(BaseException):
     """A `generate` that failed; no `Exception`, since lmms-eval's LLaVA goes on with empty answers after those."""
 
 
+class _WithImages:
+    """A processor that is handed the images of the call before where a call brings none."""
+
+    def __init__(self, processor):
+        self._processor = processor
+        self._images = None
+
+    def __call__(self, *args, images=None, **kwargs):
+        if images is not None:
+            self._images = images
+        return self._processor(*args, images=self._images, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self._processor, name)
+
+
 class Routed:
     """What is before one of lmms-eval's classes to make it route.
 
@@ -208,13 +224,18 @@ class Routed:
         return answers
 
     def loglikelihood(self, requests: list) -> list:
-        """As lmms-eval's class has it, unrouted only: the last token, which ranks, is one of the answer here."""
-        if self.routing is not None:
-            raise NotImplementedError(
-                "policy must be none for tasks that ask for likelihoods, where the prompt ends with the answer: ranked "
-                "by it, tokens are chosen with the answer known"
-            )
-        return super().loglikelihood(requests)
+        """As lmms-eval's class has it, where it does: its labels tell where the answer begins, before which ranks.
+
+        lmms-eval 0.7.3 counts the tokens of LLaVA's context without its images, which would have labels begin inside of
+        them, and which transformers refuses by now. Here they are counted.
+        """
+        if self.wrapped != "llava_hf":
+            return super().loglikelihood(requests)
+        processor, self._image_processor = self._image_processor, _WithImages(self._image_processor)
+        try:
+            return super().loglikelihood(requests)
+        finally:
+            self._image_processor = processor
 
     def clean(self) -> None:
         """Take the routing off the model, then as in lmms-eval."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 import json
 import os
@@ -37,6 +38,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from bench.grounding.lmms_eval_task.__main__ import TASK, write_task
 from reroute_kernels.models import lmms_eval as plugin
+from reroute_kernels.models.adapter import CACHE_NAMES, cache_of
 
 ROOT = Path(__file__).parents[2]
 SCENES = 12
@@ -202,6 +204,54 @@ def test_command_line(tiny, task, tmp_path):
     assert set(json.loads(results.read_text())["results"][TASK]) >= {"acc@0.5,none", "iou,none"}
 
 
+# Likelihoods
+
+
+@pytest.mark.parametrize("simple", [False, True], ids=["chat", "simple"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_likelihoods_are_those_of_the_prompt_and_then_the_answer(tiny, policy, simple):
+    answers, image = ("red circle", "blue"), Image.effect_noise((96, 96), 90).convert("RGB")
+    lm = make("reroute_llava_hf", f"pretrained={tiny},dtype=float32,policy={policy}", simple)
+    lm.task_dict = {"task": {"test": [{"answer": answer} for answer in answers]}}
+    requests = [
+        SimpleNamespace(args=("what is large ?", lambda doc: doc["answer"], lambda _: [image], number, "task", "test"))
+        for number in range(len(answers))
+    ]
+    calls, forward = [], lm.model.register_forward_pre_hook(lambda *given: calls.append(given[2]), with_kwargs=True)
+    traces, ends = [], lm.model.register_forward_hook(lambda *_: traces.append(lm.routing and lm.routing.trace))
+    losses = [loss for loss, _ in lm.loglikelihood(requests)]
+    forward.remove()
+    ends.remove()
+    assert len(calls) == len(answers)
+    for inputs, loss, trace, answer in zip(calls, losses, traces, answers, strict=True):
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        start = int((labels[0] != -100).nonzero()[0])
+        assert start > int((ids[0] == lm.config.image_token_id).nonzero()[-1]) + 1
+        assert answer.split()[0] in lm.tokenizer.decode(ids[0, start:])
+        prompt = {"input_ids": ids[:, :start], "attention_mask": torch.ones(1, start, dtype=torch.int64)}
+        with torch.no_grad():
+            first = lm.model(**prompt, pixel_values=inputs["pixel_values"], use_cache=True)
+            if lm.routing is not None:
+                for stage, alone in zip(trace.stages, lm.routing.trace.stages, strict=True):
+                    assert torch.equal(stage.selected[0], alone.selected[0])
+            later = lm.model(input_ids=ids[:, start:], **{first_name(lm.model): cache_of(first)})
+        logits = torch.cat([first.logits[:, -1:], later.logits[:, :-1]], dim=1)
+        expected = torch.nn.functional.cross_entropy(logits[0], ids[0, start:])
+        assert loss == pytest.approx(expected.item(), abs=1e-4)
+
+
+def first_name(model):
+    """What the argument for the cache is called."""
+    return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_types_without_likelihoods_say_so(name):
+    routed = registry.get_model(f"reroute_{name}")
+    with pytest.raises(NotImplementedError, match="Loglikelihood is not implemented"):
+        routed.loglikelihood(object.__new__(routed), [])
+
+
 # Runs that must not pass
 
 
@@ -219,13 +269,6 @@ def test_an_error_in_generate_is_no_empty_answer(tiny, task, policy):
     lm.model.model.vision_tower.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("broken tower")))
     with pytest.raises(ValueError, match="broken tower"):
         evaluate(lm, task)
-
-
-def test_likelihoods_are_refused_under_a_policy(tiny):
-    lm = make("reroute_llava_hf", f"pretrained={tiny},policy=2:0.25")
-    with pytest.raises(NotImplementedError, match="policy must be none for tasks that ask for likelihoods"):
-        lm.loglikelihood([])
-    assert make("reroute_llava_hf", f"pretrained={tiny}").loglikelihood([]) == []
 
 
 @pytest.mark.parametrize(
