@@ -322,6 +322,12 @@ class CallReader:
         _check_causal(prompt.answers.get("unlike_causal", 0))
         if not prompt.has_visual_tokens:
             return None
+        if generation.drafts:
+            raise NotImplementedError(
+                "assistant_model must not be routed for a prompt with images, because transformers hands no image to a "
+                f"model that drafts; got a routed {type(self._adapter.model).__name__}: route the model that it "
+                "assists alone"
+            )
         self._check_packing(arguments, prompt)
         if marks is None:  # else what no reducer has marked is refused
             self._check_features(arguments, prompt)

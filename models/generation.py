@@ -18,6 +18,7 @@ class PromptCall:
     Attributes:
         assisted: whether it lets an assistant guess tokens.
         guessed: tokens at the end of the call that were guessed.
+        drafts: whether it generates the draft tokens of assisted decoding.
         uncut: whether the tokens of the call are those that the caller of `generate` gave, none cut off as cached.
         chunked_ids: (B, L), the whole conversation where it is prefilled in chunks, else None.
         chunk_size: of these, else None.
@@ -25,6 +26,7 @@ class PromptCall:
 
     assisted: bool = False
     guessed: int = 0
+    drafts: bool = False
     uncut: bool = False
     chunked_ids: Tensor | None = None
     chunk_size: int | None = None
@@ -54,13 +56,13 @@ def prompt_call(core: nn.Module) -> PromptCall:
     values = frame.f_locals
     if frame.f_code.co_name == "_assisted_decoding":
         return PromptCall(assisted=True, guessed=values.get("candidate_length", 0))
-    config, ids = values.get("generation_config"), values.get("input_ids")
-    chunk = getattr(config, "prefill_chunk_size", None)
     if frame.f_code.co_name != "_prefill":
         return PromptCall()
+    config, ids = values.get("generation_config"), values.get("input_ids")
+    drafts, chunk = bool(getattr(config, "is_assistant", False)), getattr(config, "prefill_chunk_size", None)
     if chunk is not None and ids.shape[1] > chunk:
-        return PromptCall(chunked_ids=ids, chunk_size=chunk)
-    return PromptCall(uncut=values.get("next_sequence_length", 0) is None)
+        return PromptCall(drafts=drafts, chunked_ids=ids, chunk_size=chunk)
+    return PromptCall(drafts=drafts, uncut=values.get("next_sequence_length", 0) is None)
 
 
 def _generates_with(core: nn.Module, frame: FrameType) -> bool:

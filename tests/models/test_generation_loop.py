@@ -1,5 +1,6 @@
 """Which calls are those of the loop in `generate`: only there are draft tokens and chunks of a prompt looked for."""
 
+import contextlib
 import copy
 import threading
 
@@ -195,3 +196,43 @@ def test_chunks_of_a_model_that_shares_the_decoder(model, inputs, kind):
     ):
         SHARED[kind](model).generate(**inputs, **GREEDY, prefill_chunk_size=length - 5)
     torch._dynamo.reset()
+
+
+# Models that draft
+
+
+def ran_layers(model, call) -> int:
+    """How often the first layer of a decoder runs in a call that is refused, whose message is checked."""
+    ran = []
+    handle = model.model.language_model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        with pytest.raises(NotImplementedError, match="assistant_model must not be routed for a prompt with images"):
+            call()
+    finally:
+        handle.remove()
+    return len(ran)
+
+
+@pytest.mark.parametrize("routed", ["draft", "both", "itself"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+def test_routed_model_that_drafts(model, inputs, prompt, routed, do_sample):
+    """Transformers hands it no image. A prompt of text it drafts as ever."""
+    draft = model if routed == "itself" else copy.deepcopy(model)
+    text, settings = batch([prompt(0, 9, 4, seed=5)]), {**GREEDY, "do_sample": do_sample}
+    torch.manual_seed(0)
+    expected = model.generate(**text, **settings, assistant_model=draft)
+    with contextlib.ExitStack() as stack:
+        for one in {"draft": [draft], "both": [model, draft], "itself": [model]}[routed]:
+            stack.enter_context(rk.apply(one, policy()))
+        assert not ran_layers(draft, lambda: model.generate(**inputs, **settings, assistant_model=draft))
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**text, **settings, assistant_model=draft), expected)
+
+
+def test_model_assisted_by_one_that_is_not_routed(model, inputs):
+    draft = copy.deepcopy(model)
+    with rk.apply(model, policy()) as routing:
+        expected = model.generate(**inputs, **GREEDY)
+        selected, routing.trace = selections(routing.trace), None
+        assert torch.equal(model.generate(**inputs, **GREEDY, assistant_model=draft), expected)
+        assert selections(routing.trace) == selected
