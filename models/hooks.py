@@ -14,7 +14,7 @@ from operator import attrgetter, is_
 import torch
 from torch import Tensor, nn
 
-from ..ops import FLOATING
+from ..checks import FLOATING
 from ..policy import Policy
 from ..routing import Trace, on_device
 from .adapter import Adapter, cache_of, uncompiled

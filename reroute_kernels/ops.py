@@ -1,6 +1,6 @@
-"""The operations: what they accept, what they return, and their gradients.
+"""The operations: what they do, what they return, and their gradients.
 
-Each checks its arguments and makes one registered call, see `library.py`.
+Each makes one registered call, see `library.py`; the backend that runs it checks the tensors, see `checks.py`.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     Args:
         index: (B, M) int64, as from `select_tokens`. Positions outside 0 ... L - 1, such as -1, give rows of zeros; a
             position appears at most once in a row.
-        tensors: each (B, L, ...), of a dtype in `COPYABLE`; strided and expanded views are read in place.
+        tensors: each (B, L, ...), of a dtype in `checks.COPYABLE`; strided and expanded views are read in place.
 
     Returns:
         A tuple of one contiguous (B, M, ...) tensor for each of `tensors`.
@@ -325,7 +325,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     Differentiable in `full` and `compact`: the gradient is a gather.
 
     Args:
-        full: (B, L, ...) of a dtype in `COPYABLE`, written in place; no two elements may share memory.
+        full: (B, L, ...) of a dtype in `checks.COPYABLE`, written in place; no two elements may share memory.
         index: (B, M) int64, as from `select_tokens`. Rows at positions outside 0 ... L - 1, such as -1, are skipped;
             a position appears at most once in a row.
         compact: (B, M, ...), same trailing shape, dtype and device as `full`.

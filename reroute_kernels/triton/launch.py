@@ -21,6 +21,15 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
 
 
+MAX_PROGRAMS = 65_535
+"""Programs along the second and the third axis of a grid."""
+
+
+def parts_of_batch(batch: int) -> list[slice]:
+    """Slices of a batch, each small enough for an axis of a grid that has a program for every sample."""
+    return [slice(start, start + MAX_PROGRAMS) for start in range(0, batch, MAX_PROGRAMS)]
+
+
 # Triton's own functions of these names are meant for kernels: on the host each call of them takes microseconds.
 def cdiv(dividend: int, divisor: int) -> int:
     """Quotient, rounded up."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_ranking
 from ..ref.rank import last_queries
-from .launch import cdiv, next_power_of_2, on_device_of
+from .launch import MAX_PROGRAMS, cdiv, next_power_of_2, on_device_of, parts_of_batch
 
 # Splits of a sequence at most; how many there are, the shape alone decides, never the size of the device.
 MAX_SPLITS = 128
@@ -432,6 +432,20 @@ def rank_tokens(
     check_ranking(query, key, cos, sin, key_mask, query_index, past_key, past_mask)
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
+    if batch > MAX_PROGRAMS:
+        options = {
+            "scale": scale,
+            "query_reduction": query_reduction,
+            "head_reduction": head_reduction,
+            "rotary_style": rotary_style,
+        }
+        tensors = (query, key, cos, sin, key_mask, query_index, past_key, past_mask)
+        return torch.cat(
+            [
+                rank_tokens(*(x if x is None or x.shape[0] == 1 else x[part] for x in tensors), **options)
+                for part in parts_of_batch(batch)
+            ]
+        )
     scores = torch.empty(batch, length, dtype=torch.float32, device=key.device)
     if scores.numel() == 0:
         return scores
@@ -449,6 +463,10 @@ def rank_tokens(
     rest = head_dim - 2 * half
     rows = heads // kv_heads * queries
     blocks = logits_blocks(length, past_length, rows, head_dim)
+    row_blocks = kv_heads * cdiv(rows, blocks["BLOCK_ROWS"])
+    if row_blocks > MAX_PROGRAMS:
+        most = MAX_PROGRAMS // kv_heads * blocks["BLOCK_ROWS"] // (heads // kv_heads)
+        raise ValueError(f"query must have at most {most} queries of {heads} heads for this backend, got {queries}")
     splits = cdiv(length, blocks["SPLIT"]) + cdiv(past_length, blocks["SPLIT"])
 
     def scratch(*last_dim: int) -> Tensor:
@@ -456,7 +474,7 @@ def rank_tokens(
 
     logits, split_max, split_sum = scratch(length), scratch(splits), scratch(splits)
     with on_device_of(key):
-        attention_logits[(splits, kv_heads * cdiv(rows, blocks["BLOCK_ROWS"]), batch)](
+        attention_logits[(splits, row_blocks, batch)](
             query,
             key,
             cos,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_selection
-from .launch import cdiv, next_power_of_2, on_device_of
+from .launch import MAX_PROGRAMS, cdiv, next_power_of_2, on_device_of, parts_of_batch
 
 # Up to this many tokens one program holds a whole sample.
 ONE_PROGRAM_TOKENS = 4096
@@ -287,6 +287,9 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
     """See `reroute_kernels.ops.select_tokens`."""
     check_selection(scores, pool, pinned, keep, length)
     batch, total = scores.shape
+    if batch > MAX_PROGRAMS:
+        parts = parts_of_batch(batch)
+        return torch.cat([select_tokens(scores[s], pool[s], pinned[s], keep[s], length) for s in parts])
     index = torch.empty(batch, length, dtype=torch.int64, device=scores.device)
     if index.numel() == 0:
         return index

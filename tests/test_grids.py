@@ -1,0 +1,58 @@
+"""Grids stay within what a device launches: large batches run in parts, and what would not fit is refused."""
+
+import pytest
+import torch
+
+import reroute_kernels as rk
+from reroute_kernels.triton import launch, rank, select
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """As if a grid held two programs along its second and third axis."""
+    for module in (launch, rank, select):
+        monkeypatch.setattr(module, "MAX_PROGRAMS", 2)
+
+
+def ranking(batch, device, tables=None):
+    return {
+        "query": torch.randn(batch, 1, 4, 16, device=device),
+        "key": torch.randn(batch, 20, 2, 16, device=device),
+        "cos": torch.randn(tables or batch, 20, 8, device=device),
+        "sin": torch.randn(tables or batch, 20, 8, device=device),
+        "key_mask": torch.rand(batch, 20, device=device) < 0.8,
+        "past_key": torch.randn(batch, 7, 2, 16, device=device),
+        "past_mask": torch.rand(batch, 7, device=device) < 0.8,
+    }
+
+
+@pytest.mark.parametrize("tables", [None, 1], ids=["tables", "one-table"])
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_ranking_in_parts(device, few_programs, launches, batch, tables):
+    given = ranking(batch, device, tables)
+    expected = rk.ref.rank_tokens(**given)
+    torch.testing.assert_close(rk.triton.rank_tokens(**given), expected, atol=1e-5, rtol=0)
+    grids = [grid for name, grid in launches if name in ("attention_logits", "reduce_attention")]
+    assert len(grids) == 2 * -(-batch // 2)
+    assert all(size <= 2 for grid in grids for size in grid[1:])
+
+
+@pytest.mark.parametrize("total", [20, 5000], ids=["one-program", "tiles"])
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_selection_in_parts(device, few_programs, launches, batch, total):
+    scores = torch.rand(batch, total, device=device)
+    pinned = torch.rand(batch, total, device=device) < 0.1
+    keep = torch.arange(batch, device=device)
+    given = (scores, ~pinned, pinned, keep, int(pinned.sum(1).max()) + batch)
+    assert torch.equal(rk.triton.select_tokens(*given), rk.ref.select_tokens(*given))
+    assert all(size <= 2 for _, grid in launches for size in grid[1:])
+
+
+def test_too_many_rows_of_queries(device, few_programs, launches):
+    query = torch.randn(1, 40, 4, 16, device=device)
+    key = torch.randn(1, 40, 2, 16, device=device)
+    with pytest.raises(ValueError, match="query must have at most 4 queries of 4 heads for this backend, got 40"):
+        rk.triton.rank_tokens(query, key)
+    assert launches == []
+    rk.triton.rank_tokens(query[:, :4], key)
+    assert launches
