@@ -6,6 +6,7 @@ from torch import nn
 
 from .. import flops  # noqa: F401 (registers what the operations count for)
 from ..policy import Policy
+from ..versions import check_transformers
 from .adapter import Adapter
 from .aya_vision import AyaVisionAdapter
 from .glm4v import Glm4vAdapter, Glm4vMoeAdapter
@@ -65,7 +66,7 @@ def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing
     """Route this model's prompts by a policy, until the handle is removed.
 
     Only this instance changes, through PyTorch's forward hooks; `generate` and plain calls work as before. A call
-    without visual tokens runs untouched.
+    without visual tokens runs untouched. A transformers newer than those that were tested is warned of, once.
 
     Args:
         model: a transformers model of a type in `ADAPTERS`, also wrapped by PEFT, `torch.compile` or
@@ -81,7 +82,8 @@ def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing
         TypeError: an argument has the wrong type.
         ValueError: the model type is not supported, the model is routed already and `replace` is False, or the
             policy does not fit it.
-        NotImplementedError: the model or the policy asks for something that is not supported, which is named.
+        NotImplementedError: the model or the policy asks for something that is not supported, which is named, or
+            transformers is older than all that are.
         AttributeError: this version of transformers builds the model differently, which is named.
     """
     if not isinstance(policy, Policy):
@@ -99,6 +101,7 @@ def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing
         )
     if model_type not in ADAPTERS:
         raise ValueError(f"model must be of a supported type ({', '.join(ADAPTERS)}), got {model_type!r}")
+    check_transformers()
     return Routing(ADAPTERS[model_type](model), policy, replace)
 
 

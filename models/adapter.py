@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
+from ..versions import SUPPORTED
 from .checkpointing import checkpointed
 from .parallel import check_not_sharded
 from .vision import ReducedVision
@@ -148,7 +149,7 @@ class Adapter:
 
         return AttributeError(
             f"cannot route {type(self.model).__name__} of transformers {transformers.__version__}: {how} "
-            "(known to work: transformers 5.4 to 5.24)"
+            f"(known to work: transformers {SUPPORTED['transformers']})"
         )
 
     def _layer_types(self) -> list[str]:
