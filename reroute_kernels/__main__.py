@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -20,7 +18,14 @@ try:
 
     from . import tables
 except ModuleNotFoundError as error:
-    print(f"reroute-kernels: the command line needs {error.name}: pip install 'reroute-kernels[demo]'", file=sys.stderr)
+    if sys.argv[1:2] == ["env"]:  # tells what is missing, so needs nothing that may be
+        from .environment import main as show_environment
+
+        sys.exit(show_environment(sys.argv[2:]))
+    print(
+        f"reroute-kernels: the command line, but for `env`, needs {error.name}: pip install 'reroute-kernels[demo]'",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 from . import notation
@@ -407,26 +412,16 @@ def print_vllm_arguments(
 
 @app.command("env")
 def show_environment(as_json: AsJson = False) -> None:
-    """Tell what is installed and which backend runs where, and try it: a small decision, held against the reference.
+    """Tell what is installed and supported, which backend runs where, and whether that routes a tiny model.
 
     Example: reroute-kernels env
 
-    Exits with 1 where that fails. The decision is made on every CUDA or ROCm device, or on the CPU if there are none.
+    Exits with 1 and the reason where it does not. A small decision is made on every CUDA or ROCm device, or on the CPU
+    if there are none, and held against the reference; then a tiny model of transformers is routed on the first of them.
     """
-    from .environment import try_devices, versions
+    from .environment import report
 
-    devices, forced = try_devices(), os.environ.get("REROUTE_BACKEND") or None
-    if as_json:
-        _print_json({"versions": versions(), "REROUTE_BACKEND": forced, "devices": [asdict(each) for each in devices]})
-    else:
-        console = _console()
-        console.print(tables.versions_table(versions()))
-        console.print(tables.devices_table(devices))
-        console.print(f"REROUTE_BACKEND: {forced or 'not set'}", markup=False, highlight=False)
-    for device in devices:
-        if device.tried and device.error:
-            print(f"reroute-kernels: {device.device}: {device.error}", file=sys.stderr)
-    raise typer.Exit(int(any(device.tried and device.error for device in devices)))
+    raise typer.Exit(report(as_json))
 
 
 @contextmanager

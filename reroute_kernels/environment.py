@@ -1,16 +1,25 @@
-"""What this library finds on a machine, and whether its operations run there."""
+"""What this library finds on a machine, and whether it can route there. Nothing here needs more than torch."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import platform
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 from . import ops, ref
 from .backends import active_backend
 from .notation import first_line
+from .policy import Policy, Stage
+from .versions import SUPPORTED
 
 
 @dataclass
@@ -88,3 +97,135 @@ def check_decision(device: str) -> None:
         raise RuntimeError(f"route_tokens must keep {expected[0].tolist()}, as the reference, got {index[0].tolist()}")
     if not torch.equal(rows.cpu(), expected_rows):
         raise RuntimeError("route_tokens must copy the rows that it keeps, as the reference, got others")
+
+
+def check_model(device: str) -> None:
+    """Route a prompt through a model of transformers: one shaped like the shipped one, with random weights.
+
+    At keep 1.0 its logits must be those of the unrouted model, in the prompt and in the step after it; at 0.25 the
+    decision must keep a quarter of the visual tokens.
+
+    Raises:
+        RuntimeError: that is not so; the errors of `apply`, of the model and of a missing transformers pass through.
+    """
+    from transformers import AutoConfig, LlavaForConditionalGeneration
+
+    from . import models
+
+    config = AutoConfig.from_pretrained(Path(models.__file__).with_name("tiny_grounding"))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config).to(device, torch.float32).eval()
+        size, visual = config.vision_config.image_size, config.image_seq_length
+        pixels = torch.randn(1, 3, size, size)
+    models.apply(model, Policy([Stage(3, 0.25)])).remove()  # names what is built differently, before anything fails
+    tokens = torch.full((1, visual + 8), 5)
+    tokens[:, 4 : visual + 4] = config.image_token_id
+
+    def logits() -> torch.Tensor:
+        answer = model.generate(
+            input_ids=tokens.to(device),
+            attention_mask=torch.ones_like(tokens).to(device),
+            pixel_values=pixels.to(device),
+            max_new_tokens=2,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return torch.stack(answer.logits)
+
+    expected = logits()
+    with models.apply(model, Policy([Stage(3, 1.0), Stage(7, 1.0)])):
+        difference = (logits() - expected).abs().max().item()
+    if not difference < 1e-3:
+        raise RuntimeError(f"logits at keep 1.0 must be those of the unrouted model, got a difference of {difference}")
+    with models.apply(model, Policy([Stage(3, 0.25)])) as routing:
+        logits()
+    kept = None if routing.trace is None else len(routing.trace.stages[0].selected[0])
+    if kept != visual // 4:
+        raise RuntimeError(f"a decision must keep {visual // 4} of {visual} visual tokens, got {kept}")
+
+
+def problems(devices: Sequence[Device]) -> list[str]:
+    """Why this installation cannot route, a line for each reason; none where it can.
+
+    Args:
+        devices: as `try_devices` gives them.
+    """
+    found, needed = versions(), ["python", "torch", "transformers"]
+    if any(device.backend == "triton" for device in devices):
+        needed.append("triton")
+    reasons = [
+        f"{name} must be {SUPPORTED[name].oldest} or later, got {found[name]}"
+        for name in needed
+        if found[name] is not None and SUPPORTED[name].is_older(found[name])
+    ]
+    reasons += [f"{device.device}: {device.error}" for device in devices if device.tried and device.error]
+    if reasons:
+        return reasons  # a model would fail for the same ones
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a version that is newer than the tested ones is shown beside them
+            check_model(next(device.device for device in devices if device.tried))
+    except ModuleNotFoundError as error:
+        return [f"routing a model needs {error.name}: pip install 'reroute-kernels[models]'"]
+    except Exception as error:
+        return [f"routing a model of transformers {found['transformers']}: {first_line(error)}"]
+    return []
+
+
+def report(as_json: bool = False) -> int:
+    """Print what is installed, what is supported, and what came of trying it; why it cannot route goes to stderr.
+
+    Returns:
+        The exit code: 1 where this installation cannot route.
+    """
+    devices, forced = try_devices(), os.environ.get("REROUTE_BACKEND") or None
+    reasons = problems(devices)
+    if as_json:
+        told = {
+            "versions": versions(),
+            "supported": {name: str(supported) for name, supported in SUPPORTED.items()},
+            "REROUTE_BACKEND": forced,
+            "devices": [asdict(device) for device in devices],
+            "problems": reasons,
+        }
+        print(json.dumps(told, indent=2))
+    else:
+        _print_columns([("", "installed", "supported", ""), *map(_version_row, versions().items())])
+        print()
+        _print_columns([("device", "name", "backend", "route_tokens"), *map(_device_row, devices)])
+        print(f"\nREROUTE_BACKEND: {forced or 'not set'}")
+        print("This installation cannot route a model." if reasons else "This installation routes a tiny model.")
+    for reason in reasons:
+        print(f"reroute-kernels: {reason}", file=sys.stderr)
+    return int(bool(reasons))
+
+
+def _version_row(entry: tuple[str, str | None]) -> tuple[str, ...]:
+    name, found = entry
+    supported = SUPPORTED.get(name)
+    remark = ""
+    if supported is not None and found is not None:
+        remark = "too old" if supported.is_older(found) else "newer than tested" if supported.is_newer(found) else ""
+    return name, found or "none", str(supported or ""), remark
+
+
+def _device_row(device: Device) -> tuple[str, ...]:
+    ran = "equals the reference" if device.tried else "not tried"
+    return device.device, device.name, device.backend or "none", device.error or ran
+
+
+def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command `env` where the packages of the command line are missing."""
+    parser = argparse.ArgumentParser("reroute-kernels env", description="Tell what is installed and whether it routes.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    return report(parser.parse_args(arguments).json)

@@ -14,7 +14,6 @@ from .policy import Policy
 from .presets import Preset
 
 if TYPE_CHECKING:
-    from .environment import Device
     from .models.boxes import Box
     from .models.demo import Run, StageShare
     from .models.view import Pane
@@ -168,23 +167,6 @@ def panes_table(panes: Iterable[Pane]) -> Table:
     for pane in panes:
         box = "-" if pane.box is None else ", ".join(f"{edge:.2f}" for edge in pane.box)
         table.add_row(Text(pane.name), pane.policy.action, Text(pane.answer), box)
-    return table
-
-
-def versions_table(versions: dict[str, str | None]) -> Table:
-    """What is installed."""
-    table = Table("", "version")
-    for name, version in versions.items():
-        table.add_row(name, version or "none")
-    return table
-
-
-def devices_table(devices: Iterable[Device]) -> Table:
-    """The devices of this machine, and whether the operations ran there."""
-    table = Table("device", Column("name", overflow="fold"), "backend", Column("route_tokens", overflow="fold"))
-    for device in devices:
-        ran = "not tried" if not device.tried else "equals the reference"
-        table.add_row(device.device, Text(device.name), device.backend or "none", Text(device.error or ran))
     return table
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import typer
 from PIL import Image
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ from reroute_kernels import environment, notation, plot
 from reroute_kernels.__main__ import app
 from reroute_kernels.cost import Decoder, visual_tokens_per_layer
 from reroute_kernels.presets import NUM_LAYERS, ORIGINALS
+from reroute_kernels.versions import SUPPORTED
 from reroute_kernels.vllm import Settings, engine_arguments, serve_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +66,7 @@ def test_the_example_in_the_help_runs(name, tmp_path, monkeypatch):
     assert arguments[0] == name
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert ("--hf-overrides" if name == "vllm-args" else "┃") in result.output
+    assert {"vllm-args": "--hf-overrides", "env": "This installation routes"}.get(name, "┃") in result.output
 
 
 def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
@@ -159,11 +161,10 @@ WITHOUT = "import sys; sys.modules[{!r}] = None; from reroute_kernels.__main__ i
     [
         ("transformers", ["cost", LLAVA, "fastv/192"], 0),
         ("transformers", ["solve", LLAVA, "3", "--avg-tokens", "64"], 0),
-        ("transformers", ["env"], 0),
         ("transformers", ["cost", str(ROOT)], 2),
         ("matplotlib", ["cost", LLAVA, "fastv/192"], 0),
         ("matplotlib", ["cost", LLAVA, "--plot", "cost.png"], 2),
-        ("typer", ["env"], 2),
+        ("typer", ["cost", LLAVA, "fastv/192"], 2),
     ],
     ids=lambda value: "-".join(value[:1] + value[2:3]) if isinstance(value, list) else str(value),
 )
@@ -301,9 +302,43 @@ def test_picture_is_written(suffix, tmp_path):
     assert answer("cost", LLAVA, "fastv/192", "--plot", picture)
 
 
+EXTRAS = ("typer", "rich", "PIL", "matplotlib", "sklearn", "accelerate")
+WITHOUT_ANY = (
+    "import sys; sys.modules.update(dict.fromkeys({!r})); sys.argv[1:] = {!r};"
+    "from reroute_kernels.__main__ import main; main()"
+)
+
+
+@pytest.mark.parametrize("with_transformers", [True, False], ids=["transformers", "no-transformers"])
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_env_needs_no_extra(options, with_transformers, tmp_path):
+    missing = EXTRAS if with_transformers else (*EXTRAS, "transformers")
+    code = WITHOUT_ANY.format(missing, ["env", *options])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    without = "reroute-kernels: routing a model needs transformers: pip install 'reroute-kernels[models]'\n"
+    assert (result.returncode, result.stderr) == ((0, "") if with_transformers else (1, without))
+    if options:
+        told = json.loads(result.stdout)
+        assert told["supported"] == {name: str(supported) for name, supported in SUPPORTED.items()}
+        assert len(told["problems"]) == (not with_transformers)
+    else:
+        table = [re.split("  +", line) for line in result.stdout.splitlines()]
+        for name, supported in SUPPORTED.items():
+            (row,) = (row for row in table if row[0] == name)
+            assert row[2] == str(supported)
+        assert f"This installation {'routes' if with_transformers else 'cannot route'}" in result.stdout
+
+
+def test_help_of_env_needs_no_extra(tmp_path):
+    code = WITHOUT_ANY.format(EXTRAS, ["env", "--help"])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (result.returncode, result.stdout.split()[:3]) == (0, ["usage:", "reroute-kernels", "env"])
+
+
 def test_env_tells_what_was_tried():
     told = answer("env")
     assert told["versions"]["torch"] == torch.__version__
+    assert told["problems"] == []
     assert told["versions"]["reroute-kernels"] == rk.__version__
     cpu, *others = told["devices"]
     assert len(others) == torch.cuda.device_count()
@@ -317,6 +352,7 @@ def test_env_really_calls_the_operation(monkeypatch):
     monkeypatch.setattr(
         rk.ops, "route_tokens", lambda *args, **kwargs: calls.append(1) or route_tokens(*args, **kwargs)
     )
+    monkeypatch.setattr(environment, "check_model", lambda device: None)
     assert run("env").exit_code == 0
     assert len(calls) == max(1, torch.cuda.device_count())
 
@@ -363,6 +399,81 @@ def test_env_where_the_forced_backend_cannot_run(monkeypatch):
     told = json.loads(result.stdout)
     assert told["REROUTE_BACKEND"] == "cuda"
     assert {device["backend"] for device in told["devices"]} == {None}
+
+
+@pytest.mark.parametrize(("package", "version"), [("transformers", "4.57.6"), ("torch", "2.9.1"), ("python", "3.9.2")])
+def test_env_where_something_is_too_old(package, version, monkeypatch):
+    found = environment.versions() | {package: version}
+    monkeypatch.setattr(environment, "versions", lambda: found)
+    result = run("env")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"reroute-kernels: {package} must be {SUPPORTED[package].oldest} or later, got {version}\n"
+    )
+    assert re.search(rf"^{package} .*too old$", result.stdout, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("backend", "code"), [("triton", 1), ("ref", 0)])
+def test_env_where_triton_is_too_old(backend, code, monkeypatch):
+    """It matters where it would run."""
+    found = environment.versions() | {"triton": "3.2.0"}
+    monkeypatch.setattr(environment, "versions", lambda: found)
+    monkeypatch.setattr(environment, "active_backend", lambda device: backend)
+    result = run("env")
+    assert result.exit_code == code
+    assert ("triton must be 3.6 or later, got 3.2.0" in result.stderr) == bool(code)
+
+
+def test_env_where_a_version_is_newer_than_the_tested_ones(monkeypatch):
+    found = environment.versions() | {"transformers": "7.0.0"}
+    monkeypatch.setattr(environment, "versions", lambda: found)
+    monkeypatch.setattr("transformers.__version__", "7.0.0")
+    result = run("env")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.search(r"^transformers +7\.0\.0 .*newer than tested$", result.stdout, flags=re.MULTILINE)
+
+
+def no_argument(self, hidden_states, position_embeddings, renamed=None, **others):
+    raise AssertionError("not called")
+
+
+def broken_module(self, *arguments, **keywords):
+    raise RuntimeError("Could not import module\nlong explanation")
+
+
+@pytest.mark.parametrize(
+    ("target", "value", "message"),
+    [
+        ("models.llama.modeling_llama.LlamaDecoderLayer.forward", no_argument, "LlamaDecoderLayer.forward has no argu"),
+        ("LlavaForConditionalGeneration.__init__", broken_module, "Could not import module$"),
+    ],
+    ids=["built-differently", "broken"],
+)
+def test_env_where_a_model_cannot_be_routed(target, value, message, monkeypatch):
+    monkeypatch.setattr(f"transformers.{target}", value)
+    result = run("env", "--json")
+    assert result.exit_code == 1
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert result.stderr == f"reroute-kernels: {problem}\n"
+    assert re.search(message, problem)
+    assert transformers.__version__ in problem
+
+
+@pytest.mark.parametrize("fault", ["unrouted", "wrong"])
+def test_env_where_routing_does_not_do_what_it_should(fault, monkeypatch):
+    """Hooks that are never called, and a layer that is handed something else."""
+    from reroute_kernels.models.hooks import Routing
+
+    if fault == "unrouted":
+        monkeypatch.setattr(Routing, "_install", lambda self: None)
+        expected = "a decision must keep 36 of 144 visual tokens, got None"
+    else:
+        decide = Routing._decide
+        monkeypatch.setattr(Routing, "_decide", lambda *arguments: decide(*arguments) * 1.1)
+        expected = "logits at keep 1.0 must be those of the unrouted model, got a difference of "
+    result = run("env")
+    assert result.exit_code == 1
+    assert expected in result.stderr
 
 
 @pytest.mark.parametrize(
