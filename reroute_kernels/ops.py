@@ -11,8 +11,9 @@ from operator import index as as_integer
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import library  # noqa: F401 (registers the operations)
+from . import library, ref  # noqa: F401 (the first registers the operations)
 from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
 
 
@@ -182,6 +183,20 @@ def _expect_tensors(tensors: Sequence[object]) -> None:
         expect_tensor(f"tensors[{i}]", tensor)
 
 
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _differentiated_by_torch() -> bool:
+    """Whether derivatives are those of PyTorch's own operators: forward mode, and the transforms of `torch.func`.
+
+    They do not look into a registered operation; the reference is made of operators that have all derivatives.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, index, *tensors):
@@ -204,7 +219,8 @@ class _Gather(torch.autograd.Function):
 def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Compact any number of per-token tensors to the rows of a kept index, in one launch.
 
-    Differentiable in the tensors: the gradient is a scatter.
+    Differentiable in the tensors: the gradient is a scatter. In forward mode, and under transforms of `torch.func`, the
+    reference runs.
 
     Args:
         index: (B, M) int64, as from `select_tokens`. Positions outside 0 ... L - 1, such as -1, give rows of zeros; a
@@ -222,7 +238,9 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     if not tensors:
         raise ValueError("tensors must hold at least one tensor, got none")
     _expect_tensors(tensors)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if _differentiated_by_torch():
+        return ref.gather_tokens(index, *tensors)
+    if _needs_gradient(*tensors):
         return _Gather.apply(index, *tensors)
     return tuple(torch.ops.reroute_kernels.gather_tokens(index, tensors))
 
@@ -290,12 +308,12 @@ def route_tokens(
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
     _expect_tensors(tensors)
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    gathers_later = len(tensors) > 0 and (_differentiated_by_torch() or _needs_gradient(*tensors))
     with torch.no_grad():
         index, compact, scores = torch.ops.reroute_kernels.route_tokens(
-            *ranking, pool, pinned, keep, length, () if needs_gradient else tensors
+            *ranking, pool, pinned, keep, length, () if gathers_later else tensors
         )
-    result = index, _Gather.apply(index, *tensors) if needs_gradient else tuple(compact)
+    result = index, gather_tokens(index, *tensors) if gathers_later else tuple(compact)
     return (*result, scores) if return_scores else result
 
 
@@ -322,7 +340,8 @@ class _Scatter(torch.autograd.Function):
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     """Write compact rows back to their places in the full sequence, in place.
 
-    Differentiable in `full` and `compact`: the gradient is a gather.
+    Differentiable in `full` and `compact`: the gradient is a gather. In forward mode, and under transforms of
+    `torch.func`, the reference runs.
 
     Args:
         full: (B, L, ...) of a dtype in `checks.COPYABLE`, written in place; no two elements may share memory.
@@ -341,7 +360,9 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
         expect_tensor(name, tensor)
     if not torch.compiler.is_compiling() and full.is_neg():
         raise ValueError("full must not be a lazily negated view, got one: write to a copy of it")
-    if torch.is_grad_enabled() and (full.requires_grad or compact.requires_grad):
+    if _differentiated_by_torch():
+        return ref.scatter_tokens_(full, index, compact)
+    if _needs_gradient(full, compact):
         return _Scatter.apply(full, index, compact)
     torch.ops.reroute_kernels.scatter_tokens_(full, index, compact)
     return full

@@ -440,6 +440,73 @@ def test_scatter_gradient(device, doubles, backend):
     assert torch.autograd.gradcheck(scatter_into_part, (doubles(2, 6, 3), doubles(2, 3, 3)))
 
 
+def test_forward_mode(device, doubles, backend):
+    """Dual tensors, against finite differences; a tangent that vanished would be 0."""
+    index = torch.tensor(INDEX, device=device)
+
+    def scatter(full, compact):
+        return rk.ops.scatter_tokens_(full.clone(), index, compact)
+
+    check = partial(torch.autograd.gradcheck, check_forward_ad=True, check_backward_ad=False)
+    assert check(lambda *tensors: rk.ops.gather_tokens(index, *tensors), (doubles(2, 5, 3), doubles(2, 5, 2, 2)))
+    assert check(scatter, (doubles(2, 5, 3), doubles(2, 3, 3)))
+    assert check(scatter, (doubles(2, 5, 3), doubles(2, 3, 3).detach()))
+    assert check(scatter, (doubles(2, 5, 3).detach(), doubles(2, 3, 3)))
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "linearize": lambda f, x: torch.func.linearize(f, x)[1](torch.ones_like(x)),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
+    "grad": lambda f, x: torch.func.grad(lambda x: (f(x) ** 3).sum())(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda x: (f(x) ** 3).sum())(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["gather", "scatter", "scatter into a constant", "route"])
+def test_transforms(device, doubles, arguments, backend, transform, name):
+    """Each gives what it gives of the same function in PyTorch's own operators."""
+    index = torch.tensor(INDEX, device=device)
+    sample = torch.tensor([[0], [1]], device=device)
+    real = (index >= 0) & (index < 5)
+    route = {key: value for key, value in arguments["route_tokens"].items() if key != "tensors"}
+
+    def written(x):
+        rows = torch.zeros(2, 7, 3, dtype=x.dtype, device=device)  # two rows that are cut off take what is no token
+        whole = torch.cat([x[:, :5], rows[:, :2]], dim=1)
+        return whole.index_put((sample, torch.where(real, index, 6)), x[:, :3] * 2)[:, :5]
+
+    calls = {
+        "gather": (
+            lambda x: rk.ops.gather_tokens(index, x)[0],
+            lambda x: x[sample, index.clamp(0, 4)] * real[:, :, None],
+        ),
+        "scatter": (lambda x: rk.ops.scatter_tokens_(x[:, :5].clone(), index, x[:, :3] * 2), written),
+        "scatter into a constant": (
+            lambda x: rk.ops.scatter_tokens_(torch.zeros_like(x), index, x[:, :3]),
+            lambda x: (
+                written(torch.cat([x[:, :3] / 2, x[:, 3:] * 0], dim=1))
+                * real.any(dim=1)[:, None, None]
+                * torch.zeros(2, 5, device=device).index_put((sample, index.clamp(0, 4)), real.float())[:, :, None]
+            ),
+        ),
+        "route": (
+            lambda x: rk.ops.route_tokens(**route, tensors=(x.repeat(1, 4, 1),))[1][0],
+            lambda x: x.repeat(1, 4, 1)[sample, chosen.clamp(min=0)] * (chosen >= 0)[:, :, None],
+        ),
+    }
+    chosen = rk.ops.route_tokens(**route)[0]
+    function, expected = calls[name]
+    x = doubles(2, 5, 3).detach()
+    actual, wanted = (TRANSFORMS[transform](each, x) for each in (function, expected))
+    assert wanted.abs().sum() > 0
+    torch.testing.assert_close(actual, wanted, atol=1e-12, rtol=0)
+
+
 def test_gather_and_scatter_are_each_others_gradient(device, doubles, backend):
     index = torch.tensor(INDEX, device=device)
     full, compact = doubles(2, 5, 3), doubles(2, 3, 3)
