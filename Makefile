@@ -5,11 +5,15 @@ SEED ?= 0
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,rank select gather scatter route ops memory work fuzz backends))
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,rank select gather scatter route ops memory checks grids work fuzz backends))
 
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
 
-.PHONY: help browser test test-oldest test-lmms-eval test-vllm test-matrix test-triton fuzz compile-matrix gpu-report demo bench \
+NEWEST := transformers accelerate peft tokenizers safetensors huggingface_hub
+NEWEST_TESTS := $(addprefix tests/models/test_,$(addsuffix .py,golden families generate generation_loop invariants packed))
+
+.PHONY: help browser test test-oldest test-newest test-install test-lmms-eval test-vllm test-matrix test-triton fuzz \
+  compile-matrix gpu-report demo bench \
   bench-vllm grounding train scenes lint format clean
 
 help:  ## list the targets
@@ -21,14 +25,32 @@ test: .venv/ready lint  ## check the style and run the tests
 test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest supported transformers
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) tests/models
 
+test-newest: .venv/ready  ## run part of the adapters' tests under the newest transformers and its companions, whatever they are
+	rm -rf .venv-newest
+	$(PYTHON) -m venv --without-pip .venv-newest
+	$(call find_packages_of_venv,.venv-newest)
+	$(BIN)/python -m pip --python .venv-newest/bin/python install -q --disable-pip-version-check --upgrade \
+	  -c requirements/torch.txt $(NEWEST)
+	$(BIN)/python -m pip --python .venv-newest/bin/python install -q --disable-pip-version-check --no-deps \
+	  --no-build-isolation -e .
+	.venv-newest/bin/python tests/newer_versions.py requirements/dev.txt $(NEWEST)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -q -rf $(PARALLEL:loadfile=load) $(NEWEST_TESTS)
+
+test-install:  ## install the package as a user does, with nothing pinned but torch, and run the README's example
+	rm -rf .venv-install
+	$(PYTHON) -m venv .venv-install
+	.venv-install/bin/python -m pip install -q --disable-pip-version-check -r requirements/torch.txt
+	.venv-install/bin/python -m pip install -q --disable-pip-version-check ".[models]"
+	.venv-install/bin/python -I tests/installed_example.py README.md
+
 test-lmms-eval: .venv-lmms-eval/ready  ## run the tests of the model types for lmms-eval
 	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest -q tests/models/test_lmms_eval.py tests/models/test_boxes.py
 
 test-vllm: .venv-vllm/ready  ## run the tests of routing inside vLLM, on its CPU build
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q $(PARALLEL:loadfile=load) tests/vllm
 
-test-matrix: .venv-oldest/ready .venv-middle/ready .venv/ready  ## call every model in every way under three transformers; rewrites docs/models.md
-	@set -e; for environment in .venv-oldest .venv-middle .venv; do \
+test-matrix: .venv-oldest/ready .venv-middle/ready .venv-previous/ready .venv/ready  ## call every model in every way under four transformers; rewrites docs/models.md
+	@set -e; for environment in .venv-oldest .venv-middle .venv-previous .venv; do \
 	  OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -q $(PARALLEL:loadfile=load) \
 	    --support-record=bench/results/models tests/models; \
 	done
@@ -99,24 +121,28 @@ format: .venv/ready  ## format the code
 	$(BIN)/ruff format -q .
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-lmms-eval .venv-middle .venv-oldest .venv-vllm .triton build *.egg-info .benchmarks
+	rm -rf .venv .venv-install .venv-lmms-eval .venv-middle .venv-newest .venv-oldest .venv-previous .venv-vllm .triton build *.egg-info .benchmarks
 
 .venv/ready: requirements/dev.txt requirements/constraints.txt pyproject.toml
 .venv-middle/ready: requirements/middle.txt requirements/constraints.txt pyproject.toml
 .venv-oldest/ready: requirements/oldest.txt requirements/constraints.txt pyproject.toml
-.venv/ready .venv-middle/ready .venv-oldest/ready:
+.venv-previous/ready: requirements/previous.txt requirements/constraints.txt pyproject.toml
+.venv/ready .venv-middle/ready .venv-oldest/ready .venv-previous/ready:
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 # On top of .venv, whose packages they find behind their own: nothing is installed twice.
+define find_packages_of_venv
+$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+endef
 .venv-lmms-eval/ready: requirements/lmms_eval.txt
 .venv-vllm/ready: requirements/vllm.txt tests/vllm/prepare_environment.py tests/vllm/torchvision_schemas.py
 .venv-lmms-eval/ready .venv-vllm/ready: .venv/ready
 	$(PYTHON) -m venv --clear --without-pip $(@D)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	  > $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(call find_packages_of_venv,$(@D))
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \
 	  -r $(filter requirements/%,$^)
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \

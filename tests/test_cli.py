@@ -465,7 +465,11 @@ def test_env_where_routing_does_not_do_what_it_should(fault, monkeypatch):
     from reroute_kernels.models.hooks import Routing
 
     if fault == "unrouted":
-        monkeypatch.setattr(Routing, "_install", lambda self: None)
+
+        def install(self):
+            self._handles.append(self._adapter.core.register_forward_hook(lambda *_: None))
+
+        monkeypatch.setattr(Routing, "_install", install)
         expected = "a decision must keep 36 of 144 visual tokens, got None"
     else:
         decide = Routing._decide
