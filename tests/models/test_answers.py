@@ -382,3 +382,23 @@ def test_one_transfer_with_labels(monkeypatch):
     unrouted = run()
     with rk.apply(case.model, policy_of(case)):
         assert run() == unrouted + 1
+
+
+@torch.no_grad()
+def test_labels_of_a_compiled_model():
+    case = load("llava")
+    (pair,) = samples(case)[:1]
+    inputs = case.batch([joined(*pair)])
+    labels = inputs["input_ids"].clone()
+    labels[:, : -len(pair[1])] = -100
+    try:
+        with rk.apply(case.model, policy_of(case)) as routing:
+            expected = case.model(**inputs, labels=labels).loss
+            chosen = selections(routing.trace)
+            compiled = torch.compile(case.model, backend="eager")
+            assert (compiled(**inputs, labels=labels).loss - expected).abs() <= 1e-4
+            assert selections(routing.trace) == chosen
+            compiled(**inputs)
+            assert selections(routing.trace) != chosen
+    finally:
+        torch._dynamo.reset()
