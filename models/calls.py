@@ -254,6 +254,9 @@ class CallReader:
             tokens = arguments.get("inputs_embeds")
         if tokens is None:
             return None  # the model says what is missing
+        if cache is not None and not hasattr(cache, "get_seq_length"):
+            self._check_paged(cache, arguments)
+            return None
         held = _cached_tokens(cache, [0])[0] if cache is not None else 0
         generation = PromptCall()
         if held == 0 or tokens.shape[1] > 1:
@@ -270,6 +273,21 @@ class CallReader:
                     f"{sorted(lengths)} cached tokens"
                 )
         return self._prompt(cache, arguments, None, generation, marks)
+
+    def _check_paged(self, cache, arguments: dict) -> None:
+        """Refuse images in a batch of requests that share the pages of a cache."""
+        visual = self._visual_tokens(arguments)
+        if visual.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise NotImplementedError(
+                "use_cuda_graph must be False for continuous batching on a routed model, because a graph hides whether "
+                "later requests bring images; got it on"
+            )
+        if count := int(visual.sum()):
+            raise NotImplementedError(
+                "inputs must be text in continuous batching (generate_batch, init_continuous_batching, transformers "
+                f"serve) on a routed model, because transformers takes no images there; got {count} visual tokens and "
+                f"a {type(cache).__name__}"
+            )
 
     def _check_chunks(self, generation: PromptCall, held: int) -> None:
         ids = generation.chunked_ids
