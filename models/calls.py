@@ -634,8 +634,9 @@ def _shape(value: object) -> object:
 def _cached_tokens(cache, layers: list[int]) -> list[int]:
     """How many tokens layers have cached; a cache of fixed size keeps that on its device, read in one transfer."""
     lengths = [cache.get_seq_length(layer) for layer in layers]
-    if any(isinstance(length, Tensor) for length in lengths):
-        return torch.stack([torch.as_tensor(length).reshape(()) for length in lengths]).tolist()
+    device = next((length.device for length in lengths if isinstance(length, Tensor)), None)
+    if device is not None:
+        return torch.stack([torch.as_tensor(length, device=device).reshape(()) for length in lengths]).tolist()
     return lengths
 
 

@@ -264,7 +264,7 @@ def seen_picture(config, processor, inputs, image):
             f"model must see the image as one grid of visual tokens, got one that cuts it into {len(pixels)}"
         )
     settings = processor.image_processor
-    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (settings.image_mean, settings.image_std))
     pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     patch = config.vision_config.patch_size
     return Image.fromarray(pixels.permute(1, 2, 0).numpy()), (pixels.shape[1] // patch, pixels.shape[2] // patch)
@@ -274,7 +274,7 @@ def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]
     """Run the prompt unrouted, with removal and rerouted; prefills are timed in turn, so that all share the noise."""
     model, inputs = subject.model, subject.inputs
     runs = [Run("unrouted", None), Run("remove", subject.policies[0]), Run("reroute", subject.policies[1])]
-    visual = int(torch.isin(inputs["input_ids"], torch.tensor(visual_token_ids(model.config)).to(model.device)).sum())
+    visual = len(subject.visual_positions())
     text = inputs["input_ids"].shape[1] - visual
     times: dict[str, list[float]] = {run.name: [] for run in runs}
     for repeat in range(repeats + 1):

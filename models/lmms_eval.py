@@ -173,7 +173,7 @@ class Routed:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (self.wrapped == "llava_hf" or device == "cpu"):
             arguments.setdefault("device_map", device)
         super().__init__(pretrained=pretrained, **arguments)
-        self._visual_ids = torch.tensor(visual_token_ids(config))
+        self._visual_ids = torch.tensor(visual_token_ids(config), device="cpu")
         self._num_layers = config.get_text_config().num_hidden_layers
         self._boxes, self._sizes = boxes, []
         self.prompts, self._visual, self._ran = 0, 0, 0.0

@@ -128,7 +128,7 @@ class ReducedVision(ABC):
     def _mark(self, like: Tensor) -> Tensor:
         """(d,), infinities with the signs of the bits of the routing's number."""
         bits = torch.arange(like.shape[-1], device=like.device).clamp(max=_BITS)
-        return torch.where((self._number >> bits) & 1 == 1, math.inf, -math.inf).to(like.dtype)
+        return (((self._number >> bits) & 1) * 2 - 1).to(like.dtype) * math.inf
 
     def _marked(self, features: Tensor, dropped: Tensor) -> Tensor:
         """(..., d) with the mark where (...) says so."""
@@ -348,7 +348,8 @@ class WindowedVision(ReducedVision):
         """(N,) int64: the merged patches in the order of the tower's windows."""
         order, start = [], 0
         for frames, height, width in grids:
-            frame, row, column = torch.meshgrid(*map(torch.arange, (frames, height, width)), indexing="ij")
+            sides = [torch.arange(size, device="cpu") for size in (frames, height, width)]
+            frame, row, column = torch.meshgrid(*sides, indexing="ij")
             across, down = -(-width // self._window), -(-height // self._window)
             window = (frame * down + row // self._window) * across + column // self._window
             order.append(start + window.flatten().argsort(stable=True))

@@ -354,7 +354,7 @@ def _demonstration(device: str, dtype: str) -> Iterator[ModuleType]:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise demonstration.DemoError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
         try:
-            torch.empty(0, device=device)
+            torch.empty(0, dtype=torch.int64, device=device)
         except (RuntimeError, AssertionError) as error:
             message = demonstration.first_line(error)
             raise demonstration.DemoError(f"device must be one of this machine's, got {device!r}: {message}") from None

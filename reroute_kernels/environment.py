@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import ops, ref
 from .backends import active_backend
@@ -82,12 +83,15 @@ def check_decision(device: str) -> None:
     Raises:
         RuntimeError: they differ; the errors of the operation pass through.
     """
-    generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(1, tokens, heads, 32, generator=generator) for tokens, heads in ((1, 4), (48, 2)))
-    hidden = torch.randn(1, 48, 16, generator=generator)
-    pool = torch.zeros(1, 48, dtype=torch.bool)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    query, key, hidden = drawn(1, 1, 4, 32), drawn(1, 48, 2, 32), drawn(1, 48, 16)
+    pool = torch.zeros(1, 48, dtype=torch.bool, device="cpu")
     pool[:, 4:40] = True
-    keep, length = torch.tensor([9]), 48 - 36 + 9
+    keep, length = torch.tensor([9], device="cpu"), 48 - 36 + 9
     expected, (expected_rows,) = ref.route_tokens(
         query, key, pool=pool, pinned=~pool, keep=keep, length=length, tensors=(hidden,)
     )

@@ -256,7 +256,7 @@ class RoutedForward:
         if source.kept is not None:
             carried += (source.kept,)
         if reduces:
-            ranked = torch.zeros(hidden.shape[:2], device=hidden.device)
+            ranked = torch.zeros(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
         elif self._scores is not None:
             ranked, self._scores = on_device(hidden.device, self._scores), None
         else:

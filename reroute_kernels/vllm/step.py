@@ -31,7 +31,7 @@ class RoutedStep:
         self._forwards: dict[int, RoutedForward] = {}
         for number, (share, stretches) in enumerate(zip(shares, visual, strict=True)):
             if share.starts and share.is_routed:
-                mask = torch.zeros(1, share.scheduled, dtype=torch.bool)
+                mask = torch.zeros(1, share.scheduled, dtype=torch.bool, device="cpu")
                 for first, last in stretches:
                     mask[0, first : last + 1] = True
                 # What was generated before a preemption runs again and does not rank, like the guesses of a draft.

@@ -113,7 +113,7 @@ class RoutedRunner:
         requests, rows = (torch.from_numpy(each).to(self.device) for each in (layout.requests, layout.rows))
         size = table.block_size
         slots = blocks[requests, rows // size].long() * size + rows % size
-        starts = torch.zeros(len(shares) + 1, dtype=torch.int32)
+        starts = torch.zeros(len(shares) + 1, dtype=torch.int32, device="cpu")
         starts[1:] = torch.from_numpy(layout.query_lens).cumsum(0)
         seq_lens = torch.from_numpy(layout.seq_lens).int()
         return CommonAttentionMetadata(
@@ -128,7 +128,7 @@ class RoutedRunner:
             block_table_tensor=blocks,
             slot_mapping=slots,
             causal=True,
-            is_prefilling=torch.tensor([share.computed < share.prompt for share in shares]),
+            is_prefilling=torch.tensor([share.computed < share.prompt for share in shares], device="cpu"),
         )
 
 
