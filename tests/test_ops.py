@@ -575,3 +575,23 @@ def test_scores_are_float32_under_autocast(arguments, device):
     expected = rk.ops.rank_tokens(**arguments["rank_tokens"])
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert torch.equal(rk.ops.rank_tokens(**arguments["rank_tokens"]), expected)
+
+
+def test_lazily_negated_views_are_read_as_they_are(device, operations):
+    """Their memory holds the other sign."""
+    operations = getattr(rk, operations)
+    values = torch.view_as_complex(torch.randn(2, 20, 16, 2, device=device)).conj().imag
+    assert values.is_neg()
+    index = torch.tensor([[0, 4, 19], [2, 3, -1]], device=device)
+    (compact,) = operations.gather_tokens(index, values)
+    assert torch.equal(compact, rk.ref.gather_tokens(index, values.resolve_neg())[0])
+    full = torch.zeros(2, 20, 16, device=device)
+    operations.scatter_tokens_(full, index, values[:, :3])
+    assert torch.equal(full, rk.ref.scatter_tokens_(torch.zeros_like(full), index, values[:, :3].resolve_neg()))
+    scores, flags = values[..., 0], torch.ones(2, 20, dtype=torch.bool, device=device)
+    selection = {"pool": flags, "pinned": ~flags, "keep": torch.tensor([3, 4], device=device), "length": 4}
+    expected = rk.ref.select_tokens(scores.resolve_neg(), **selection)
+    assert torch.equal(operations.select_tokens(scores, **selection), expected)
+    query, key = values[:, None, :2], torch.randn(2, 20, 2, 16, device=device)
+    scores = operations.rank_tokens(query, key)
+    torch.testing.assert_close(scores, rk.ref.rank_tokens(query.resolve_neg(), key), atol=1e-5, rtol=0)

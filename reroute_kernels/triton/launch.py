@@ -16,7 +16,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """View (B, L, ...) as (B, L, W) with unit stride along W; copies only where the inner layout forces it."""
+    """View (B, L, ...) as (B, L, W) with unit stride along W; copies only where the inner layout forces it.
+
+    A lazily negated view is copied, too: its memory holds the other sign.
+    """
+    tensor = tensor.resolve_neg()
     rows = tensor.flatten(2) if tensor.ndim > 2 else tensor[:, :, None]
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
 

@@ -455,10 +455,7 @@ def rank_tokens(
         past_key = past_mask = None
     past_length = 0 if past_key is None else past_key.shape[1]
 
-    # The kernels walk unit strides along channels.
-    query, key, past_key, cos, sin = (
-        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, past_key, cos, sin)
-    )
+    query, key, past_key, cos, sin = (x if x is None else _as_read(x) for x in (query, key, past_key, cos, sin))
     half = 0 if cos is None else cos.shape[-1] // 2
     rest = head_dim - 2 * half
     rows = heads // kv_heads * queries
@@ -526,6 +523,12 @@ def rank_tokens(
             num_warps=4,
         )
     return scores
+
+
+def _as_read(tensor: Tensor) -> Tensor:
+    """With unit stride along channels, as the kernels walk them, and without a lazy negation, which they do not see."""
+    tensor = tensor.resolve_neg()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _row_strides(table: Tensor | None) -> tuple[int, int]:

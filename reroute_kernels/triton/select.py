@@ -293,7 +293,7 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
     index = torch.empty(batch, length, dtype=torch.int64, device=scores.device)
     if index.numel() == 0:
         return index
-    keep = keep.contiguous()
+    scores, keep = scores.resolve_neg(), keep.contiguous()  # a kernel sees no lazy negation
     strides = (*scores.stride(), *pool.stride(), *pinned.stride())
     with on_device_of(scores):
         if total <= ONE_PROGRAM_TOKENS:
