@@ -579,7 +579,6 @@ def test_scores_are_float32_under_autocast(arguments, device):
 
 def test_lazily_negated_views_are_read_as_they_are(device, operations):
     """Their memory holds the other sign."""
-    operations = getattr(rk, operations)
     values = torch.view_as_complex(torch.randn(2, 20, 16, 2, device=device)).conj().imag
     assert values.is_neg()
     index = torch.tensor([[0, 4, 19], [2, 3, -1]], device=device)
