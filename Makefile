@@ -63,8 +63,10 @@ browser:  ## install Chromium for the tests of the page, where it is missing, wi
 	elif sudo -n true 2>/dev/null; then sudo apt-get update -qq && sudo apt-get install -y -qq chromium; \
 	else echo "browser: apt needs root; tests that need Chromium are skipped"; fi
 
-fuzz: .venv/ready  ## run 5,000 random cases, kernel against reference; SEED=N begins at another seed
+fuzz: .venv/ready  ## run 5,000 random cases, kernel against reference, and 5,000 calls of models; SEED=N begins at another seed
 	$(BIN)/python -m pytest $(PARALLEL:loadfile=load) tests/test_fuzz.py --fuzz-cases 5000 --fuzz-seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL:loadfile=load) tests/models/test_call_fuzz.py \
+	  --fuzz-cases 2500 --fuzz-seed $(SEED)
 
 test-triton: .venv/ready  ## run the kernels' tests in the interpreter of the newest supported Triton
 	@set -e; version=$(lastword $(TRITONS)); \

@@ -13,7 +13,12 @@ BENCHMARKS = Path(__file__).parent / "bench"
 def pytest_addoption(parser):
     parser.addoption("--compile-record", metavar="FOLDER", help="keep what tests/test_compile.py found out, as JSON")
     parser.addoption("--shard", default="0/1", metavar="I/N", help="run every N-th test, from the I-th on")
-    parser.addoption("--fuzz-cases", type=int, default=150, help="random cases of tests/test_fuzz.py (150)")
+    parser.addoption(
+        "--fuzz-cases",
+        type=int,
+        default=150,
+        help="random cases of tests/test_fuzz.py (150), half of those of tests/models/test_call_fuzz.py",
+    )
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first random case (0)")
     parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
     parser.addoption(

@@ -59,8 +59,8 @@ def rotated(x, cos, sin, interleaved):
     return torch.cat([x * cos[0].float() + turned * sin[0].float(), rest], dim=-1)
 
 
-def attention(decoder, layer, hidden, tables, past_key):
-    """(H, L, L), the whole attention matrix of one sample, at the tokens of this call."""
+def attention(decoder, layer, hidden, tables, past_key, past_seen):
+    """(H, L, L), the whole attention matrix of one sample, at the tokens of this call; past_seen: (P,) bool."""
     attention, states, kind = layer.self_attn, layer.input_layernorm(hidden), decoder.config.model_type
     length = hidden.shape[1]
     query, key = (projected(attention, name, states, kind.startswith("qwen3_5")) for name in "qk")
@@ -76,6 +76,8 @@ def attention(decoder, layer, hidden, tables, past_key):
     logits = query @ key.transpose(1, 2) / attention.head_dim**0.5
     past = key.shape[1] - length
     causal = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    if past_key is not None:
+        causal[:, :past] &= past_seen
     return logits.masked_fill(~causal, -torch.inf).softmax(dim=-1)[:, :, past:]
 
 
@@ -94,7 +96,7 @@ def murmur(number):
     return number ^ number >> 16
 
 
-def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key):
+def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key, past_seen):
     """What a ranking gives the places in the sequence `hidden` that are in `pool`, of which `count` will be chosen."""
     if isinstance(ranking, Uniform):
         taken = {pool[-(-number * len(pool) // count) - 1] for number in range(1, count + 1)}
@@ -106,7 +108,7 @@ def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables,
         states = layer.input_layernorm(hidden)
         scores = -projected(layer.self_attn, "k", states, False).norm(dim=-1).mean(dim=0)
     else:
-        rows = attention(decoder, layer, hidden, tables, past_key)
+        rows = attention(decoder, layer, hidden, tables, past_key, past_seen)
         asking = text if isinstance(ranking, AllText) else slice(-ranking.queries, None)
         scores = reduced(rows[:, asking], ranking)
     return {place: float(scores[place]) for place in pool}
@@ -130,10 +132,13 @@ class SlowWay:
         # Of the latest routed prompt: positions in the conversation, and candidates' scores by place in the prompt.
         self.selected: list[list[int]] = []
         self.scores: list[dict[int, float]] = []
+        # Positions in the conversation that the masks of calls hide from now on.
+        self.hidden = torch.empty(0, dtype=torch.int64)
 
     def __enter__(self):
         self.handle = self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.positions = {}  # of what each layer has cached, by cache
+        self.ends = {}  # of conversations, by cache
         for number, layer in enumerate(self.decoder.layers):
             layer.forward = self._around(number, layer, layer.forward)
         return self
@@ -155,10 +160,15 @@ class SlowWay:
         filled = cache is not None and int(cache.get_seq_length()) > 0
         features = any(kwargs.get(name) is not None for name in FEATURES)
         self.routes = bool(visual.any()) and (not filled or features)
-        self.past = int(cache.get_seq_length()) if filled else 0
-        self.current = visual.nonzero().flatten().tolist()
+        # The first layer may have cached less than the conversation.
+        self.past = max(int(cache.get_seq_length()), self.ends.get(id(cache), 0)) if filled else 0
+        if cache is not None:
+            tokens = ids if ids is not None else kwargs["inputs_embeds"]
+            self.ends[id(cache)] = self.past + tokens.shape[1]
+        # The next token is predicted from the last one, so it runs whatever it is.
+        self.current = visual[:-1].nonzero().flatten().tolist()
         if self.routes:
-            self.total = self.total_before or len(self.current)
+            self.total = self.total_before or int(visual.sum())
             self.selected, self.scores, self.running, self.inputs = [], [], None, {}
 
     def _around(self, number, layer, forward):
@@ -189,6 +199,7 @@ class SlowWay:
                 hidden[:1, among],
                 compact,
                 cached_keys(cache, ranks) if past else None,
+                self._seen(cache, ranks, past),
             )
             chosen = [places[row] for row in sorted(pool, key=lambda row: (-scores[row], row))[:count]]
             self.scores.append({places[row]: score for row, score in scores.items()})
@@ -230,6 +241,12 @@ class SlowWay:
             positions = positions.expand(3, -1, -1)
         return self.decoder.rotary_emb(hidden, positions)
 
+    def _seen(self, cache, number, past):
+        """(P,) bool, what a layer has cached that the mask of this call does not hide."""
+        if not past:
+            return None
+        return ~torch.isin(self.positions[id(cache), number][:past], self.hidden)
+
     def _mask(self, number, kind, past, running, cache):
         """Causal, by rows; in a sliding window also by positions in the conversation."""
         if kind == "linear_attention":
@@ -241,10 +258,13 @@ class SlowWay:
             self.positions[id(cache), number] = places
         window = self.decoder.config.sliding_window if kind == "sliding_attention" else None
         sdpa = self.decoder.config._attn_implementation == "sdpa"
-        if window is None and (len(running) == 1 or (past == 0 and sdpa)):
+        hides = len(self.hidden) > 0
+        if window is None and not hides and (len(running) == 1 or (past == 0 and sdpa)):
             return None
         rows = torch.arange(past + len(running))
         mask = rows <= rows[past:, None]
+        if hides:
+            mask = mask & ~torch.isin(places, self.hidden)
         if window is not None:
             mask &= places[past:, None] - places < window
             held = min(past, window - 1) + len(running) if past else len(running)
