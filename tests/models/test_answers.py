@@ -386,7 +386,7 @@ def test_one_transfer_with_labels(monkeypatch):
 
 @torch.no_grad()
 def test_labels_of_a_compiled_model():
-    case = load("llava")
+    case = load("internvl-llama")
     (pair,) = samples(case)[:1]
     inputs = case.batch([joined(*pair)])
     labels = inputs["input_ids"].clone()
