@@ -183,6 +183,9 @@ class Continuation:
         last = last.repeat_interleave(self._batch // self._prompt.batch, dim=-2)
         if given is not None and given.ndim == last.ndim == 3:
             last = last[last.shape[0] - given.shape[0] :]
+        if last.ndim == 2 and not self._prompt.right_padded:
+            # A model of one axis that is given none counts padding, too.
+            return last + 1 + torch.arange(self._new_tokens, device=last.device)[-self._queries :]
         return last + 1 + self._offsets(last.device)
 
     def position_embeddings(self, stage: int, embeddings_at: Callable[[Tensor], object]) -> object:

@@ -374,3 +374,23 @@ def test_cached_rows_without_a_token_do_not_rank(family, model, prompt, monkeypa
         monkeypatch.setattr(rk.ops, "route_tokens", remember)
         model(**second, past_key_values=cache)
     assert [mask.sum(dim=1).tolist() for mask in masks] == [(text + torch.tensor(stage)).tolist() for stage in kept]
+
+
+@pytest.mark.parametrize("first", [0, 2], ids=["decision-at-layer-0", "decision-at-layer-2"])
+@torch.no_grad()
+def test_padding_among_new_tokens_whose_positions_nobody_gives(family, model, prompt, first):
+    """They count it, as in the unrouted model, also where the cache cannot tell how long the conversation is."""
+    if family != "llava":
+        pytest.skip("it must be given positions beside a mask")
+    inputs = batch([prompt(1, 6, 20, seed=3), prompt(1, 6, 14, seed=4)])
+    new = torch.tensor([[1, 1, 1], [0, 0, 1]])
+    mask = torch.cat([inputs["attention_mask"], new], dim=1)
+    step = {"input_ids": torch.tensor([[9, 8, 7], [0, 0, 7]]), "attention_mask": mask}
+    logits = []
+    for this in (None, policy(schedule=(rk.Stage(first, 1.0),))):
+        routing = rk.apply(model, this) if this else None
+        cache = model(**inputs, use_cache=True).past_key_values
+        logits.append(model(**step, past_key_values=cache).logits[new.bool()])
+        if routing:
+            routing.remove()
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
