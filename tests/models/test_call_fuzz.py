@@ -290,9 +290,11 @@ class Sampler:
             masks["none"] = 0
         return self.of(masks)
 
-    def positions(self, case: Case, are_of_images: bool) -> str:
+    def positions(self, case: Case, are_of_images: bool, before: str = "none") -> str:
         if case.mode != "call":
             return "none"
+        if MODELS[case.model].axes > 1 and before != "none":  # which the model has not noted
+            return self.of({"given": 6, "shifted": 2, "packed": 0.7})
         # Families that take positions from images do so of a prompt, and not under masks of four dimensions.
         needed = MODELS[case.model].axes > 1 and are_of_images
         return self.of({"none": 0.5 if needed else 8, "given": 6, "shifted": 2, "packed": 0.7})
@@ -324,7 +326,8 @@ class Sampler:
         padded = case.side != "none" or any(turn.has_holes for turn in turns)
         mask = self.mask(case, padded and not self.chance(0.03))
         hides = self.random.choice([0.05, 0.3, 1.0]) if mask != "none" and self.chance(0.2) else 0.0
-        positions = self.positions(case, kind == "image" or mask not in ("none", "2d"))
+        are_of_images = kind == "image" or mask not in ("none", "2d")
+        positions = self.positions(case, are_of_images, turns[0].positions)
         return Turn(layouts, mask, positions, hides if case.mode == "call" else 0.0)
 
 
@@ -433,7 +436,7 @@ class Talk:
         if turn.mask == "2d":
             return self.padding_mask(number).long()
         seen = self.seen(number)[:, None]
-        if self.case.seed % 2:  # rows of padding see themselves, as in masks that transformers makes
+        if self.case.seed % 2 and not self._ends_in_one_padding(number):  # rows of padding see themselves
             own = torch.eye(seen.shape[2], dtype=torch.bool)
             seen = seen | torch.nn.functional.pad(own, (seen.shape[3] - seen.shape[2], 0))
         if self.case.cache == "static":
@@ -442,6 +445,12 @@ class Talk:
             dtype = getattr(torch, self.case.dtype)
             return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
         return seen
+
+    def _ends_in_one_padding(self, number: int) -> bool:
+        """Whether a row does that, which cannot be told from a token if it sees itself."""
+        valid = self.valid[number]
+        before = valid[:, -2] if valid.shape[1] > 1 else torch.ones(len(valid), dtype=torch.bool)
+        return bool((~valid[:, -1] & before).any())
 
     @property
     def room(self) -> int:
