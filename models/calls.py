@@ -343,6 +343,7 @@ class CallReader:
         _check_causal(prompt.answers.get("unlike_causal", 0))
         if not prompt.has_visual_tokens:
             return None
+        _check_windows(arguments.get("attention_mask"), self._layers, expected[1])
         if generation.drafts:
             raise NotImplementedError(
                 "assistant_model must not be routed for a prompt with images, because transformers hands no image to a "
@@ -553,6 +554,7 @@ class CallReader:
         mask, unlike_causal = _padding_mask(arguments.get("attention_mask"), queries, length + new_tokens)
         if unlike_causal is not None:
             _check_causal(int(unlike_causal))
+            _check_windows(arguments["attention_mask"], self._layers, length + new_tokens)
         if mask is not None:
             expected = (batch, length + new_tokens)
             if not isinstance(mask, Tensor) or tuple(mask.shape) != expected:
@@ -643,6 +645,15 @@ def _cached_tokens(cache, layers: list[int]) -> list[int]:
     return lengths
 
 
+def _check_windows(mask: object, layers: RoutedLayers, total: int) -> None:
+    """One mask of four dimensions is the model's in all layers, which then have no window."""
+    if isinstance(mask, Tensor) and mask.ndim == 4 and layers.has_windows(total):
+        raise NotImplementedError(
+            "attention_mask must have two dimensions, or be a dict of masks by the kind of layer, on a routed model "
+            f"with sliding windows, got {_shape(mask)} for {total} tokens"
+        )
+
+
 def _check_causal(differences: int) -> None:
     if differences:
         raise NotImplementedError(
@@ -660,7 +671,7 @@ def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tenso
     Returns:
         The mask, or what it is if there is none behind it; and, of four dimensions, in how many places it differs from
         a causal mask with that padding. What padding sees is no matter, unless it sees other padding: then it is
-        another sequence.
+        another sequence. Nor may the last token stand alone behind padding that sees itself: it may be padding, too.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
@@ -672,4 +683,7 @@ def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tenso
     itself = causal.triu(total - queries)
     expected = causal & valid[:, None]
     differs = torch.where(valid[:, -queries:, None], seen ^ expected, seen & ~expected & ~itself)
-    return valid, differs.sum()
+    if queries == 1:
+        return valid, differs.sum()
+    unclear = valid[:, -1] & ~valid[:, -2] & seen[:, -2, -2]
+    return valid, differs.sum() + unclear.sum()

@@ -97,6 +97,10 @@ class RoutedLayers:
                 f"got {implementation!r}"
             )
 
+    def has_windows(self, total: int) -> bool:
+        """Whether a layer of a stage sees a part of so many tokens only."""
+        return self._slides and total > self._config.sliding_window
+
     @property
     def uses_flash_attention(self) -> bool:
         return is_flash_attention(self._config._attn_implementation)

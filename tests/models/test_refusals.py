@@ -425,3 +425,54 @@ def test_several_tokens_without_a_mask_after_a_decision_at_layer_0(model, inputs
         cache = model(**inputs, use_cache=True).past_key_values
         with pytest.raises(NotImplementedError, match="attention_mask of the whole conversation must be given"):
             model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_padding_on_the_right_that_sees_itself(model, prompt):
+    """Its last token looks like one that stands alone behind padding, and would rank."""
+    inputs = batch([prompt(1, 5, 12, seed=1), prompt(1, 5, 9, seed=1)], "right")
+    valid, length = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
+    if "image_grid_thw" in inputs:
+        inputs["position_ids"] = torch.arange(length).expand(3, 2, -1)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = (causal & valid[:, None])[:, None]
+    itself = seen | torch.eye(length, dtype=torch.bool)
+    shown = torch.cat([valid, torch.tensor([[True, True, True], [True, False, False]])], dim=1)
+    later = torch.ones(3, length + 3, dtype=torch.bool).tril(length) & shown[:, None]
+    later = (later | torch.eye(length + 3, dtype=torch.bool)[length:])[:, None]
+    message = r"must be causal with padding .* differs from that in 1 places"
+    with rk.apply(model, policy()) as routing:
+        for mask in (itself, torch.zeros(itself.shape).masked_fill(~itself, torch.finfo(torch.float32).min)):
+            with pytest.raises(NotImplementedError, match=message):
+                model(**{**inputs, "attention_mask": mask})
+        cache = model(**{**inputs, "attention_mask": seen}, use_cache=True).past_key_values
+        assert [len(rows) for rows in routing.trace.stages[0].selected] == [
+            int(count * routing.trace.stages[0].keep) for count in routing.trace.visual_counts
+        ]
+        with pytest.raises(NotImplementedError, match=message):
+            model(input_ids=torch.tensor([[5, 6, 7]] * 2), attention_mask=later, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_one_mask_for_layers_with_and_without_windows():
+    """In all layers the model takes it as it is; those of a stage have windows."""
+    case = load("aya_vision")
+    inputs = case.batch([case.prompt(1, 6, 15, seed=1)])
+    length = inputs["input_ids"].shape[1]
+    window = case.model.config.text_config.sliding_window
+    causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    rows = torch.arange(length)
+    masks = {"full_attention": causal, "sliding_attention": causal & (rows[:, None] - rows < window)}
+    message = (
+        r"attention_mask must have two dimensions, or be a dict of masks .*, got \(1, 1, \d+, \d+\) for \d+ tokens"
+    )
+    with rk.apply(case.model, policy(schedule=(rk.Stage(3, 0.4),))):
+        expected = case.model(**inputs)
+        for mask in (causal, torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)):
+            with pytest.raises(NotImplementedError, match=message):
+                case.model(**{**inputs, "attention_mask": mask})
+        torch.testing.assert_close(case.model(**{**inputs, "attention_mask": masks}).logits, expected.logits)
+        cache = case.model(**inputs, use_cache=True).past_key_values
+        later = torch.ones(1, 1, 2, length + 2, dtype=torch.bool).tril(length)
+        with pytest.raises(NotImplementedError, match=message):
+            case.model(input_ids=torch.tensor([[5, 6]]), attention_mask=later, past_key_values=cache)
