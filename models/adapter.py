@@ -172,8 +172,12 @@ class Adapter:
 
     def keys(self, attention: nn.Module, states: Tensor) -> Tensor:
         """(B, L, Hkv, D), as projected, of normalized states (B, L, d)."""
-        key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
+        key = self.unnormalized_keys(attention, states)
         return attention.k_norm(key) if hasattr(attention, "k_norm") else key
+
+    def unnormalized_keys(self, attention: nn.Module, states: Tensor) -> Tensor:
+        """(B, L, Hkv, D), before the norm of keys, if the layer has one."""
+        return attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
 
     def rotary(self, layer: nn.Module, position_embeddings) -> tuple[Tensor, Tensor]:
         """cos and sin as (B or 1, L, R), from what the model hands its layers."""

@@ -423,7 +423,8 @@ class Routing:
     ) -> dict[str, object]:
         with loaded(layer, layer.self_attn):
             if keys_alone:
-                arguments = {"key": self._adapter.keys(layer.self_attn, layer.input_layernorm(hidden))}
+                states = layer.input_layernorm(hidden)
+                arguments = {"key": self._adapter.unnormalized_keys(layer.self_attn, states)}
             else:
                 arguments = self._adapter.ranking(layer, hidden, *tables, valid, places)
         check_heads(arguments, self._adapter.decoder.config, self._head_group)

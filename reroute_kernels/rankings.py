@@ -101,7 +101,7 @@ class Candidates:
         return Attention(self._project(places) | reductions)
 
     def keys(self) -> Tensor:
-        """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected."""
+        """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected, before a norm of keys."""
         return self._project(keys_alone=True)["key"]
 
 
@@ -206,6 +206,8 @@ class AllText(_ByAttention):
 @dataclass(frozen=True)
 class KeyNorm(Ranking):
     """Keys of small L2 norm first (mean over key heads), as they tend to draw attention (arXiv 2406.11430).
+
+    If a layer normalizes its keys (Qwen3-VL and others), they are taken before, since all norms are alike after.
 
     Args:
         layer: as in `LastQuery`.

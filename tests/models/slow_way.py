@@ -106,7 +106,8 @@ def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables,
         scores = {place: murmur(number + 1 + start) >> 8 for number, place in enumerate(pool)}
     elif isinstance(ranking, KeyNorm):
         states = layer.input_layernorm(hidden)
-        scores = -projected(layer.self_attn, "k", states, False).norm(dim=-1).mean(dim=0)
+        key = layer.self_attn.k_proj(states)[0].unflatten(-1, (-1, layer.self_attn.head_dim))  # before a norm of keys
+        scores = -key.float().norm(dim=-1).mean(dim=1)
     else:
         rows = attention(decoder, layer, hidden, tables, past_key, past_seen)
         asking = text if isinstance(ranking, AllText) else slice(-ranking.queries, None)

@@ -176,7 +176,6 @@ class Case:
             and self.attention != "flex_attention"
             and self.stages[0][0] > 0
             and not (RANKINGS[self.ranking].layer == "previous" and self.model in ("qwen3_5", "aya_vision"))
-            and not (isinstance(RANKINGS[self.ranking], KeyNorm) and self.model.startswith("qwen3"))
             and not self.reduces
             and self.cache in ("default", "dynamic")
             and self.mode in ("call", "greedy", "beams", "no cache")

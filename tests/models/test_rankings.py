@@ -9,6 +9,7 @@ from torch import Tensor
 
 import reroute_kernels as rk
 from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
+from tests.models.families import load
 from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, offset, selections
 from tests.models.slow_way import SlowWay
 
@@ -234,3 +235,22 @@ def test_a_policy_knows_its_ranking_by_value():
     policy = rk.Policy(SCHEDULE, ranking=Random(3))
     assert policy == rk.Policy(SCHEDULE, ranking=Random(3)) != rk.Policy(SCHEDULE, ranking=Random(4))
     assert replace(policy, ranking="last_query") == rk.Policy(SCHEDULE)
+
+
+@pytest.mark.parametrize("layer", ["this", "previous"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
+@torch.no_grad()
+def test_key_norms_of_models_that_normalize_keys(name, layer):
+    """After their norm all keys are as long as each other, and rounding would choose."""
+    case = load(name)
+    prompts = [case.prompt(1, 6, 15, seed=1), case.prompt(1, 3, 9, seed=2)]
+    with rk.apply(case.model, rk.Policy([rk.Stage(2, 0.4)], ranking=KeyNorm(layer))) as routing:
+        case.model(**case.batch(prompts))
+        (stage,) = routing.trace.stages
+        for row, prompt in enumerate(prompts):
+            scores = stage.scores[row].sort().values
+            assert scores.diff().median() > 1e-4 * scores.abs().max()
+            shift = case.batch(prompts)["input_ids"].shape[1] - len(prompt)
+            selected = (stage.selected[row] - shift).tolist()
+            case.model(**case.batch([prompt]))
+            assert routing.trace.stages[0].selected[0].tolist() == selected
