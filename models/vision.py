@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..precision import full_precision
 from ..reducers import Reducer, VisionFeatures
 from ..ref.rank import rotate_half
 from .checkpointing import checkpointed
@@ -370,7 +371,8 @@ class WindowedVision(ReducedVision):
         for start, end in pairwise(ends.tolist()):
             keys = key[:, start:end].transpose(1, 2)
             chunks = query[:, start:end].split(_QUERIES, dim=1)
-            received.append(sum((chunk @ keys).softmax(dim=-1).sum(dim=1).mean(dim=0) for chunk in chunks))
+            with full_precision(query.device):
+                received.append(sum((chunk @ keys).softmax(dim=-1).sum(dim=1).mean(dim=0) for chunk in chunks))
         return torch.cat(received).view(-1, self._merged**2).mean(dim=1)[back]
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ Each is one registered call, `torch.ops.reroute_kernels.*`, which runs on the ba
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 
 import torch
 
@@ -24,20 +23,11 @@ def _register(schema: str, function, fake) -> None:
 
 
 def _rank(*ranking):
-    device = ranking[1].device
-    with _full_precision(device):
-        return operations_for(device).rank_tokens(*ranking[:8], **_options(ranking))
+    return operations_for(ranking[1].device).rank_tokens(*ranking[:8], **_options(ranking))
 
 
 def _options(ranking):
     return dict(zip(("scale", "query_reduction", "head_reduction", "rotary_style"), ranking[8:], strict=True))
-
-
-def _full_precision(device):
-    # Autocast would compute the reference's products in half precision.
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _rank_fake(*ranking):
@@ -66,18 +56,16 @@ def _gather_fake(index, tensors):
 
 def _route(*arguments):
     *ranking, pool, pinned, keep, length, tensors = arguments
-    device = ranking[1].device
-    with _full_precision(device):
-        index, compact, scores = operations_for(device).route_tokens(
-            *ranking[:8],
-            **_options(ranking),
-            pool=pool,
-            pinned=pinned,
-            keep=keep,
-            length=length,
-            tensors=tensors,
-            return_scores=True,
-        )
+    index, compact, scores = operations_for(ranking[1].device).route_tokens(
+        *ranking[:8],
+        **_options(ranking),
+        pool=pool,
+        pinned=pinned,
+        keep=keep,
+        length=length,
+        tensors=tensors,
+        return_scores=True,
+    )
     return index, list(compact), scores
 
 

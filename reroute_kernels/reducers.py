@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from . import ops
+from .precision import full_precision
 
 
 @dataclass(eq=False)
@@ -116,7 +117,8 @@ def nuwa_anchors(
     stays = own_saliency >= torch.quantile(own_saliency, quantile, dim=1, keepdim=True)
 
     unit = normalize(similarity_features.float(), dim=-1)
-    similarity = of_anchors(unit) @ unit.transpose(1, 2)
+    with full_precision(features.device):
+        similarity = of_anchors(unit) @ unit.transpose(1, 2)
     rows, columns = (torch.arange(size, device=saliency.device).float() for size in grid)
     places = torch.cartesian_prod(rows, columns).view(height * width, 2)
     apart = torch.linalg.vector_norm(places[anchors][:, :, None] - places, dim=-1)
@@ -126,7 +128,8 @@ def nuwa_anchors(
     weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-8)
     if keeps_own:
         weights = weights.masked_fill(is_own, 1)
-    return anchors, (weights @ features.float()).to(features.dtype)
+    with full_precision(features.device):
+        return anchors, (weights @ features.float()).to(features.dtype)
 
 
 def _proposals(grid: tuple[int, int], per_cell: int) -> int:

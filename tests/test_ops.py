@@ -571,10 +571,11 @@ def test_scatter_into_a_leaf_that_needs_its_gradient_is_refused(device, doubles)
         rk.ops.scatter_tokens_(doubles(2, 5, 3), torch.tensor(INDEX, device=device), doubles(2, 3, 3))
 
 
-def test_scores_are_float32_under_autocast(arguments, device):
-    expected = rk.ops.rank_tokens(**arguments["rank_tokens"])
+@pytest.mark.parametrize("module", [rk.ops, rk.ref, rk.triton], ids=["ops", "ref", "triton"])
+def test_scores_are_float32_under_autocast(arguments, device, module):
+    expected = module.rank_tokens(**arguments["rank_tokens"])
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert torch.equal(rk.ops.rank_tokens(**arguments["rank_tokens"]), expected)
+        assert torch.equal(module.rank_tokens(**arguments["rank_tokens"]), expected)
 
 
 def test_lazily_negated_views_are_read_as_they_are(device, operations):

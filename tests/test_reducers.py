@@ -119,3 +119,14 @@ def test_half_precision_features_keep_their_dtype():
 def test_refuses_and_says_why(arguments, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         Nuwa(**{"keep": 0.2, "per_cell": 1, **arguments})
+
+
+def test_autocast_changes_nothing(device):
+    names = ("features", "similarity_features", "saliency")
+    options = {"grid": (24, 24), "count": 112, "per_cell": 1, "distance": math.sqrt(280), "quantile": 0.55}
+    tensors = [GOLDEN[name].to(device) for name in names]
+    expected = nuwa_anchors(*tensors, **options)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        anchors, tokens = nuwa_anchors(*tensors, **options)
+    assert torch.equal(anchors, expected[0])
+    assert torch.equal(tokens, expected[1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_ranking
+from ..precision import full_precision
 
 # Tokens whose keys are rotated at a time, so that no rotated copy of all keys is made.
 TILE = 512
@@ -82,7 +83,8 @@ def rank_tokens(
     query = query.view(batch, queries, kv_heads, heads // kv_heads, head_dim)
 
     def tile_logits(tile_key: Tensor) -> Tensor:
-        return torch.einsum("bqhgd,blhd->bqhgl", query, tile_key)
+        with full_precision(query.device):
+            return torch.einsum("bqhgd,blhd->bqhgl", query, tile_key)
 
     tiles = []
     for start in range(0, length, TILE):
