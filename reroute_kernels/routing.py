@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
@@ -111,14 +111,17 @@ class Prompt:
         return any(self.visual_counts)
 
 
-@dataclass
+@dataclass(eq=False)
 class TokenSequence:
     """Tokens in order: hidden states with everything else that is per token.
 
+    Unless it is the full sequence, its hidden states go back to the places of a parent. A write to hidden states copies
+    them first where their memory is not this sequence's own: the model's may be held by hooks.
+
     hidden: (B, L, d); tables: tensors (B, L, ...); pool, pinned: (B, L) bool; ranked: (B, L) bool, what the ranking
     token sees, or None where that is all; last: (B,) place of each sample's ranking token, or None where it is the last
-    of the row; kept: (B, L) positions in the full sequence, or None where this is the full sequence; index: (B, L)
-    places in the sequence that these tokens were chosen from, or None likewise.
+    of the row; kept: (B, L) positions in the full sequence, or None where this is the full sequence; parent: the
+    sequence that the hidden states go back to; places: (B, L) where there; owned: whether `hidden` may be written to.
     """
 
     hidden: Tensor
@@ -127,16 +130,40 @@ class TokenSequence:
     pinned: Tensor
     ranked: Tensor | None
     last: Tensor | None
-    kept: Tensor | None
-    index: Tensor | None
+    kept: Tensor | None = None
+    parent: TokenSequence | None = None
+    places: Tensor | None = None
+    owned: bool = False
 
-    def to(self, device: torch.device) -> TokenSequence:
-        others = (self.pool, self.pinned, self.ranked, self.last, self.kept, self.index)
-        return TokenSequence(
-            on_device(device, self.hidden),
-            tuple(on_device(device, table) for table in self.tables),
-            *(on_device(device, tensor) for tensor in others),
-        )
+    def take(self, hidden: Tensor) -> None:
+        """Go on with hidden states that the model made, on their device."""
+        self.hidden, self.owned = hidden, False
+        self.move(hidden.device)
+
+    def move(self, device: torch.device) -> None:
+        """Bring everything to a device, parents included."""
+        if self.hidden.device != device:
+            self.hidden, self.owned = self.hidden.to(device), True
+        self.tables = tuple(on_device(device, table) for table in self.tables)
+        self.pool, self.pinned = on_device(device, self.pool), on_device(device, self.pinned)
+        self.ranked, self.last = on_device(device, self.ranked), on_device(device, self.last)
+        self.kept, self.places = on_device(device, self.kept), on_device(device, self.places)
+        if self.parent is not None:
+            self.parent.move(device)
+
+    def write_back(self) -> None:
+        """Put the hidden states at their places in the parent."""
+        parent = self.parent
+        if not parent.owned:
+            parent.hidden, parent.owned = parent.hidden.clone(), True
+        parent.hidden = ops.scatter_tokens_(parent.hidden, self.places, self.hidden)
+
+    def add(self, addition: Tensor) -> None:
+        """Add (B, L, d) of the full sequence to the hidden states, parents included."""
+        own = addition if self.kept is None else ops.gather_tokens(self.kept, addition)[0]
+        self.hidden, self.owned = self.hidden + own, True
+        if self.parent is not None:
+            self.parent.add(addition)
 
 
 @dataclass(eq=False)
@@ -197,23 +224,18 @@ class RoutedForward:
             [self.selected_counts, self.row_lengths, lasts], device=prompt.visual.device
         )
         self.kept: list[Tensor] = []
-        self._full: Tensor | None = None
-        self._owns_full = False
-        self._sequence: TokenSequence | None = None
-        # What `reroute` chooses from and writes back to, where a reducer left less than the full sequence.
-        self._base: TokenSequence | None = None
-        self._owns_base = False
+        self._active: TokenSequence | None = None  # what runs in this stage
         self._scores: Tensor | None = None
         self.scored: list[Scored | None] = []
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
         """The per-token tensors of the tokens that run in this stage."""
-        return self._sequence.tables
+        return self._active.tables
 
     @tables.setter
     def tables(self, tables: tuple[Tensor, ...]) -> None:
-        self._sequence.tables = tables
+        self._active.tables = tables
 
     def is_ragged(self, stage: int) -> bool:
         """Whether some sample fills its row of this stage up with rows that hold no token."""
@@ -247,11 +269,9 @@ class RoutedForward:
         stage = len(self.kept)
         reduces = self._reduces and stage == 0
         source = self._source(hidden, tables)
-        if stage == 0:
-            self._full = hidden
         # What is dropped for good is no candidate later: its flags leave with it, and places are counted in the full
         # sequence.
-        for_good = reduces or self.policy.action == "remove"
+        for_good = self._drops(stage)
         carried = (source.pool, source.pinned) if for_good else ()
         if source.kept is not None:
             carried += (source.kept,)
@@ -289,8 +309,15 @@ class RoutedForward:
                 ranked = ranked & (kept >= 0)
         elif ragged:
             last, ranked = None if self.fill_front else on_device(kept.device, self._last[stage]), kept >= 0
-        self._sequence = TokenSequence(compact, tables, pool, pinned, ranked, last, kept, index)
+        parent, places = source, index
+        if self.policy.action == "remove" and source.parent is not None:
+            parent, places = source.parent, kept  # the survivors' own sequence is needed no more
+        self._active = TokenSequence(compact, tables, pool, pinned, ranked, last, kept, parent, places)
         return compact
+
+    def _drops(self, stage: int) -> bool:
+        """Whether what a stage does not run is no candidate of later decisions."""
+        return self.policy.action == "remove" or (self._reduces and stage == 0)
 
     def _ranked(self, source: TokenSequence, project: Project) -> Attention | Tensor:
         """What the policy's ranking says of the candidates of the next decision."""
@@ -347,43 +374,18 @@ class RoutedForward:
 
     def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> TokenSequence:
         """The sequence to select from: under `reroute` all tokens, or all that a reducer left, else the survivors."""
-        if self._sequence is None:
-            return self._full_sequence(hidden, tables)
-        self._write_back(hidden)
-        if self.policy.action == "remove":
-            self._sequence.hidden = hidden
-            return self._sequence
-        return self._base or self._full_sequence(self._full, tables)
-
-    def _full_sequence(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> TokenSequence:
-        prompt = self.prompt
-        full = TokenSequence(hidden, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last, None, None)
-        return full.to(hidden.device)
-
-    def _follow(self, hidden: Tensor) -> None:
-        """Move to the device of the hidden states what is carried from layer to layer."""
-        if self._full.device != hidden.device:
-            self._full, self._owns_full = self._full.to(hidden.device), True
-            self._sequence.hidden = hidden
-            self._sequence = self._sequence.to(hidden.device)
-            if self._base is not None:
-                self._base, self._owns_base = self._base.to(hidden.device), True
-
-    def _write_back(self, hidden: Tensor) -> None:
-        self._follow(hidden)
-        if self._reduces and self.policy.action == "reroute":
-            if len(self.kept) == 1:
-                self._base = replace(self._sequence, hidden=hidden)
-                return
-            if not self._owns_base:
-                self._base, self._owns_base = replace(self._base, hidden=self._base.hidden.clone()), True
-            written = ops.scatter_tokens_(self._base.hidden, self._sequence.index, hidden)
-            self._base = replace(self._base, hidden=written)
-            return
-        # The hidden states at the first decision belong to the model (hooks may hold them): never write there.
-        if not self._owns_full:
-            self._full, self._owns_full = self._full.clone(), True
-        self._full = ops.scatter_tokens_(self._full, self._sequence.kept, hidden)
+        active = self._active
+        if active is None:
+            prompt = self.prompt
+            full = TokenSequence(hidden, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last)
+            full.move(hidden.device)
+            return full
+        active.take(hidden)
+        drops = self._drops(len(self.kept) - 1)
+        # What a reducer left goes back once, at the end.
+        if not drops or self.policy.action == "remove":
+            active.write_back()
+        return active if drops else active.parent
 
     def add(self, hidden: Tensor, addition: Tensor) -> Tensor:
         """Add to the tokens between two layers, to deferred ones too.
@@ -396,12 +398,11 @@ class RoutedForward:
             The sum, of the shape of `hidden`.
         """
         addition = on_device(hidden.device, addition)
-        if self._sequence is None:
+        if self._active is None:
             return hidden + addition
-        self._follow(hidden)
-        self._full, self._owns_full = self._full + addition, True
-        (compact,) = ops.gather_tokens(self._sequence.kept, addition)
-        return hidden + compact
+        self._active.take(hidden)
+        self._active.add(addition)
+        return self._active.hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Full-length hidden states after the last layer; what did not run shows its last hidden state.
@@ -409,10 +410,12 @@ class RoutedForward:
         Trailing padding shows its sample's last token, so that reading the last position of a row is right whatever
         the padding side.
         """
-        self._write_back(hidden)
-        if self._base is not None:
-            self._full = ops.scatter_tokens_(self._full, self._base.kept, self._base.hidden)
-        full, prompt = self._full, self.prompt
+        sequence = self._active
+        sequence.take(hidden)
+        while sequence.parent is not None:
+            sequence.write_back()
+            sequence = sequence.parent
+        full, prompt = sequence.hidden, self.prompt
         if prompt.right_padded:
             end = on_device(full.device, prompt.end)
             trailing = torch.arange(prompt.length, device=full.device) > end[:, None]

@@ -15,12 +15,14 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
     return nullcontext()
 
 
-def as_rows(tensor: Tensor) -> Tensor:
-    """View (B, L, ...) as (B, L, W) with unit stride along W; copies only where the inner layout forces it.
+def as_stored(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a lazily negated view: its memory holds the other sign, which a kernel cannot see."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
-    A lazily negated view is copied, too: its memory holds the other sign.
-    """
-    tensor = tensor.resolve_neg()
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """View (B, L, ...) as (B, L, W) with unit stride along W; copies only where the inner layout forces it."""
+    tensor = as_stored(tensor)
     rows = tensor.flatten(2) if tensor.ndim > 2 else tensor[:, :, None]
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
 

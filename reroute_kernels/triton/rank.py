@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_ranking
 from ..ref.rank import last_queries
-from .launch import MAX_PROGRAMS, cdiv, next_power_of_2, on_device_of, parts_of_batch
+from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, on_device_of, parts_of_batch
 
 # Splits of a sequence at most; how many there are, the shape alone decides, never the size of the device.
 MAX_SPLITS = 128
@@ -527,7 +527,7 @@ def rank_tokens(
 
 def _as_read(tensor: Tensor) -> Tensor:
     """With unit stride along channels, as the kernels walk them, and without a lazy negation, which they do not see."""
-    tensor = tensor.resolve_neg()
+    tensor = as_stored(tensor)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

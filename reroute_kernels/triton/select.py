@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_selection
-from .launch import MAX_PROGRAMS, cdiv, next_power_of_2, on_device_of, parts_of_batch
+from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, on_device_of, parts_of_batch
 
 # Up to this many tokens one program holds a whole sample.
 ONE_PROGRAM_TOKENS = 4096
@@ -293,7 +293,7 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
     index = torch.empty(batch, length, dtype=torch.int64, device=scores.device)
     if index.numel() == 0:
         return index
-    scores, keep = scores.resolve_neg(), keep.contiguous()  # a kernel sees no lazy negation
+    scores, keep = as_stored(scores), keep.contiguous()
     strides = (*scores.stride(), *pool.stride(), *pinned.stride())
     with on_device_of(scores):
         if total <= ONE_PROGRAM_TOKENS:

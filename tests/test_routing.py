@@ -1,0 +1,112 @@
+"""One routed forward on plain tensors: what runs, what is written back, and whose memory is written to."""
+
+import pytest
+import torch
+
+import reroute_kernels as rk
+from reroute_kernels.routing import Prompt, RoutedForward
+
+VISUAL = torch.tensor([[False, True, True, True, True, True, True, True, True, False, False]])
+STAGES = (rk.Stage(2, 0.5), rk.Stage(4, 0.25))
+
+
+class Positions:
+    """Scores that change from decision to decision: late tokens first, then early ones."""
+
+    layer = "this"
+
+    def rank(self, candidates):
+        length = candidates.pool.shape[1]
+        sign = -1.0 if candidates.decision % 2 else 1.0
+        return sign * torch.arange(length, dtype=torch.float32).expand(len(candidates.pool), -1)
+
+
+class EveryOther:
+    """A reducer; only its marks count here."""
+
+    def reduce(self, image):
+        raise NotImplementedError
+
+
+def forward(action, reduces=False):
+    reducer = EveryOther() if reduces else None
+    policy = rk.Policy(STAGES, action, ranking=Positions(), reducer=reducer)
+    marks = None
+    if reduces:
+        dropped = VISUAL & (torch.arange(VISUAL.shape[1]) % 2 == 0)
+        marks = (dropped, dropped)
+    return RoutedForward(policy, Prompt(VISUAL, None, marks=marks))
+
+
+def run(forward, stages, hidden, tables, change):
+    """Hidden states through the stages; `change` is what the layers of a stage do."""
+    seen = []
+    for _ in range(stages):
+        compact = forward.decide(hidden, tables, dict)
+        seen.append(compact)
+        hidden = change(compact)
+    return forward.finish(hidden), seen
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in-place"])
+@pytest.mark.parametrize("reduces", [False, True], ids=["", "reducer"])
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+def test_tensors_of_the_model_are_not_written_to(action, reduces, in_place):
+    """Hooks may hold the hidden states at a decision, and what a layer returned."""
+    routed = forward(action, reduces)
+    hidden, table = torch.randn(1, 11, 4), torch.randn(1, 11, 2)
+    held, copies = [], []
+
+    def change(compact):
+        output = compact.add_(1) if in_place else compact + 1
+        held.append(output)
+        copies.append(output.clone())
+        return output
+
+    before = hidden.clone(), table.clone()
+    full, _ = run(routed, len(STAGES) + reduces, hidden, (table,), change)
+    assert torch.equal(hidden, before[0])
+    assert torch.equal(table, before[1])
+    assert full.data_ptr() != hidden.data_ptr()
+    for output, copy in zip(held, copies, strict=True):
+        assert torch.equal(output, copy)
+
+
+@pytest.mark.parametrize("reduces", [False, True], ids=["", "reducer"])
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+def test_rows_hold_what_their_stages_made(action, reduces):
+    """Each token's row counts the stages that it ran in."""
+    routed = forward(action, reduces)
+    hidden, table = torch.zeros(1, 11, 4), torch.arange(11.0)[None, :, None].expand(1, 11, 2)
+    full, seen = run(routed, len(STAGES) + reduces, hidden, (table,), lambda compact: compact + 1)
+    expected = torch.zeros(11)
+    for kept in routed.kept:
+        expected[kept[0]] += 1
+    assert torch.equal(full, expected[None, :, None].expand(1, 11, 4))
+    for compact, kept in zip(seen, routed.kept, strict=True):
+        assert compact.shape[1] == kept.shape[1]
+    # Late tokens first, then early ones; what a reducer or `remove` dropped does not come back.
+    alive = [place for place in range(1, 9) if not reduces or place % 2]
+    first = alive[-4:]
+    second = (first if action == "remove" else alive)[:2]
+    for kept, visual in zip(routed.kept[reduces:], (first, second), strict=True):
+        assert [place for place in kept[0].tolist() if VISUAL[0, place]] == visual
+
+
+@pytest.mark.parametrize("reduces", [False, True], ids=["", "reducer"])
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+def test_what_is_added_reaches_tokens_that_wait(action, reduces):
+    routed = forward(action, reduces)
+    hidden, addition = torch.zeros(1, 11, 4), torch.arange(11.0)[None, :, None].expand(1, 11, 4)
+    held = hidden.clone()
+    compact = routed.decide(hidden, (), dict)
+    compact = routed.add(compact, addition)
+    for _ in range(len(STAGES) + reduces - 1):
+        compact = routed.decide(compact, (), dict)
+        compact = routed.add(compact, addition)
+    full = routed.finish(compact)
+    times = 2 + reduces
+    assert torch.equal(full[:, [0, 9, 10]], times * addition[:, [0, 9, 10]])
+    if action == "reroute" and not reduces:
+        assert torch.equal(full, times * addition)
+    assert torch.equal(hidden, held)
