@@ -344,6 +344,12 @@ class CallReader:
         if not prompt.has_visual_tokens:
             return None
         _check_windows(arguments.get("attention_mask"), self._layers, expected[1])
+        if mask is not None and not is_padding_mask and prompt.padded and self._layers.has_states:
+            # Of four dimensions, these layers are not told: what is padding goes into their states.
+            raise NotImplementedError(
+                f"attention_mask must be of shape {expected} for a padded prompt on a text model with recurrent "
+                f"states, got {_shape(arguments['attention_mask'])}"
+            )
         if generation.drafts:
             raise NotImplementedError(
                 "assistant_model must not be routed for a prompt with images, because transformers hands no image to a "
@@ -685,5 +691,5 @@ def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tenso
     differs = torch.where(valid[:, -queries:, None], seen ^ expected, seen & ~expected & ~itself)
     if queries == 1:
         return valid, differs.sum()
-    unclear = valid[:, -1] & ~valid[:, -2] & seen[:, -2, -2]
+    unclear = valid[:, -1] & ~valid[:, -2] & seen[:, -2, -2] & valid[:, -queries:-1].any(dim=1)
     return valid, differs.sum() + unclear.sum()

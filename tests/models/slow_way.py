@@ -133,6 +133,8 @@ class SlowWay:
         # Of the latest routed prompt: positions in the conversation, and candidates' scores by place in the prompt.
         self.selected: list[list[int]] = []
         self.scores: list[dict[int, float]] = []
+        # Whether a text is to be numbered as beside prompts with images in a batch.
+        self.beside_images = False
         # Positions in the conversation that the masks of calls hide from now on.
         self.hidden = torch.empty(0, dtype=torch.int64)
 
@@ -225,7 +227,8 @@ class SlowWay:
                 if self.running is not None:
                     running = self.running
             kwargs["position_embeddings"] = tuple(table[..., running, :] for table in kwargs["position_embeddings"])
-            if self.policy.positions == "contiguous" and self.selected and number >= min(self.stages):
+            is_routed = bool(self.selected) or self.beside_images
+            if self.policy.positions == "contiguous" and is_routed and number >= min(self.stages):
                 kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)))
             kwargs["attention_mask"] = self._mask(number, kind, past, running, cache)
             kwargs["position_ids"] = None

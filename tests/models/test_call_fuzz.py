@@ -179,13 +179,18 @@ class Case:
             and not self.reduces
             and self.cache in ("default", "dynamic")
             and self.mode in ("call", "greedy", "beams", "no cache")
-            and prompt.mask in ("none", "2d", "4d bool", "4d additive")
+            and (prompt.mask in ("none", "2d") or (prompt.mask.startswith("4d") and self.is_plain_in_four_dimensions))
             and prompt.positions in ("none", "given", "shifted")
             and not any(turn.has_holes or turn.embeds for turn in self.turns)
             and all(prompt.layouts)
             and all(turn.mask in ("none", "2d") and not turn.hides and not turn.has_images for turn in later)
             and not any(turn.mask == "none" and self.side != "none" for turn in self.turns)
         )
+
+    @property
+    def is_plain_in_four_dimensions(self) -> bool:
+        """Whether masks of four dimensions say what is padding, and what every layer sees."""
+        return self.model not in ("aya_vision", "qwen3_5") and not (self.seed % 2 and self.side == "right")
 
     @property
     def decoder(self):
@@ -218,7 +223,10 @@ class Sampler:
             self.seed,
             model,
             self.of({"float32": 84, "bfloat16": 8, "float16": 8}),
-            self.of({"sdpa": 66, "eager": 30, "flex_attention": 4 * (not model.startswith("qwen"))}),
+            # Not by Qwen's models, and wrong on a static cache.
+            self.of(
+                {"sdpa": 66, "eager": 30, "flex_attention": 4 * (not model.startswith("qwen") and mode != "static")}
+            ),
             self.stages(model, reduces or RANKINGS[ranking].layer == "previous"),
             self.of({"reroute": 1, "remove": 1}),
             ranking,
@@ -226,9 +234,12 @@ class Sampler:
             reduces,
             # Without a cache `generate` goes on from the positions of padding.
             self.of({"left": 5, "right": 2 * (mode != "no cache"), "none": 4}),
-            "default" if mode != "call" else self.of({"default": 4, "dynamic": 4, "static": 2, "off": 2}),
+            "default",
             mode,
         )
+        if mode == "call":
+            static = 2 * (case.attention != "flex_attention")
+            case = replace(case, cache=self.of({"default": 4, "dynamic": 4, "static": static, "off": 2}))
         batch = 1 if mode == "lookup" or self.chance(0.4) else self.random.randint(2, 3)
         turns = [self.prompt(case, batch)]
         # On a kept cache, assisted decoding of transformers reads the whole conversation again; a static one is full.
@@ -281,7 +292,7 @@ class Sampler:
             return "2d"
         masks = {"none": 4, "2d": 6, "4d bool": 2, "4d additive": 2}
         masks |= {"packed bool": 0.4, "packed additive": 0.4, "bidirectional": 0.3}
-        if case.attention == "eager":  # adds masks, so that one of bools says nothing
+        if case.attention != "sdpa":  # masks are added to scores, so that those of bools say nothing
             masks["4d bool"] = masks["packed bool"] = masks["bidirectional"] = 0
         if case.model == "aya_vision":  # one mask does not fit the caches of both kinds of layers
             masks = {name: weight / (1 if name in ("none", "2d") else 4) for name, weight in masks.items()}
@@ -292,11 +303,12 @@ class Sampler:
     def positions(self, case: Case, are_of_images: bool, before: str = "none") -> str:
         if case.mode != "call":
             return "none"
+        shifts = {} if case.positions == "contiguous" else {"shifted": 2, "packed": 0.7}
         if MODELS[case.model].axes > 1 and before != "none":  # which the model has not noted
-            return self.of({"given": 6, "shifted": 2, "packed": 0.7})
+            return self.of({"given": 6} | shifts)
         # Families that take positions from images do so of a prompt, and not under masks of four dimensions.
         needed = MODELS[case.model].axes > 1 and are_of_images
-        return self.of({"none": 0.5 if needed else 8, "given": 6, "shifted": 2, "packed": 0.7})
+        return self.of({"none": 0.5 if needed else 8, "given": 6} | shifts)
 
     def prompt(self, case: Case, batch: int) -> Turn:
         layouts = self.layouts(case, batch, {0: 1, 1: 5, 2: 2, 3: 0.5})
@@ -316,14 +328,16 @@ class Sampler:
         kind = self.of({"token": 3, "tokens": 3, "text": 3, "image": 3 if case.mode == "call" else 0})
         if kind == "image":
             layouts = self.layouts(case, batch, {1: 4, 2: 1})
-        elif kind == "text" and case.side != "none":
+        elif kind == "text" and case.side != "none" and (case.mode == "call" or case.side == "left"):
             layouts = tuple(self.layout(0, 6) for _ in range(batch))
-            if batch > 1 and self.chance(0.2):
+            if batch > 1 and case.mode == "call" and self.chance(0.2):
                 layouts = (*layouts[:-1], ())
         else:
             layouts = ((f"t{1 if kind == 'token' else self.random.randint(2, 5)}",),) * batch
         padded = case.side != "none" or any(turn.has_holes for turn in turns)
-        mask = self.mask(case, padded and not self.chance(0.03))
+        mask = self.mask(case, padded)
+        if mask.startswith("packed") and layouts[0] == ("t1",):  # hides everything else
+            mask = "2d"
         hides = self.random.choice([0.05, 0.3, 1.0]) if mask != "none" and self.chance(0.2) else 0.0
         are_of_images = kind == "image" or mask not in ("none", "2d")
         positions = self.positions(case, are_of_images, turns[0].positions)
@@ -400,6 +414,8 @@ class Talk:
         begin, turn = self.begin(number), self.case.turns[number]
         draw = torch.rand(self.batch, begin, generator=torch.Generator().manual_seed(self.case.seed + number))
         hidden = (draw < turn.hides) & torch.cat(self.valid, dim=1)[:, :begin]
+        if self.case.side == "right" or self.case.positions == "contiguous":
+            hidden[:, self.ends[0] :] = False  # where later tokens are counted, those that are hidden are not
         return torch.nn.functional.pad(hidden, (0, self.ids[number].shape[1]))
 
     def padding_mask(self, number: int) -> Tensor:
@@ -656,11 +672,13 @@ class Alone:
         self.talk, self.row, self.case = talk, row, talk.case
         self.model = load(self.case.model, torch.float32, "slow way")
         self.slow = SlowWay(self.model, replace(self.case.policy, reducer=None))
+        self.slow.beside_images = bool(talk.visual(0).any())
         self.rows: list[Tensor | None] = []  # of each turn, what stands behind `logits`: columns of the conversation
         self.logits: list[Tensor | None] = []
         self.selected: list[list[list[int]]] = []  # columns, [turn][stage]
         self.scores: list[list[dict[int, float]]] = []
         self.sequences: list[Tensor] = []
+        self.columns = torch.empty(0, dtype=torch.int64)  # of what ran
 
     def note(self, columns: Tensor, routes: bool) -> None:
         self.selected.append([columns[stage].tolist() for stage in self.slow.selected] if routes else [])
@@ -673,26 +691,28 @@ class Alone:
         past = transformers.DynamicCache(config=self.model.config.get_text_config())
         with self.slow:
             for number, places in enumerate(positions):
-                begin, end = talk.begin(number), talk.ends[number]
-                valid, columns = talk.valid[number][row], talk.columns(row, end)
+                begin = talk.begin(number)
+                valid = talk.valid[number][row]
                 if not valid.any():
                     for each in (self.rows, self.logits):
                         each.append(None)
-                    self.note(columns, False)
+                    self.note(self.columns, False)
                     continue
                 ids = talk.ids[number][row, valid][None]
-                here, visual = columns[columns >= begin], ids[0] == IMAGE
+                here, visual = begin + valid.nonzero().flatten(), ids[0] == IMAGE
                 places = places[:, valid][:, None]
                 arguments = {"input_ids": ids, **talk.features(number, row)}
                 if self.case.reduces and visual.any():
                     here, arguments, places = self.reduced(arguments, here, places)
-                    columns = here
+                if self.case.reduces and self.case.positions == "contiguous" and any(self.selected):
+                    places = past.get_seq_length() + torch.arange(places.shape[2]).expand_as(places)
                 arguments["position_ids"] = places if talk.axes > 1 else places[0]
-                self.slow.hidden = talk.hidden(number)[row, columns].nonzero().flatten()
+                self.columns = torch.cat([self.columns, here])
+                self.slow.hidden = talk.hidden(number)[row, self.columns].nonzero().flatten()
                 output = self.model(**arguments, past_key_values=past, use_cache=True)
                 self.rows.append(here)
                 self.logits.append(output.logits[0])
-                self.note(columns, bool(visual.any()))
+                self.note(self.columns, bool(visual.any()))
 
     def reduced(self, arguments, columns, places):
         reducer, ids = self.case.policy.reducer, arguments["input_ids"]
@@ -711,7 +731,10 @@ class Alone:
             reducer.keeps_own,
         )
         self.slow.visual, self.slow.total_before = visual, int((ids == IMAGE).sum())
-        return columns[kept], {"inputs_embeds": by_hand["inputs_embeds"]}, places[:, :, kept]
+        places = places[:, :, kept]
+        if self.case.positions == "contiguous":  # from the first layer on
+            places = torch.arange(len(kept)).expand_as(places)
+        return columns[kept], {"inputs_embeds": by_hand["inputs_embeds"]}, places
 
     @torch.no_grad()
     def generates(self, turns: int) -> None:
@@ -850,6 +873,8 @@ def is_weak(talk: Talk) -> bool:
         return True
     if set(layer_types(case.decoder)) == {"full_attention"}:
         return False
+    if any(turn.mask not in ("none", "2d") for turn in case.turns):  # the model's in all layers, without windows
+        return True
     valid = torch.cat(talk.valid, dim=1)
     return any(bool((~valid[row, talk.columns(row, talk.ends[-1])[:1] :]).any()) for row in range(talk.batch))
 
@@ -886,6 +911,8 @@ def judge(talk: Talk) -> str:
 
     routes = False
     for number, answer in enumerate(routed):
+        if routes or talk.visual(number).any():
+            assert talk.is_causal(number), "a mask that is not causal is routed"
         if not talk.visual(number).any():
             assert answer.trace is None
             if not routes:
@@ -894,7 +921,6 @@ def judge(talk: Talk) -> str:
         routes = True
         assert answer.trace is not None, "unrouted in silence"
         check_counts(talk, number, answer.trace)
-        assert talk.is_causal(number), "a mask that is not causal is routed"
     if routes:
         check_all_kept(talk, unrouted, routed)
         check_alone(talk, unrouted, routed)

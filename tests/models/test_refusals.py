@@ -476,3 +476,34 @@ def test_one_mask_for_layers_with_and_without_windows():
         later = torch.ones(1, 1, 2, length + 2, dtype=torch.bool).tril(length)
         with pytest.raises(NotImplementedError, match=message):
             case.model(input_ids=torch.tensor([[5, 6]]), attention_mask=later, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_mask_of_four_dimensions_where_states_are_recurrent():
+    """The layers with states are told nothing of its padding."""
+    case = load("qwen3_5")
+    inputs = case.batch([case.prompt(1, 6, 15, seed=1), case.prompt(1, 6, 9, seed=2)])
+    length = inputs["input_ids"].shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril() & inputs["attention_mask"].bool()[:, None]
+    inputs["position_ids"] = torch.arange(length).expand(3, 2, -1)
+    with rk.apply(case.model, policy(schedule=(rk.Stage(3, 0.4),))):
+        message = rf"attention_mask must be of shape \(2, {length}\) for a padded prompt .*, got \(2, 1, {length}, "
+        with pytest.raises(NotImplementedError, match=message):
+            case.model(**{**inputs, "attention_mask": causal[:, None]})
+        one = case.batch([case.prompt(1, 6, 15, seed=1)]) | {"position_ids": inputs["position_ids"][:, :1]}
+        expected = case.model(**one).logits
+        torch.testing.assert_close(case.model(**{**one, "attention_mask": causal[:1, None]}).logits, expected)
+
+
+@torch.no_grad()
+def test_text_of_one_token_beside_a_prompt(model, prompt):
+    """Padding on the left that sees itself is told from that on the right."""
+    inputs = batch([prompt(1, 5, 12, seed=1), prompt(0, 0, 1, seed=2)])
+    valid, length = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
+    if "image_grid_thw" in inputs:
+        inputs["position_ids"] = torch.arange(length).expand(3, 2, -1)
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None]
+    mask = (mask | torch.eye(length, dtype=torch.bool))[:, None]
+    with rk.apply(model, policy()):
+        expected = model(**inputs).logits[:, -1]
+        torch.testing.assert_close(model(**{**inputs, "attention_mask": mask}).logits[:, -1], expected)
