@@ -205,6 +205,16 @@ class Continuation:
         return offsets[..., -self._queries :]
 
 
+def _leave_graph() -> None:
+    """End a graph of `torch.compile`; with `fullgraph=True` it raises and gives the reason."""
+
+
+_NO_ONE_GRAPH = (
+    "a prompt with images, or what follows on a routed cache, cannot be one graph on a routed model, because how many "
+    "tokens run depends on input_ids: call torch.compile with fullgraph=False, or remove() the routing first"
+)
+
+
 class CallReader:
     """Tells what a call is, and refuses what cannot be routed, before the first layer runs.
 
@@ -229,6 +239,7 @@ class CallReader:
         self._features = adapter.feature_arguments
         # The frames that it reads are no matter of torch.compile, which would warn.
         self._prompt_call = torch.compiler.disable(prompt_call)
+        self._leave_graph = torch.compiler.disable(_leave_graph, reason=_NO_ONE_GRAPH)
 
     def read(
         self,
@@ -260,6 +271,8 @@ class CallReader:
         if cache is not None and not hasattr(cache, "get_seq_length"):
             self._check_paged(cache, arguments)
             return None
+        if self._is_traced_text(cache, tokens, arguments):
+            return None
         held = _cached_tokens(cache, [0])[0] if cache is not None else 0
         generation = PromptCall()
         if held == 0 or tokens.shape[1] > 1:
@@ -276,6 +289,31 @@ class CallReader:
                     f"{sorted(lengths)} cached tokens"
                 )
         return self._prompt(cache, arguments, None, generation, marks)
+
+    def _is_traced_text(self, cache, tokens: Tensor, arguments: dict) -> bool:
+        """Whether a call that is made into a graph brings no image and follows on none, so that it runs untouched.
+
+        A graph cannot branch on what input_ids hold: whether placeholders are among them is an assertion in it.
+        """
+        exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if not exported and not torch.compiler.is_compiling():
+            return False
+        if arguments.get("input_ids") is None or self.brings_features(arguments) or hasattr(cache, _CACHE_ATTRIBUTE):
+            if exported:
+                raise NotImplementedError(
+                    "a routed model can be exported (torch.export, torch.onnx.export, torch.jit.trace) with input_ids "
+                    "of text alone, because how many tokens of a prompt with images run depends on input_ids; got one "
+                    "with images, embeddings or a routed cache: remove() the routing first"
+                )
+            self._leave_graph()
+            return False
+        length = 0 if cache is None else cache.get_seq_length()
+        if tokens.shape[1] > 1 and (isinstance(length, Tensor) or length == 0):
+            torch._assert_async(
+                ~self._visual_tokens(arguments).any(),
+                "input_ids of a routed model must hold no visual tokens in a graph that was made for text",
+            )
+        return True
 
     def _check_paged(self, cache, arguments: dict) -> None:
         """Refuse images in a batch of requests that share the pages of a cache."""
