@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -20,9 +21,10 @@ BACKENDS = ("ref", "triton")
 
 
 class backend:
-    """Force a backend in this thread or asynchronous task, until the end of a `with` block if it is used as one.
+    """Force a backend: for the whole process, or in a `with` block for this thread or asynchronous task.
 
-    Blocks nest, and one object may be used for several. The environment variable forces one for the whole process.
+    Blocks nest, and one object may be used for several. A call inside a block replaces what the block forces. Gradients
+    are computed by the backend that was forced for the forward pass.
 
     Args:
         name: `"ref"`, `"triton"`, or None to choose by device again. `"triton"` on CPU tensors needs Triton's
@@ -37,32 +39,55 @@ class backend:
         if name is not None:
             _check_available(name, "name")
         self._name = name
-        # A call replaces what the innermost block forces; if a block begins with it, that is taken back.
-        self._before = _in_force.get()
-        block = self._before[-1][0] if self._before else None
-        self._called = (*self._before[:-1], (block, name))
-        _in_force.set(self._called)
+        self._blocks: list[_Block] = []
+        # The call holds until the next one; `__enter__` takes it back if a block begins with it.
+        self._before = self._called = _open_blocks()
+        if self._before:
+            self._called = (*self._before[:-1], (self._before[-1][0], name))
+            _blocks.set(self._called)
+        else:
+            _calls.append(self)
 
     def __enter__(self) -> backend:
-        in_force = _in_force.get()
-        _in_force.set((*(self._before if in_force is self._called else in_force), (self, self._name)))
+        if self in _calls:
+            _calls.remove(self)
+        blocks = _open_blocks()
+        block = _Block()
+        self._blocks.append(block)
+        _blocks.set((*(self._before if blocks == self._called else blocks), (block, self._name)))
         return self
 
     def __exit__(self, *exception) -> None:
-        in_force = _in_force.get()
-        # Blocks of generators may end in another order than they began in.
-        place = max(number for number, (block, _) in enumerate(in_force) if block is self)
-        _in_force.set(in_force[:place] + in_force[place + 1 :])
+        # Blocks of generators end in any order, and in other threads and tasks than they began in.
+        here = [block for block, _ in _open_blocks() if block in self._blocks]
+        block = (here or self._blocks)[-1]
+        self._blocks.remove(block)
+        block.has_ended = True
+        _blocks.set(_open_blocks())
 
 
-# What is forced in this thread or task, the innermost block last: (the block, or None outside of all, the name).
-_in_force: ContextVar[tuple[tuple[backend | None, str | None], ...]] = ContextVar("_in_force", default=())
+class _Block:
+    has_ended = False
+
+
+# Blocks of this thread or task and the backends that they force, the innermost last.
+_blocks: ContextVar[tuple[tuple[_Block, str | None], ...]] = ContextVar("_blocks", default=())
+# Calls outside of blocks, the newest last. Older ones matter only while a block begins in another thread.
+_calls: deque[backend] = deque(maxlen=64)
+
+
+def _open_blocks() -> tuple[tuple[_Block, str | None], ...]:
+    return tuple(entry for entry in _blocks.get() if not entry[0].has_ended)
 
 
 def forced_backend() -> str | None:
-    """What is forced in this thread or task by `backend`, or None."""
-    in_force = _in_force.get()
-    return in_force[-1][1] if in_force else None
+    """Name of the backend that `backend` forces in this thread or task, or None."""
+    if blocks := _open_blocks():
+        return blocks[-1][1]
+    try:
+        return _calls[-1]._name
+    except IndexError:
+        return None
 
 
 def _check_available(name: str, source: str) -> None:

@@ -13,8 +13,8 @@ from operator import index as as_integer
 
 import torch
 
+from .checks import expect_one_of
 from .cost import Decoder, cost, surviving_tokens
-from .ops import expect_one_of
 from .policy import ACTIONS, Budget, Policy, Stage
 from .rankings import Ranking
 from .reducers import Reducer

@@ -67,12 +67,20 @@ def check_ranking(
     query_index: Tensor | None,
     past_key: Tensor | None,
     past_mask: Tensor | None,
+    query_reduction: str,
+    head_reduction: str,
+    rotary_style: str,
 ) -> None:
-    """Refuse tensors that `rank_tokens` does not accept.
+    """Refuse tensors and names that `rank_tokens` does not accept.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype, device or name does not fit.
     """
+    expect_one_of(
+        query_reduction=(query_reduction, REDUCTIONS),
+        head_reduction=(head_reduction, REDUCTIONS),
+        rotary_style=(rotary_style, ROTARY_STYLES),
+    )
     if query.ndim != 4 or query.dtype not in FLOATING:
         raise _refused("query", query, "(B, Q, Hq, D) float32, float16 or bfloat16")
     if key.ndim != 4 or key.dtype != query.dtype:
@@ -194,3 +202,29 @@ def check_scatter(full: Tensor, index: Tensor, compact: Tensor) -> None:
     shape = (*index.shape, *full.shape[2:])
     if compact.shape != shape or compact.dtype != full.dtype or compact.device != full.device:
         raise _refused("compact", compact, f"{tuple(shape)} {full.dtype} on {full.device}")
+
+
+def check_written(full: Tensor) -> None:
+    """Refuse a tensor that cannot be written row by row: one that holds an element twice, as expanded views do.
+
+    Raises:
+        ValueError: two of its elements share memory.
+    """
+    if _overlaps_itself(full):
+        raise ValueError(
+            f"full must not hold an element twice, as expanded or unfolded views do, got strides {full.stride()} "
+            f"for shape {tuple(full.shape)}"
+        )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: some step is no longer than all that smaller steps reach."""
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False

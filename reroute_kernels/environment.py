@@ -121,9 +121,9 @@ def check_model(device: str) -> None:
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config).to(device, torch.float32).eval()
         size, visual = config.vision_config.image_size, config.image_seq_length
-        pixels = torch.randn(1, 3, size, size)
+        pixels = torch.randn(1, 3, size, size, dtype=torch.float32, device="cpu")
     models.apply(model, Policy([Stage(3, 0.25)])).remove()  # names what is built differently, before anything fails
-    tokens = torch.full((1, visual + 8), 5)
+    tokens = torch.full((1, visual + 8), 5, device="cpu")
     tokens[:, 4 : visual + 4] = config.image_token_id
 
     def logits() -> torch.Tensor:

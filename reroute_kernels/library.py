@@ -31,7 +31,7 @@ def _options(ranking):
 
 
 def _rank_fake(*ranking):
-    checks.check_ranking(*ranking[:8])
+    checks.check_ranking(*ranking[:8], *ranking[9:])
     key = ranking[1]
     return key.new_empty(key.shape[:2], dtype=torch.float32)
 
@@ -77,25 +77,7 @@ def _route_fake(*arguments):
     return index, _gather_fake(index, tensors), scores
 
 
-def _overlaps_itself(tensor) -> bool:
-    """Whether two elements may share memory: some step is no longer than all that smaller steps reach."""
-    if tensor.numel() == 0:
-        return False
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
-
-
 def _scatter(full, index, compact):
-    if _overlaps_itself(full):
-        raise ValueError(
-            f"full must not hold an element twice, as expanded or unfolded views do, got strides {full.stride()} "
-            f"for shape {tuple(full.shape)}"
-        )
     if full.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("full must not be an inference tensor outside torch.inference_mode(), got one")
     operations_for(full.device).scatter_tokens_(full, index, compact)

@@ -6,6 +6,7 @@ Each makes one registered call, see `library.py`; the backend that runs it check
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from operator import index as as_integer
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import library, ref  # noqa: F401 (the first registers the operations)
+from .backends import backend, forced_backend
 from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
 
 
@@ -45,6 +47,7 @@ def _ranking(
     for name, tensor in tensors.items():
         if tensor is not None or name in ("query", "key"):
             expect_tensor(name, tensor)
+    # Also checked where they are used, but a registered operation takes no other objects than strings here.
     expect_one_of(
         query_reduction=(query_reduction, REDUCTIONS),
         head_reduction=(head_reduction, REDUCTIONS),
@@ -197,23 +200,42 @@ def _differentiated_by_torch() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def _remember_backend(ctx) -> None:
+    """Keep what is forced for the backward pass, which autograd may run in another thread."""
+    ctx.forced = None if torch.compiler.is_compiling() else forced_backend()
+
+
+def _backend_of_forward(ctx) -> AbstractContextManager:
+    return nullcontext() if ctx.forced is None else backend(ctx.forced)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, index, *tensors):
         compact = torch.ops.reroute_kernels.gather_tokens(index, tensors)
         ctx.save_for_backward(index)
         ctx.length = tensors[0].shape[1]
+        _remember_backend(ctx)
         return tuple(compact)
 
     @staticmethod
     def backward(ctx, *gradients):
         (index,) = ctx.saved_tensors
-        return None, *(
-            scatter_tokens_(gradient.new_zeros(index.shape[0], ctx.length, *gradient.shape[2:]), index, gradient)
-            if needed
-            else None
-            for gradient, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True)
-        )
+        with _backend_of_forward(ctx):
+            return None, *(
+                _scatter_(gradient.new_zeros(index.shape[0], ctx.length, *gradient.shape[2:]), index, gradient)
+                if needed
+                else None
+                for gradient, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True)
+            )
+
+
+def _gather(index: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if _differentiated_by_torch():
+        return ref.gather_tokens(index, *tensors)
+    if _needs_gradient(*tensors):
+        return _Gather.apply(index, *tensors)
+    return tuple(torch.ops.reroute_kernels.gather_tokens(index, tensors))
 
 
 def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -238,11 +260,7 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     if not tensors:
         raise ValueError("tensors must hold at least one tensor, got none")
     _expect_tensors(tensors)
-    if _differentiated_by_torch():
-        return ref.gather_tokens(index, *tensors)
-    if _needs_gradient(*tensors):
-        return _Gather.apply(index, *tensors)
-    return tuple(torch.ops.reroute_kernels.gather_tokens(index, tensors))
+    return _gather(index, tensors)
 
 
 def route_tokens(
@@ -313,7 +331,7 @@ def route_tokens(
         index, compact, scores = torch.ops.reroute_kernels.route_tokens(
             *ranking, pool, pinned, keep, length, () if gathers_later else tensors
         )
-    result = index, gather_tokens(index, *tensors) if gathers_later else tuple(compact)
+    result = index, _gather(index, tensors) if gathers_later else tuple(compact)
     return (*result, scores) if return_scores else result
 
 
@@ -322,6 +340,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx, full, index, compact):
         ctx.save_for_backward(index)
         ctx.mark_dirty(full)
+        _remember_backend(ctx)
         torch.ops.reroute_kernels.scatter_tokens_(full, index, compact)
         return full
 
@@ -329,12 +348,22 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx, gradient):
         (index,) = ctx.saved_tensors
         full_gradient = compact_gradient = None
-        if ctx.needs_input_grad[0]:
-            nothing = gradient.new_zeros(*index.shape, *gradient.shape[2:])
-            full_gradient = scatter_tokens_(gradient.clone(), index, nothing)
-        if ctx.needs_input_grad[2]:
-            (compact_gradient,) = gather_tokens(index, gradient)
+        with _backend_of_forward(ctx):
+            if ctx.needs_input_grad[0]:
+                nothing = gradient.new_zeros(*index.shape, *gradient.shape[2:])
+                full_gradient = _scatter_(gradient.clone(), index, nothing)
+            if ctx.needs_input_grad[2]:
+                (compact_gradient,) = _gather(index, (gradient,))
         return full_gradient, None, compact_gradient
+
+
+def _scatter_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
+    if _differentiated_by_torch():
+        return ref.scatter_tokens_(full, index, compact)
+    if _needs_gradient(full, compact):
+        return _Scatter.apply(full, index, compact)
+    torch.ops.reroute_kernels.scatter_tokens_(full, index, compact)
+    return full
 
 
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
@@ -360,9 +389,4 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
         expect_tensor(name, tensor)
     if not torch.compiler.is_compiling() and full.is_neg():
         raise ValueError("full must not be a lazily negated view, got one: write to a copy of it")
-    if _differentiated_by_torch():
-        return ref.scatter_tokens_(full, index, compact)
-    if _needs_gradient(full, compact):
-        return _Scatter.apply(full, index, compact)
-    torch.ops.reroute_kernels.scatter_tokens_(full, index, compact)
-    return full
+    return _scatter_(full, index, compact)

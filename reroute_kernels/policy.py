@@ -10,7 +10,7 @@ from numbers import Real
 from operator import index as as_integer
 from typing import NamedTuple
 
-from .ops import expect_one_of
+from .checks import expect_one_of
 from .rankings import LastQuery, Ranking
 from .reducers import Reducer
 

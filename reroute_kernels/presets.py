@@ -6,8 +6,8 @@ import math
 from typing import NamedTuple
 
 from .budget import keep_ratio, solve_like
+from .checks import expect_one_of
 from .cost import DECODERS
-from .ops import expect_one_of
 from .policy import Policy, Stage
 from .rankings import LastQuery
 from .reducers import Nuwa

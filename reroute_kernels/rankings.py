@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import REDUCTIONS, expect_one_of
 from .ref.rank import last_queries
 
 LAYERS = ("this", "previous")
@@ -132,10 +133,10 @@ class Ranking(ABC):
 
 class _ByAttention(Ranking):
     def __post_init__(self):
-        ops.expect_one_of(
+        expect_one_of(
             layer=(self.layer, LAYERS),
-            head_reduction=(self.head_reduction, ops.REDUCTIONS),
-            query_reduction=(self.query_reduction, ops.REDUCTIONS),
+            head_reduction=(self.head_reduction, REDUCTIONS),
+            query_reduction=(self.query_reduction, REDUCTIONS),
         )
 
     def _flops(self, decoder, tokens: int, queries: int) -> int:
@@ -219,7 +220,7 @@ class KeyNorm(Ranking):
     layer: str = "this"
 
     def __post_init__(self):
-        ops.expect_one_of(layer=(self.layer, LAYERS))
+        expect_one_of(layer=(self.layer, LAYERS))
 
     def rank(self, candidates: Candidates) -> Tensor:
         return -candidates.keys().float().norm(dim=-1).mean(dim=-1)

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import reroute_kernels as rk
+from reroute_kernels import backends
 from reroute_kernels.backends import active_backend
 
 
@@ -168,6 +170,62 @@ def test_block_of_a_generator_that_ends_later():
         running.close()
         assert active_backend("cuda") == "triton"
     assert active_backend("cuda") == "triton"
+
+
+def test_block_of_a_generator_closed_in_another_thread():
+    def forcing():
+        with rk.backend("ref"):
+            yield
+
+    running = forcing()
+    next(running)
+    assert active_backend("cuda") == "ref"
+    closed = in_thread(lambda: (running.close(), active_backend("cuda"))[1])
+    assert closed == "triton"
+    assert active_backend("cuda") == "triton"
+
+
+def test_call_holds_in_every_thread(monkeypatch):
+    monkeypatch.setattr(backends, "_calls", type(backends._calls)(maxlen=64))  # no block of this test is open there
+    in_thread(lambda: rk.backend("ref"))
+    assert in_thread(lambda: active_backend("cuda")) == "ref"
+    with rk.backend("triton"):
+        assert in_thread(lambda: active_backend("cuda")) == "ref"
+    assert in_thread(lambda: active_backend("cuda")) == "ref"
+    in_thread(lambda: rk.backend(None))
+    assert in_thread(lambda: active_backend("cuda")) == "triton"
+
+
+def test_blocks_that_begin_together_leave_the_call_before_them(monkeypatch):
+    """Every object is made before any block begins, as where threads take turns."""
+    monkeypatch.setattr(backends, "_calls", type(backends._calls)(maxlen=64))
+
+    def overlapping():
+        rk.backend("ref")
+        first, second = rk.backend("triton"), rk.backend("triton")
+        with first, second:
+            assert active_backend("cuda") == "triton"
+        return active_backend("cuda")
+
+    assert in_thread(overlapping) == "ref"
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_runs_the_backend_of_the_forward(device, launches, create_graph):
+    full = torch.randn(1, 4, 8, device=device, requires_grad=True)
+    index = torch.tensor([[0, 2]], device=device)
+    with rk.backend("triton"):
+        (compact,) = rk.ops.gather_tokens(index, full)
+        written = rk.ops.scatter_tokens_(full * 2, index, compact)
+    launches.clear()
+    in_thread(lambda: torch.autograd.grad(written.square().sum(), full, create_graph=create_graph))
+    assert {name for name, _ in launches} == {"copy_rows_to_compact", "copy_rows_to_full"}
+
+
+def in_thread(function):
+    """What a function returns in a thread of its own, where nothing of this one's blocks is seen."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(60)
 
 
 def test_call_inside_a_block_ends_with_it():

@@ -29,6 +29,7 @@ RANKING = {
     "past_key": zeros(2, 7, 2, 16),
     "past_mask": flags(2, 7),
 }
+NAMES = {"query_reduction": "mean", "head_reduction": "mean", "rotary_style": "rotate_half"}
 SELECTION = {"pool": flags(2, 20), "pinned": flags(2, 20), "keep": positions(2), "length": 12}
 ACCEPTED = {
     "rank_tokens": RANKING,
@@ -49,6 +50,7 @@ REFUSED = [
     ("rank_tokens", "query_index", positions(2, 1).int()),
     ("rank_tokens", "past_key", zeros(1, 7, 2, 16)),
     ("rank_tokens", "past_mask", flags(2, 5)),
+    *(("rank_tokens", name, "sum") for name in NAMES),
     ("select_tokens", "scores", zeros(2, 20).double()),
     ("select_tokens", "pool", flags(2, 10)),
     ("select_tokens", "pinned", flags(1, 20)),
@@ -66,6 +68,7 @@ REFUSED = [
     ("scatter_tokens_", "compact", zeros(2, 3, 5)),
     ("scatter_tokens_", "compact", zeros(2, 3, 4).double()),
     ("route_tokens", "key", zeros(2, 10, 2, 16)),
+    *(("route_tokens", name, "sum") for name in NAMES),
     ("route_tokens", "pool", flags(2, 10)),
     ("route_tokens", "keep", positions(3)),
     ("route_tokens", "tensors", (zeros(2, 10, 4),)),
@@ -78,7 +81,8 @@ def registered(name, arguments):
     values = dict(arguments)
     if name in ("rank_tokens", "route_tokens"):
         ranking = [values.pop(each) for each in RANKING]
-        return getattr(torch.ops.reroute_kernels, name)(*ranking, 1.0, "mean", "mean", "rotate_half", *values.values())
+        names = [values.pop(each, default) for each, default in NAMES.items()]
+        return getattr(torch.ops.reroute_kernels, name)(*ranking, 1.0, *names, *values.values())
     return getattr(torch.ops.reroute_kernels, name)(*values.values())
 
 
@@ -182,3 +186,12 @@ def test_scatter_where_inputs_lie_in_what_is_written(device, backend, dtype):
     with rk.backend(backend):
         rk.ops.scatter_tokens_(memory, index, compact)
     assert torch.equal(memory, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_writing_to_elements_that_share_memory_is_refused(way, launches):
+    full = zeros(2, 1, 4).expand(2, 20, 4)
+    backend = "triton" if way == "registered" else None
+    with rk.backend(backend), pytest.raises(ValueError, match="full must not hold an element twice"):
+        WAYS[way]("scatter_tokens_", {**ACCEPTED["scatter_tokens_"], "full": full, "index": positions(2, 3)})
+    assert launches == []

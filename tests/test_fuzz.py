@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
+from reroute_kernels import checks
 from tests.conftest import LAYOUTS, WRITABLE_LAYOUTS
 from tests.test_rank import assert_scores_equal
 
@@ -83,9 +84,9 @@ class Case:
             "query": self.laid_out(3 * normal(batch, queries, heads, head_dim)),
             "key": self.laid_out(normal(batch, length, kv_heads, head_dim)),
             "scale": self.random.choice([None, None, 0.0, -0.1, 0.3]),
-            "query_reduction": self.random.choice(rk.ops.REDUCTIONS),
-            "head_reduction": self.random.choice(rk.ops.REDUCTIONS),
-            "rotary_style": self.random.choice(rk.ops.ROTARY_STYLES),
+            "query_reduction": self.random.choice(checks.REDUCTIONS),
+            "head_reduction": self.random.choice(checks.REDUCTIONS),
+            "rotary_style": self.random.choice(checks.ROTARY_STYLES),
         }
         if self.chance(0.7):
             rotary = 2 * self.random.randint(1, head_dim // 2)

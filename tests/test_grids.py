@@ -56,3 +56,19 @@ def test_too_many_rows_of_queries(device, few_programs, launches):
     assert launches == []
     rk.triton.rank_tokens(query[:, :4], key)
     assert launches
+
+
+def test_rows_that_no_grid_holds(device, launches, monkeypatch):
+    """A row of more blocks than a grid has programs along its second axis, and more rows than along the first."""
+    index = torch.tensor([[0, 2]], device=device)
+    wide = torch.zeros(1, 4, 1, device=device).expand(1, 4, 2 * 2048 + 1)
+    monkeypatch.setattr(launch, "MAX_PROGRAMS", 2)
+    with pytest.raises(ValueError, match=r"must have at most .* rows of at most 4096 elements .*, got 2 rows of 4097"):
+        rk.triton.gather_tokens(index, wide)
+    full = torch.zeros(1, 4, 2 * 2048 + 1, device=device)
+    with pytest.raises(ValueError, match="of at most 4096 elements for this backend, got 2 rows of 4097 elements"):
+        rk.triton.scatter_tokens_(full, index, wide[:, :2])
+    monkeypatch.setattr(launch, "MAX_FIRST_PROGRAMS", 1)
+    with pytest.raises(ValueError, match=r"must have at most 1 rows of .*, got 2 rows of 4 elements"):
+        rk.triton.gather_tokens(index, wide[..., :4])
+    assert launches == []

@@ -186,6 +186,33 @@ def test_compiled_by_default_equals_eager(arguments, name):
         assert torch.equal(actual, eager)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static-shapes", "dynamic-shapes"])
+@pytest.mark.parametrize("name", ["gather_tokens", "scatter_tokens_", "route_tokens"])
+def test_compiled_gradients_equal_eager(arguments, backend, name, dynamic):
+    """In one graph, the backward pass included."""
+
+    def gradients(function):
+        values = {
+            each: tuple(t.detach().requires_grad_(t.is_floating_point()) for t in value) if each == "tensors" else value
+            for each, value in arguments[name].items()
+        }
+        inputs = [t for t in values.get("tensors", ()) if t.requires_grad]
+        if name == "scatter_tokens_":
+            inputs = [values["full"].detach().requires_grad_(), values["compact"].detach().requires_grad_()]
+            values |= {"full": inputs[0] * 1, "compact": inputs[1]}
+        outputs = [t for t in function(values) if t.requires_grad]
+        weighted = sum((output * torch.arange(output.numel()).view_as(output).to(output)).sum() for output in outputs)
+        return torch.autograd.grad(weighted, inputs)
+
+    expected = gradients(lambda values: call(rk.ops, name, values))
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda values: call(rk.ops, name, values), fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for actual, eager in zip(gradients(compiled), expected, strict=True):
+        assert torch.equal(actual, eager)
+
+
 @pytest.mark.parametrize("keep", [4, [4, 4], (4, 4), torch.tensor([4, 4]), torch.tensor([4, 4], dtype=torch.int32)])
 def test_keep_in_every_form(device, arguments, keep):
     values = arguments["select_tokens"]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_gather
-from .launch import as_rows, cdiv, on_device_of, row_block
+from .launch import as_rows, copy_grid, on_device_of, row_block
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     widths = tuple(source.shape[2] for source in sources)
     block = row_block(max(widths))
     with on_device_of(index):
-        copy_rows_to_compact[(index.numel(), cdiv(max(widths), block))](
+        copy_rows_to_compact[copy_grid(index.numel(), max(widths), block)](
             index.contiguous(),
             sources,
             tuple(output for _, output in pairs),

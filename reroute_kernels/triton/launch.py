@@ -29,11 +29,28 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 MAX_PROGRAMS = 65_535
 """Programs along the second and the third axis of a grid."""
+MAX_FIRST_PROGRAMS = 2**31 - 1
+"""Programs along the first axis of a grid."""
 
 
 def parts_of_batch(batch: int) -> list[slice]:
     """Slices of a batch, each small enough for an axis of a grid that has a program for every sample."""
     return [slice(start, start + MAX_PROGRAMS) for start in range(0, batch, MAX_PROGRAMS)]
+
+
+def copy_grid(rows: int, width: int, block: int) -> tuple[int, int]:
+    """Grid of a kernel that copies rows of `width` elements, `block` of them in each program.
+
+    Raises:
+        ValueError: no device launches a grid of that size.
+    """
+    blocks = cdiv(width, block)
+    if rows > MAX_FIRST_PROGRAMS or blocks > MAX_PROGRAMS:
+        raise ValueError(
+            f"index and tensors must have at most {MAX_FIRST_PROGRAMS} rows of at most {MAX_PROGRAMS * block} elements "
+            f"for this backend, got {rows} rows of {width} elements"
+        )
+    return rows, blocks
 
 
 # Triton's own functions of these names are meant for kernels: on the host each call of them takes microseconds.

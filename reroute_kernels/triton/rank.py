@@ -429,7 +429,19 @@ def rank_tokens(
     rotary_style: str = "rotate_half",
 ) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
-    check_ranking(query, key, cos, sin, key_mask, query_index, past_key, past_mask)
+    check_ranking(
+        query,
+        key,
+        cos,
+        sin,
+        key_mask,
+        query_index,
+        past_key,
+        past_mask,
+        query_reduction,
+        head_reduction,
+        rotary_style,
+    )
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     if batch > MAX_PROGRAMS:

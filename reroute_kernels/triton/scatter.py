@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import check_scatter
-from .launch import as_rows, cdiv, on_device_of, row_block
+from ..checks import check_scatter, check_written
+from .launch import as_rows, copy_grid, on_device_of, row_block
 
 
 @triton.jit
@@ -41,6 +41,7 @@ def copy_rows_to_full(
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     """See `reroute_kernels.ops.scatter_tokens_`."""
     check_scatter(full, index, compact)
+    check_written(full)
     if compact.numel() == 0 or full.numel() == 0:
         return full
     target = as_rows(full)
@@ -55,7 +56,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     width = source.shape[2]
     block = row_block(width)
     with on_device_of(full):
-        copy_rows_to_full[(index.numel(), cdiv(width, block))](
+        copy_rows_to_full[copy_grid(index.numel(), width, block)](
             index.contiguous(),
             source,
             target,
