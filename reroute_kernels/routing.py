@@ -116,12 +116,12 @@ class TokenSequence:
     """Tokens in order: hidden states with everything else that is per token.
 
     Unless it is the full sequence, its hidden states go back to the places of a parent. A write to hidden states copies
-    them first where their memory is not this sequence's own: the model's may be held by hooks.
+    them first where others may hold them: hooks of the model, or a ranking.
 
     hidden: (B, L, d); tables: tensors (B, L, ...); pool, pinned: (B, L) bool; ranked: (B, L) bool, what the ranking
     token sees, or None where that is all; last: (B,) place of each sample's ranking token, or None where it is the last
     of the row; kept: (B, L) positions in the full sequence, or None where this is the full sequence; parent: the
-    sequence that the hidden states go back to; places: (B, L) where there; owned: whether `hidden` may be written to.
+    sequence that the hidden states go back to; places: (B, L) where there; owned: whether nobody else may hold `hidden`.
     """
 
     hidden: Tensor
@@ -322,6 +322,7 @@ class RoutedForward:
     def _ranked(self, source: TokenSequence, project: Project) -> Attention | Tensor:
         """What the policy's ranking says of the candidates of the next decision."""
         stage = len(self.kept)
+        source.owned = False  # the ranking and the hooks of the norm before it may hold the hidden states
         candidates = Candidates(
             source.hidden,
             source.pool,
