@@ -12,7 +12,7 @@ from torch import Tensor
 from ..policy import Policy
 from ..routing import CachedPrompt, Past, Prompt, RoutedForward
 from .activated import activated_counts, activated_visual
-from .adapter import Adapter, cache_of
+from .adapter import Adapter, cache_name, cache_of
 from .answers import Answers
 from .checkpointing import recomputes_hooks
 from .generation import PromptCall, prompt_call
@@ -234,6 +234,7 @@ class CallReader:
         self._layers = layers
         self._vision = vision
         self._config = adapter.decoder.config
+        self._cache_name = cache_name(adapter.core)
         self._combine = None if head_group is None else partial(over_all_heads, head_group)
         self._signature = inspect.signature(adapter.core.forward)
         self._features = adapter.feature_arguments
@@ -285,7 +286,7 @@ class CallReader:
             lengths = set(_cached_tokens(cache, self._layers.attention))
             if lengths != {0}:
                 raise ValueError(
-                    "past_key_values must hold the whole routed prompt or nothing, got layers of "
+                    f"{self._cache_name} must hold the whole routed prompt or nothing, got layers of "
                     f"{sorted(lengths)} cached tokens"
                 )
         return self._prompt(cache, arguments, None, generation, marks)
@@ -483,29 +484,30 @@ class CallReader:
                     " (a StaticCache needs full attention in all layers from the first decision on, that decision "
                     "after the first attention layer, and no flash attention)"
                 )
-            raise NotImplementedError(f"past_key_values must be a {names}, got {type(cache).__name__}{reason}")
+            raise NotImplementedError(f"{self._cache_name} must be a {names}, got {type(cache).__name__}{reason}")
 
     def _check_past(self, cache) -> None:
         """Whether a routed prompt can follow on what the cache holds."""
         before: CachedPrompt | None = getattr(cache, _CACHE_ATTRIBUTE, None)
         if self._policy.ranks_by_previous_layer or self._policy.positions == "contiguous":
             raise NotImplementedError(
-                "past_key_values must be empty where a prompt brings images and the previous layer ranks or positions "
-                f"are contiguous, got one with tokens and {self._policy}"
+                f"{self._cache_name} must be empty where a prompt brings images and the previous layer ranks or "
+                f"positions are contiguous, got one with tokens and {self._policy}"
             )
         if self._layers.length_is_routed:
             raise NotImplementedError(
-                "past_key_values must be empty where a prompt brings images and the first decision is at layer "
+                f"{self._cache_name} must be empty where a prompt brings images and the first decision is at layer "
                 f"{self._policy.stage_layers[0]}, by whose cache transformers counts tokens; got one with tokens"
             )
         if getattr(cache, "offloading", False):
             raise NotImplementedError(
-                "past_key_values must not be offloaded where a prompt brings images to a filled cache, got offloading"
+                f"{self._cache_name} must not be offloaded where a prompt brings images to a filled cache, "
+                "got offloading"
             )
         if before is not None and before.right_padded:
             raise NotImplementedError(
-                "past_key_values must hold prompts padded on the left where a prompt brings images to a filled cache, "
-                "got one padded on the right"
+                f"{self._cache_name} must hold prompts padded on the left where a prompt brings images to a filled "
+                "cache, got one padded on the right"
             )
 
     def _position_jumps(self, cache, batch: int, arguments: dict) -> Tensor | None:
@@ -579,12 +581,14 @@ class CallReader:
             )
         prompt: CachedPrompt | None = getattr(cache, _CACHE_ATTRIBUTE, None)
         if prompt is None and hasattr(cache, _CACHE_ATTRIBUTE):
-            raise ValueError("past_key_values must come from a finished call, got one that a call which failed filled")
+            raise ValueError(
+                f"{self._cache_name} must come from a finished call, got one that a call which failed filled"
+            )
         if prompt is None:
             return self._on_unrouted_cache(cache, tokens, arguments, generation)
         if prompt.policy != self._policy:
             raise ValueError(
-                f"past_key_values must have been filled under this policy, {self._policy}, got a cache filled under "
+                f"{self._cache_name} must have been filled under this policy, {self._policy}, got a cache filled under "
                 f"{prompt.policy}"
             )
         self._layers.check_attention()
@@ -627,8 +631,8 @@ class CallReader:
         lengths = set(_cached_tokens(cache, checked))
         if len(lengths) > 1:
             raise ValueError(
-                f"past_key_values must come from a finished call, got layers of {sorted(lengths)} cached tokens and no "
-                "record of the routed prompt that filled them"
+                f"{self._cache_name} must come from a finished call, got layers of {sorted(lengths)} cached tokens and "
+                "no record of the routed prompt that filled them"
             )
         if not self.brings_features(arguments):
             return None
@@ -648,7 +652,7 @@ class CallReader:
         after = [held - counted[layer] for layer, held in zip(numbers, _cached_tokens(cache, numbers), strict=True)]
         if min(after) < 0:
             raise ValueError(
-                f"past_key_values must hold the whole routed prompt, got {-min(after)} of its tokens cropped"
+                f"{self._cache_name} must hold the whole routed prompt, got {-min(after)} of its tokens cropped"
             )
         if len(set(after)) == 1:
             return after[0]
@@ -660,7 +664,7 @@ class CallReader:
                         cache.layers[number].crop(length + after[0])
             return self._tokens_after(cache, prompt)
         raise ValueError(
-            "past_key_values must hold the same tokens in all layers after the routed prompt, got "
+            f"{self._cache_name} must hold the same tokens in all layers after the routed prompt, got "
             f"{sorted(set(after))} of them: a call on it failed"
         )
 

@@ -121,7 +121,7 @@ class TokenSequence:
     hidden: (B, L, d); tables: tensors (B, L, ...); pool, pinned: (B, L) bool; ranked: (B, L) bool, what the ranking
     token sees, or None where that is all; last: (B,) place of each sample's ranking token, or None where it is the last
     of the row; kept: (B, L) positions in the full sequence, or None where this is the full sequence; parent: the
-    sequence that the hidden states go back to; places: (B, L) where there; owned: whether nobody else may hold `hidden`.
+    sequence that the hidden states go back to; places: (B, L) where there; owned: whether no one else holds `hidden`.
     """
 
     hidden: Tensor

@@ -612,6 +612,8 @@ def talk_to(model, talk: Talk, turns: int, routing=None) -> tuple[list[Answer], 
     case, answers = talk.case, []
     if hasattr(model.model, "rope_deltas"):
         model.model.rope_deltas = None
+    # The oldest transformers asks the static cache of a call that was refused for what its first layer would have set.
+    vars(model).pop("_cache", None)
     past = None
     if case.cache in ("dynamic", "static"):
         config = model.config.get_text_config()
@@ -688,7 +690,10 @@ class Alone:
     def calls(self, positions: list[Tensor]) -> None:
         """Turns as plain calls; positions (axes, L) of each."""
         talk, row = self.talk, self.row
+        # Layers with recurrent states have a cache of their own before transformers 5.6, made by their first call.
         past = transformers.DynamicCache(config=self.model.config.get_text_config())
+        if self.case.model == "qwen3_5" and not hasattr(past, "has_previous_state"):
+            past = None
         with self.slow:
             for number, places in enumerate(positions):
                 begin = talk.begin(number)
@@ -710,6 +715,7 @@ class Alone:
                 self.columns = torch.cat([self.columns, here])
                 self.slow.hidden = talk.hidden(number)[row, self.columns].nonzero().flatten()
                 output = self.model(**arguments, past_key_values=past, use_cache=True)
+                past = cache_of(output)
                 self.rows.append(here)
                 self.logits.append(output.logits[0])
                 self.note(self.columns, bool(visual.any()))
@@ -983,7 +989,30 @@ def check_alone(talk: Talk, unrouted: list[Answer], routed: list[Answer]) -> Non
             if case.mode != "call":
                 check_generated(answer, row, alone, number, len(answer.logits) // talk.batch)
             elif alone.logits[number] is not None:
-                near(answer.logits[row, alone.rows[number] - begin], alone.logits[number])
+                actual, expected = answer.logits[row, alone.rows[number] - begin], alone.logits[number]
+                if case.reduces:
+                    near(actual, expected)
+                elif (actual - expected).abs().max() > 1e-4:  # states that are carried along amplify rounding
+                    near(actual, expected, 2 * rounding_of_batch(talk, unrouted, positions, row, number))
+
+
+@torch.no_grad()
+def rounding_of_batch(talk: Talk, unrouted: list[Answer], positions: list[Tensor], row: int, number: int) -> float:
+    """How far the unrouted model's logits of a sample are from those of the sample alone."""
+    model = load(talk.case.model, torch.float32, "unrouted")
+    past, distances = transformers.DynamicCache(config=model.config.get_text_config()), []
+    for turn in range(number + 1):
+        valid = talk.valid[turn][row]
+        if valid.any():
+            places = positions[turn][:, row, valid][:, None]
+            output = model(
+                input_ids=talk.ids[turn][row, valid][None],
+                position_ids=places if talk.axes > 1 else places[0],
+                past_key_values=past,
+                **talk.features(turn, row),
+            )
+            distances.append((unrouted[turn].logits[row, valid] - output.logits[0]).abs().max())
+    return float(max(distances))
 
 
 # Tests

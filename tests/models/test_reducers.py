@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import reroute_kernels as rk
+from reroute_kernels.models.adapter import cache_name
 from reroute_kernels.rankings import LastQuery
 from reroute_kernels.reducers import Nuwa
 from tests.models.families import load
@@ -437,7 +438,7 @@ def test_cache_of_a_call_that_failed_at_its_end(model, inputs, reducer):
             model(**inputs, past_key_values=cache)
         handle.remove()
         assert len(set(cached_lengths(cache))) == 1
-        with pytest.raises(ValueError, match=r"past_key_values must come from a finished call"):
+        with pytest.raises(ValueError, match=f"{cache_name(model)} must come from a finished call"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
 
 
@@ -502,7 +503,9 @@ def test_images_on_a_filled_cache(model, inputs, others, reducer):
     with rk.apply(model, rk.Policy((), reducer=reducer)):
         cache = model(**inputs, use_cache=True).past_key_values
         others["attention_mask"] = torch.ones(1, inputs["input_ids"].shape[1] + others["input_ids"].shape[1])
-        with pytest.raises(NotImplementedError, match=r"past_key_values must be empty where a prompt brings images"):
+        with pytest.raises(
+            NotImplementedError, match=f"{cache_name(model)} must be empty where a prompt brings images"
+        ):
             model(**others, past_key_values=cache)
 
 

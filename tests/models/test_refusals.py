@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import reroute_kernels as rk
-from reroute_kernels.models.adapter import CACHE_NAMES
+from reroute_kernels.models.adapter import CACHE_NAMES, cache_name
 from tests.models.conftest import hooks, no_layer_runs
 from tests.models.families import load
 from tests.models.prompts import GOLDEN, Prompt, batch, policy
@@ -57,7 +57,7 @@ def test_images_on_a_filled_cache(model, inputs, others, other):
         cache = model(**inputs, use_cache=True).past_key_values
         del others["attention_mask"]
         with pytest.raises(
-            NotImplementedError, match=r"past_key_values must be empty where .* images and the previous"
+            NotImplementedError, match=rf"{cache_name(model)} must be empty where .* images and the previous"
         ):
             model(**others, past_key_values=cache)
 

@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 
 import reroute_kernels as rk
+from reroute_kernels.models.adapter import cache_name
 from reroute_kernels.models.checkpointing import recomputes_hooks
 from reroute_kernels.rankings import LastQuery
 from tests.models.families import MODELS, load
@@ -486,7 +487,7 @@ def _(case):
         raise NotOffered(f"transformers: it is given a {kind}")
     if hybrid(case):
         with rk.apply(case.model, policies(case)[0]):
-            refusal("past_key_values must be a DynamicCache", call, case.model)
+            refusal(f"{cache_name(case.model)} must be a DynamicCache", call, case.model)
     compare(case, generate(case, [one_image(case)]), routed_call=call)
     compare_batch(case, "left", cache_implementation="static")
     config = case.model.config.get_text_config()
