@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import reroute_kernels as rk
+from reroute_kernels.models.adapter import cache_name
 from tests.models.prompts import ACTIONS, GOLDEN, PROMPTS, batch, policy, selections
 from tests.models.test_families import make_case
 
@@ -148,7 +149,7 @@ def alternating(model):
     decoder = model.model.language_model
     for number, module in enumerate((*decoder.layers, decoder.norm)):
         device = f"cpu:{1 + number % 2}"
-        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(device, skip_keys="past_key_values"))
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook(device, skip_keys=cache_name(model)))
         hooks.attach_execution_device_hook(module, device)
 
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import reroute_kernels as rk
@@ -13,9 +14,9 @@ from tests.models.prompts import ACTIONS, batch, cached_lengths, policy, selecti
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def decode(model, inputs, steps):
+def decode(model, inputs, steps, cache=None):
     """Greedy tokens, fed back one at a time, and the cache."""
-    output = model(**inputs, use_cache=True)
+    output = model(**inputs, past_key_values=cache, use_cache=True)
     cache, tokens = output.past_key_values, [output.logits[:, -1:].argmax(-1)]
     for _ in range(steps - 1):
         tokens.append(model(input_ids=tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
@@ -125,10 +126,20 @@ def test_state_follows_a_copied_cache(model, inputs):
         assert torch.equal(model(**step, past_key_values=copied).logits, expected)
 
 
+CROPPED = {
+    "dynamic": lambda config, room: transformers.DynamicCache(config=config),
+    "static": lambda config, room: transformers.StaticCache(config, max_cache_len=room),
+}
+
+
+@pytest.mark.parametrize("kind", CROPPED)
 @torch.no_grad()
-def test_cropped_cache_continues_where_it_was(model, inputs):
+def test_cropped_cache_continues_where_it_was(model, inputs, kind):
+    cache = CROPPED[kind](model.config.get_text_config(), inputs["input_ids"].shape[1] + 6)
+    if not hasattr(cache.layers[0] if cache.layers else transformers.cache_utils.DynamicLayer, "crop"):
+        pytest.skip("transformers crops static caches from 5.24 on")
     with rk.apply(model, policy()):
-        tokens, cache = decode(model, inputs, 6)
+        tokens, cache = decode(model, inputs, 6, cache)
         cache.crop(-3)
         again = []
         token = tokens[2]
@@ -136,6 +147,20 @@ def test_cropped_cache_continues_where_it_was(model, inputs):
             token = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1].argmax().item()
             again.append(token)
         assert again == tokens[3:]
+
+
+def test_guesses_on_a_static_cache(model, inputs):
+    """Transformers crops what was guessed wrongly. A static cache that it makes has no room for guesses."""
+    cache = transformers.StaticCache(model.config.get_text_config(), max_cache_len=inputs["input_ids"].shape[1] + 20)
+    if not hasattr(cache.layers[0], "crop"):
+        pytest.skip("transformers crops static caches from 5.24 on")
+    settings = {**GREEDY, "eos_token_id": -1}  # guesses are searched for its token
+    with rk.apply(model, policy()) as routing:
+        expected = model.generate(**inputs, **settings)
+        routing.trace = None
+        tokens = model.generate(**inputs, **settings, prompt_lookup_num_tokens=3, past_key_values=cache)
+        assert torch.equal(tokens, expected)
+        assert routing.trace is not None
 
 
 def test_generate_after_a_plain_forward(model, inputs, others):
