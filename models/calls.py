@@ -99,7 +99,7 @@ class Prefill:
         else:
             index = prompt.end.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
             last = positions.gather(-1, index)
-        if positions.ndim == 3 and not prompt.right_padded:
+        if positions.ndim == 3:
             # Of three axes, what follows stands behind the furthest one; a fourth counts the tokens.
             axes = positions[-3:]
             if prompt.valid is not None:
@@ -184,8 +184,9 @@ class Continuation:
         if given is not None and given.ndim == last.ndim == 3:
             last = last[last.shape[0] - given.shape[0] :]
         if last.ndim == 2 and not self._prompt.right_padded:
-            # A model of one axis that is given none counts padding, too.
-            return last + 1 + torch.arange(self._new_tokens, device=last.device)[-self._queries :]
+            # A model of one axis that is given none counts what its cache holds, padding too.
+            later = self._prompt.past.length + torch.arange(self._new_tokens, device=last.device)
+            return later[None, -self._queries :].expand(self._batch, -1)
         return last + 1 + self._offsets(last.device)
 
     def position_embeddings(self, stage: int, embeddings_at: Callable[[Tensor], object]) -> object:
@@ -428,6 +429,18 @@ class CallReader:
             raise NotImplementedError(
                 "attention_mask must put padding on the left for a text model with layers of "
                 f"{', '.join(sorted(set(self._layers.kinds)))}, got padding on the right"
+            )
+        if (
+            generation.generates
+            and cache is not None
+            and prompt.right_padded
+            and prompt.ends_in_image
+            and self._adapter.position_axes > 1
+        ):
+            raise NotImplementedError(
+                "attention_mask must put padding on the left in generate where position_ids have several axes and a "
+                "prompt ends with an image, behind which generate and the model count on in two ways; got padding on "
+                "the right and such a prompt"
             )
         if gaps := prompt.answers.get("gaps"):
             raise NotImplementedError(

@@ -16,6 +16,7 @@ class PromptCall:
     """How `generate` calls its model.
 
     Attributes:
+        generates: whether it does.
         assisted: whether it lets an assistant guess tokens.
         guessed: tokens at the end of the call that were guessed.
         drafts: whether it generates the draft tokens of assisted decoding.
@@ -24,6 +25,7 @@ class PromptCall:
         chunk_size: of these, else None.
     """
 
+    generates: bool = False
     assisted: bool = False
     guessed: int = 0
     drafts: bool = False
@@ -55,14 +57,14 @@ def prompt_call(core: nn.Module) -> PromptCall:
         return PromptCall()
     values = frame.f_locals
     if frame.f_code.co_name == "_assisted_decoding":
-        return PromptCall(assisted=True, guessed=values.get("candidate_length", 0))
+        return PromptCall(generates=True, assisted=True, guessed=values.get("candidate_length", 0))
     if frame.f_code.co_name != "_prefill":
-        return PromptCall()
+        return PromptCall(generates=True)
     config, ids = values.get("generation_config"), values.get("input_ids")
     drafts, chunk = bool(getattr(config, "is_assistant", False)), getattr(config, "prefill_chunk_size", None)
     if chunk is not None and ids.shape[1] > chunk:
-        return PromptCall(drafts=drafts, chunked_ids=ids, chunk_size=chunk)
-    return PromptCall(drafts=drafts, uncut=values.get("next_sequence_length", 0) is None)
+        return PromptCall(generates=True, drafts=drafts, chunked_ids=ids, chunk_size=chunk)
+    return PromptCall(generates=True, drafts=drafts, uncut=values.get("next_sequence_length", 0) is None)
 
 
 def _generates_with(core: nn.Module, frame: FrameType) -> bool:

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -86,18 +85,14 @@ class Candidates:
         Returns:
             `Attention`, to be returned as it is, or to be asked for its `scores()`.
         """
-        batch, length = self.pool.shape
+        length = self.pool.shape[1]
         if queries == "text":
             text = self.text if self.valid is None else self.text & self.valid
             places = last_queries(self.hidden, text, min(self.most_text, length))
         elif queries == 1:
             places = None if self.last is None else self.last[:, None]
         else:
-            back = torch.arange(min(queries, length) - 1, -1, -1, device=self.hidden.device)
-            last = length - 1 if self.last is None else self.last[:, None]
-            places = (last - back).expand(batch, -1)
-            if self.valid is not None:
-                places = torch.where(self.valid.gather(1, places.clamp(min=0)) & (places >= 0), places, -1)
+            places = last_queries(self.hidden, self.valid, min(queries, length))
         reductions = {"query_reduction": query_reduction, "head_reduction": head_reduction}
         return Attention(self._project(places) | reductions)
 

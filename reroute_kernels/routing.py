@@ -110,6 +110,11 @@ class Prompt:
     def has_visual_tokens(self) -> bool:
         return any(self.visual_counts)
 
+    @property
+    def ends_in_image(self) -> bool:
+        """Whether the last token of some row, before an answer, is a visual one."""
+        return sum(self.visual_counts) > sum(self.pool_counts) + self.answers.get("dropped", 0)
+
 
 @dataclass(eq=False)
 class TokenSequence:

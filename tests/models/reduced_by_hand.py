@@ -93,6 +93,18 @@ def qwen_images(model, pixel_values, grids):
         yield output.pooler_output[rows], similar[rows], saliency[rows], grid
 
 
+def images_of(model, inputs):
+    if "image_grid_thw" in inputs:
+        return qwen_images(model, inputs["pixel_values"], inputs["image_grid_thw"])
+    return llava_images(model, inputs["pixel_values"])
+
+
+def has_equal_saliencies(model, inputs) -> bool:
+    """Whether two tokens of an image are told from each other by rounding alone."""
+    salient = [saliency.sort().values for _, _, saliency, _ in images_of(model, inputs)]
+    return any(bool((each.diff() < 1e-6 * each.max()).any()) for each in salient)
+
+
 @torch.no_grad()
 def reduced_prompt(model, inputs, count, per_cell, distance, quantile, keeps_own):
     """One sample's prompt without what Nüwa drops.
@@ -108,11 +120,10 @@ def reduced_prompt(model, inputs, count, per_cell, distance, quantile, keeps_own
     """
     core, ids = model.model, inputs["input_ids"][0]
     qwen = "image_grid_thw" in inputs
-    images = qwen_images(model, inputs["pixel_values"], inputs["image_grid_thw"]) if qwen else None
     embeds = core.get_input_embeddings()(ids)
     dropped = torch.zeros_like(ids, dtype=torch.bool)
     places = (ids == IMAGE).nonzero().flatten()
-    for features, similar, saliency, grid in images or llava_images(model, inputs["pixel_values"]):
+    for features, similar, saliency, grid in images_of(model, inputs):
         anchors, made = slow_anchors(
             features, similar, saliency, grid, count(len(features)), per_cell, distance(grid), quantile, keeps_own
         )

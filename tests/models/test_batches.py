@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from tests.models.prompts import ACTIONS, SCHEDULE, batch, cached_lengths, offset, policy, selections
+from tests.models.prompts import ACTIONS, IMAGE, SCHEDULE, batch, cached_lengths, offset, policy, selections
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SIDES = ("left", "right")
@@ -114,3 +114,55 @@ def test_prompt_that_ends_in_an_image(model, prompt):
     for stage in routing.trace.stages:
         assert stage.selected[0][-1] == last
         assert len(stage.selected[0]) == int(visual * stage.keep) + 1
+
+
+def cut_behind_its_image(prompt):
+    """The prompt without the text behind its image."""
+    prompt.ids = prompt.ids[: int((prompt.ids == IMAGE).nonzero()[-1]) + 1]
+    return prompt
+
+
+@torch.no_grad()
+def test_text_behind_a_prompt_that_ends_with_an_image(model, prompt):
+    """It stands behind all of the image, whatever the padding."""
+    prompts = [prompt(1, 6, 15, seed=1), cut_behind_its_image(prompt(1, 3, 9, seed=2))]
+    step = {"input_ids": torch.tensor([[7], [8]])}
+    with rk.apply(model, policy()):
+        inputs = batch(prompts, "right")
+        cache = model(**inputs, use_cache=True).past_key_values
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        logits = model(**step, attention_mask=mask, past_key_values=cache).logits
+        for row, alone in enumerate(prompts):
+            cache = model(**batch([alone]), use_cache=True).past_key_values
+            expected = model(input_ids=step["input_ids"][row, None], past_key_values=cache).logits[0]
+            torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=0)
+
+
+def test_generate_behind_a_prompt_that_ends_with_an_image(model, prompt):
+    """Where an image's positions have several axes, `generate` goes on from its last token alone."""
+    prompts = [prompt(1, 6, 15, seed=1), cut_behind_its_image(prompt(1, 3, 9, seed=2))]
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with rk.apply(model, policy()):
+        alone = [model.generate(**batch([one]), **settings)[0, -4:].tolist() for one in prompts]
+        assert model.generate(**batch(prompts, "left"), **settings)[:, -4:].tolist() == alone
+        if "image_grid_thw" in batch(prompts):
+            with pytest.raises(NotImplementedError, match="attention_mask must put padding on the left in generate"):
+                model.generate(**batch(prompts, "right"), **settings)
+        else:
+            assert model.generate(**batch(prompts, "right"), **settings)[:, -4:].tolist() == alone
+
+
+@torch.no_grad()
+def test_positions_of_a_prompt_are_not_those_that_a_later_call_counts(model, inputs):
+    """A model that is given none counts what its cache holds, in the layer that lacks tokens of the prompt, too."""
+    if "image_grid_thw" in inputs:
+        pytest.skip("a model of several axes keeps how far its positions are from counts")
+    inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None] + 5
+
+    def step():
+        cache = model(**inputs, use_cache=True).past_key_values
+        return model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits
+
+    expected = step()
+    with rk.apply(model, policy(schedule=(rk.Stage(0, 1.0),))):
+        torch.testing.assert_close(step(), expected, atol=1e-4, rtol=0)

@@ -24,7 +24,7 @@ from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Unifor
 from reroute_kernels.reducers import Nuwa
 from tests.models.families import CLIP, IDS, TEXT, aya_vision, qwen3_5, qwen3_vl, tiny
 from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START
-from tests.models.reduced_by_hand import reduced_prompt
+from tests.models.reduced_by_hand import has_equal_saliencies, reduced_prompt
 from tests.models.slow_way import SlowWay, decoder_of, layer_types
 
 # Weights
@@ -185,7 +185,13 @@ class Case:
             and all(prompt.layouts)
             and all(turn.mask in ("none", "2d") and not turn.hides and not turn.has_images for turn in later)
             and not any(turn.mask == "none" and self.side != "none" for turn in self.turns)
+            and not (self.side == "right" and self.mode != "call" and self.ends_in_image_of_axes)
         )
+
+    @property
+    def ends_in_image_of_axes(self) -> bool:
+        """Whether what follows stands behind the image's last token in `generate`, and behind all of it elsewhere."""
+        return MODELS[self.model].axes > 1 and any(row and row[-1][0] == "i" for row in self.turns[0].layouts)
 
     @property
     def is_plain_in_four_dimensions(self) -> bool:
@@ -339,6 +345,8 @@ class Sampler:
         if mask.startswith("packed") and layouts[0] == ("t1",):  # hides everything else
             mask = "2d"
         hides = self.random.choice([0.05, 0.3, 1.0]) if mask != "none" and self.chance(0.2) else 0.0
+        if mask.startswith("packed"):
+            hides = 0.0  # what hides all but a token and itself may be padding in front of it
         are_of_images = kind == "image" or mask not in ("none", "2d")
         positions = self.positions(case, are_of_images, turns[0].positions)
         return Turn(layouts, mask, positions, hides if case.mode == "call" else 0.0)
@@ -681,6 +689,7 @@ class Alone:
         self.scores: list[list[dict[int, float]]] = []
         self.sequences: list[Tensor] = []
         self.columns = torch.empty(0, dtype=torch.int64)  # of what ran
+        self.survivors: list[tuple[list[int], dict]] = []  # columns that a reducer left, of what it was given
 
     def note(self, columns: Tensor, routes: bool) -> None:
         self.selected.append([columns[stage].tolist() for stage in self.slow.selected] if routes else [])
@@ -737,6 +746,7 @@ class Alone:
             reducer.keeps_own,
         )
         self.slow.visual, self.slow.total_before = visual, int((ids == IMAGE).sum())
+        self.survivors.append((columns[kept][visual].tolist(), inputs))
         places = places[:, :, kept]
         if self.case.positions == "contiguous":  # from the first layer on
             places = torch.arange(len(kept)).expand_as(places)
@@ -789,6 +799,14 @@ def check_selection(case: Case, alone: Alone, number: int, trace, row: int, last
         assert scores[len(expected) - 1] - scores[len(expected)] < 2e-5 * largest, (
             f"sample {row} selects {actual} at layer {stage.layer}, not {expected}"
         )
+        raise TooClose
+
+
+def check_survivors(alone: Alone, actual: list[int]) -> None:
+    """The same tokens as by hand are left by a reducer."""
+    expected, inputs = alone.survivors[0]
+    if actual != expected:
+        assert has_equal_saliencies(alone.model, inputs), f"a reducer leaves {actual}, not {expected}"
         raise TooClose
 
 
@@ -882,7 +900,8 @@ def is_weak(talk: Talk) -> bool:
     if any(turn.mask not in ("none", "2d") for turn in case.turns):  # the model's in all layers, without windows
         return True
     valid = torch.cat(talk.valid, dim=1)
-    return any(bool((~valid[row, talk.columns(row, talk.ends[-1])[:1] :]).any()) for row in range(talk.batch))
+    columns = [talk.columns(row, talk.ends[-1]) for row in range(talk.batch)]
+    return any(len(own) and bool((~valid[row, own[0] :]).any()) for row, own in enumerate(columns))
 
 
 def run(case: Case) -> str:
@@ -985,6 +1004,8 @@ def check_alone(talk: Talk, unrouted: list[Answer], routed: list[Answer]) -> Non
                 last = talk.valid[number][row].nonzero().flatten()[-1:]
                 ends_in_image = case.mode != "no cache" and len(last) and bool(visual[last])
                 place = row * (len(answer.trace.visual_counts) // talk.batch)
+                if case.reduces and visual.any():
+                    check_survivors(alone, answer.trace.reduction.selected[place].tolist())
                 check_selection(case, alone, number, answer.trace, place, begin + int(last) if ends_in_image else None)
             if case.mode != "call":
                 check_generated(answer, row, alone, number, len(answer.logits) // talk.batch)

@@ -254,3 +254,23 @@ def test_key_norms_of_models_that_normalize_keys(name, layer):
             selected = (stage.selected[row] - shift).tolist()
             case.model(**case.batch([prompt]))
             assert routing.trace.stages[0].selected[0].tolist() == selected
+
+
+@pytest.mark.parametrize("queries", [2, 3, 5])
+def test_hidden_tokens_do_not_ask(queries):
+    """The last queries of a sample are its last tokens, whatever the mask hides between them."""
+    case = load("llava")
+    inputs = case.batch([case.prompt(1, 6, 15, seed=1)])
+    hole = inputs["input_ids"].shape[1] - 2
+    places = torch.arange(inputs["input_ids"].shape[1])[None]
+    without = {**inputs, "input_ids": inputs["input_ids"][:, places[0] != hole]}
+    without["attention_mask"] = torch.ones_like(without["input_ids"])
+    without["position_ids"] = places[:, places[0] != hole]
+    hidden = {**inputs, "attention_mask": (places != hole).long(), "position_ids": places}
+    policy = rk.Policy([rk.Stage(2, 0.4)], ranking=rk.rankings.LastQuery(queries=queries))
+    with rk.apply(case.model, policy) as routing, torch.no_grad():
+        expected = case.model(**without).logits[:, -1]
+        selected = routing.trace.stages[0].selected
+        actual = case.model(**hidden).logits[:, -1]
+        assert all(map(torch.equal, routing.trace.stages[0].selected, selected))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
