@@ -9,6 +9,8 @@ what routing does to answers (bench/results/grounding).
 from __future__ import annotations
 
 import json
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from textwrap import wrap
 
@@ -272,8 +274,8 @@ def support_tables(records: list[dict]) -> str:
             if reason and reason not in notes:
                 notes.append(reason)
             note = f" [{notes.index(reason) + 1}]" if reason else ""
-            others = [version for version, each in zip(versions, outcomes, strict=True) if each == outcome]
-            where = "" if len(others) == len(versions) else f" ({', '.join(others)})"
+            same = [each == outcome for each in outcomes]
+            where = "" if all(same) else f" ({runs_of(versions, same)})"
             marks.append(f"{SIGNS[word]}{note}{where}")
         return "<br>".join(marks)
 
@@ -293,6 +295,16 @@ def support_tables(records: list[dict]) -> str:
         *table(["way of calling", "call"], ways.items()),
     ]
     return "\n".join(lines)
+
+
+def runs_of(versions: list[str], chosen: list[bool]) -> str:
+    """The chosen ones of versions in order: those that follow on each other as first and last."""
+    runs = []
+    for is_chosen, run in groupby(zip(chosen, versions, strict=True), key=itemgetter(0)):
+        if is_chosen:
+            names = [version for _, version in run]
+            runs.append(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}")
+    return ", ".join(runs)
 
 
 def _escaped(note: str) -> str:
