@@ -34,11 +34,13 @@ class Prefill:
         layers: of the decoder.
         forward: what is routed.
         past: what the cache held before, if anything.
+        generates: whether `generate` makes the call.
     """
 
-    def __init__(self, layers: RoutedLayers, forward: RoutedForward, past: Past | None):
+    def __init__(self, layers: RoutedLayers, forward: RoutedForward, past: Past | None, generates: bool):
         self.forward = forward
         self.past = past
+        self.generates = generates
         self.cache = None
         self.finished = False
         self.layer_features: list[Tensor] = []  # (B, L, d), added after the first layers
@@ -99,8 +101,9 @@ class Prefill:
         else:
             index = prompt.end.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
             last = positions.gather(-1, index)
-        if positions.ndim == 3:
-            # Of three axes, what follows stands behind the furthest one; a fourth counts the tokens.
+        if positions.ndim == 3 and not (self.generates and prompt.right_padded):
+            # Of three axes, later tokens stand behind the furthest one (a fourth counts the tokens); in `generate`,
+            # which adds one to each axis, behind the last token.
             axes = positions[-3:]
             if prompt.valid is not None:
                 axes = axes.masked_fill(~prompt.valid, 0)
@@ -466,7 +469,7 @@ class CallReader:
                         "input_ids that follow on a cache with recurrent states must keep equally many tokens of each "
                         f"sample, got {', '.join(map(str, rows))} at layer {self._policy.stage_layers[stage]}"
                     )
-        return Prefill(self._layers, forward, past)
+        return Prefill(self._layers, forward, past, generation.generates)
 
     @staticmethod
     def _check_activated(prompt: Prompt) -> None:
