@@ -1,4 +1,4 @@
-"""What the hooks cost in Python: with 32 layers so small that nothing else counts, and beside a forward of 7B size."""
+"""Cost of the hooks in Python: with 32 layers so small that nothing else counts, and beside a forward of 7B size."""
 
 import copy
 import operator

@@ -1,4 +1,4 @@
-"""What stage 1 of Nüwa costs beside a vision tower of the published size."""
+"""Cost of stage 1 of Nüwa beside a vision tower of the published size."""
 
 import pytest
 import torch

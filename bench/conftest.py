@@ -1,4 +1,4 @@
-"""What every benchmark shares: the device, and a record of what a result was measured on."""
+"""Fixtures of every benchmark: the device, and a record of the machine behind a result."""
 
 import os
 import platform

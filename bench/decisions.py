@@ -1,4 +1,4 @@
-"""What a decision costs beyond the key projection: every operation, the fused call, and the usual eager code.
+"""Cost of a decision beyond the key projection: every operation, the fused call, and the usual eager code.
 
 Each time comes with the bytes that must move, the launches, and the floor that both put under it.
 """

@@ -66,7 +66,7 @@ def measure_prefill(clock: Clock, decoder: Decoder, visual_tokens: int, tiers, b
 
 
 def _check(model, inputs: dict, policies: dict[str, rk.Policy], layers: dict[str, Callable]) -> None:
-    """What is timed must be the same computation: layers alone against the adapter, and against the oracle."""
+    """Check that all timed variants compute the same: layers alone against the adapter, and against the oracle."""
     with torch.no_grad():
         torch.testing.assert_close(layers["unrouted"](), model(**inputs).logits)
         for name, policy in policies.items():

@@ -29,7 +29,7 @@ def results_folder(device: torch.device) -> Path:
 
 
 def description(device: torch.device) -> dict[str, object]:
-    """What a result was measured on."""
+    """Record of the machine and software behind a result."""
     described = {
         "device": device_name(device),
         "python": platform.python_version(),
@@ -166,7 +166,7 @@ class Clock:
 
 
 def floors(clock: Clock, copied: int) -> dict[str, float]:
-    """What nothing can beat here: an empty launch, and the copy bandwidth.
+    """Measure the floors of this device: an empty launch, and the copy bandwidth.
 
     Args:
         clock: of the device.

@@ -129,7 +129,7 @@ def cpu_tables(results: dict) -> str:
 
 
 def hooks_table(entries: list[dict]) -> list[str]:
-    """What the hooks add to a forward, and its share of one of 7B size; nothing where it was not measured."""
+    """Table of the time that hooks add to a forward, and its share of one of 7B size; empty if it was not measured."""
     infos = [entry["extra_info"] for entry in entries if entry["group"] == "hooks"]
     calls = {info["call"]: info for info in infos if "call" in info}
     forwards = {info["forward_of_7b_size"]: info for info in infos if "forward_of_7b_size" in info}
@@ -160,7 +160,7 @@ def hooks_table(entries: list[dict]) -> list[str]:
 
 
 def reducers_table(entries: list[dict]) -> list[str]:
-    """What a reducer costs beside the vision tower; nothing where it was not measured."""
+    """Table of a reducer's cost beside the vision tower; empty if it was not measured."""
     infos = [entry["extra_info"] for entry in entries if entry["group"] == "reducers"]
     rows = (
         [
@@ -215,7 +215,7 @@ def compile_tables(records: list[dict]) -> str:
 
 
 def methods_tables() -> str:
-    """What every method costs at three budgets, and at those that were published for it alone."""
+    """Tables of every method's cost at three budgets, and at those published for it alone."""
     lines = [
         f"Of {VISUAL_TOKENS} visual and {METHOD_TEXT} text tokens, as `reroute_kernels.cost` counts. Each cell: visual "
         "tokens per layer on average; prefill FLOPs (with the ranking) and KV cache as shares of the unrouted model's. "
@@ -335,7 +335,7 @@ def performance_page(folders: list[Path], target: Path) -> None:
 
 
 def serving_section(record: dict) -> list[str]:
-    """What routing does inside vLLM's engine."""
+    """Tables of routing inside vLLM's engine."""
     rows = []
     for way, found in record["ways"].items():
         one, everything, prefill = found["one_prompt"], found["all"], found["prefill_ms"]
@@ -365,7 +365,7 @@ def serving_section(record: dict) -> list[str]:
 
 
 def device_section(folder: Path, target: Path) -> list[str]:
-    """What one device's records say."""
+    """Tables of one device's records."""
     names = (*NAMES, *(f"{kind}-{name}" for name in DECODERS for kind in ("prefill", "decode")))
     records = {name: _read(folder / f"{name}.json") for name in names if (folder / f"{name}.json").exists()}
     about = next(iter(records.values()))
@@ -456,7 +456,7 @@ def device_section(folder: Path, target: Path) -> list[str]:
 
 
 def targets(results: dict) -> list[str]:
-    """What the library is held to, and what this device reached."""
+    """Table of the targets, and of the figures that this device reached."""
     rows = []
     for row in results.get("operations", []):
         if (row["operation"], row["shape"], row["batch"]) == ("decision", "LLaVA-1.5-7B", 1):

@@ -87,7 +87,7 @@ def run(llm, asked: list[dict], new_tokens: int) -> dict[str, object]:
 
 
 def blocks_of_one(llm, prompt: dict) -> dict[str, int]:
-    """What the engine takes for one prompt and its first token, and what the schedule says that it needs.
+    """Cache blocks that the engine takes for one prompt and its first token, and that the schedule needs.
 
     Both in blocks of one layer.
     """

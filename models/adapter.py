@@ -1,4 +1,4 @@
-"""What routing must know about a model. The class below fits decoders built like Llama's."""
+"""Adapter between routing and a model. The class below fits decoders built like Llama's."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Adapter:
     """How many position ids a token has."""
 
     vision: type[ReducedVision] | None = None
-    """What reducers need of the vision tower; None where there are no reducers for this family."""
+    """Access to the vision tower for reducers; None if this family supports none."""
 
     feature_layers: int = 0
     """After how many of the first layers the decoder adds features to visual tokens."""
@@ -81,7 +81,7 @@ class Adapter:
         "self_attn.head_dim",
         "self_attn.scaling",
     )
-    """What ranking reads of a decision layer."""
+    """Attributes of a decision layer that ranking reads."""
 
     feature_arguments: tuple[str, ...] = (
         "pixel_values",
@@ -98,13 +98,13 @@ class Adapter:
         "position_ids",
         "cache",
     )
-    """What tells what a call is: arguments of `model.model`."""
+    """Arguments of `model.model.forward` from which a call is classified."""
 
     decoder_arguments: tuple[str, ...] = ("inputs_embeds", "attention_mask", "position_ids", "cache")
-    """What the decoder is handed, by name."""
+    """Arguments of the decoder, passed by name."""
 
     layer_arguments: tuple[str, ...] = ("attention_mask", "position_embeddings", "cache")
-    """What its layers are handed, by name, behind the hidden states."""
+    """Arguments of its layers, passed by name behind the hidden states."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -153,7 +153,7 @@ class Adapter:
         )
 
     def _layer_types(self) -> list[str]:
-        """What each layer attends to, in the words of transformers' configurations."""
+        """Type of attention of each layer, in the words of transformers' configurations."""
         config = self.decoder.config
         kinds = getattr(config, "layer_types", None)
         if kinds is None:
@@ -185,7 +185,7 @@ class Adapter:
         return cos, sin
 
     def position_embeddings(self, cos: Tensor, sin: Tensor):
-        """What the model hands its layers, from cos and sin as `rotary` gives them."""
+        """Position embeddings as the model passes them to its layers; inverse of `rotary`."""
         return cos, sin
 
     def take_layer_features(self, arguments: dict) -> list[Tensor]:
@@ -208,7 +208,7 @@ class Adapter:
         valid: Tensor | None,
         places: Tensor | None,
     ) -> dict[str, object]:
-        """What scores tokens by the attention that others would pay to them in this layer.
+        """Arguments that score tokens by the attention that others would pay to them in this layer.
 
         Args:
             layer: the decision layer.

@@ -9,7 +9,7 @@ _UNSCORED = -100  # of transformers' losses
 
 
 class Answers:
-    """What a call tells of its answers.
+    """Where the answers of a call begin, as its arguments tell.
 
     Args:
         labels: of the call, (B, L), or None.
@@ -79,7 +79,7 @@ class Answers:
 
 
 def checked(answers_from: object) -> int | Tensor | None:
-    """What `Routing.answers_from` may be set to.
+    """Check a value of `Routing.answers_from`.
 
     Raises:
         TypeError: it is of another type.

@@ -21,8 +21,8 @@ UNITS = {
     "qwen3_vl": "thousandths",
     "qwen3_vl_moe": "thousandths",
 }
-"""What a `config.model_type` counts the edges of a box in: shares or thousandths of the picture's width and height, or
-pixels of the picture that its processor has resized."""
+"""Unit in which a `config.model_type` gives the edges of a box: shares or thousandths of the picture's width and
+height, or pixels of the picture that its processor has resized."""
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _COMMA = r"\s*[\s,]\s*"

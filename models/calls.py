@@ -1,4 +1,4 @@
-"""What a call of a routed model is: a routed prompt, new tokens on a routed cache, or nothing to route."""
+"""Classify a call of a routed model: a routed prompt, new tokens on a routed cache, or nothing to route."""
 
 from __future__ import annotations
 
@@ -459,7 +459,7 @@ class CallReader:
                 "gradient checkpointing must be off for a routed prompt before transformers 5.24, got it on: torch's "
                 "checkpoint_wrapper may be put around the layers before apply"
             )
-        # What is counted from the end of a row stays there if shorter rows are filled up at their front.
+        # Left padding of compact rows keeps in place what is counted from the end of a row.
         fill_front = self._layers.fill_front or activated is not None
         forward = RoutedForward(self._policy, prompt, fill_front, self._combine)
         if past is not None and self._layers.has_states:

@@ -54,7 +54,7 @@ class Example:
     prompt: str
     truth: Box
     policies: tuple[str, str]
-    """What removes and what reroutes, as `notation.parse_policy` takes them."""
+    """Policies that remove and that reroute, as `notation.parse_policy` takes them."""
     measure: str
     """Of `rates`."""
     scenes: int
@@ -101,7 +101,7 @@ class Subject:
 
 @dataclass
 class Run:
-    """What one way of running the prompt did."""
+    """Result of one way of running the prompt."""
 
     name: str
     policy: Policy | None
@@ -115,7 +115,7 @@ class Run:
     """Median of several prefills."""
     trace: Trace | None = None
     box: Box | None = None
-    """What the answer holds."""
+    """The box found in the answer."""
 
     def overlap(self, truth: Box) -> float:
         """Intersection over union of the answer's box with the true one."""
@@ -372,12 +372,12 @@ def stage_shares(trace: Trace, visual_positions: list[int]) -> list[StageShare]:
 
 @dataclass
 class Row:
-    """What a picture shows of one policy."""
+    """Part of a picture for one policy."""
 
     name: str
     shares: Sequence[StageShare]
     box: Box | None = None
-    """What the answer holds."""
+    """The box found in the answer."""
 
 
 def draw(subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What `generate` does with a prompt and its calls of the model do not say."""
+"""Facts about a `generate` loop that its calls of the model do not carry: draft tokens, chunked prefill."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class Routing:
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=runs_first(layer)))
         if self._vision is not None:
             self._vision.install(add)
-        # What the model adds before the first decision, it adds itself.
+        # Features of layers before the first decision are added by the model itself.
         self._routes_features = adapter.feature_layers > first
         for number in range(adapter.feature_layers if self._routes_features else 0):
             add(adapter.layers[number].register_forward_hook(partial(self._add_layer_features, number)))
@@ -210,7 +210,7 @@ class Routing:
 
     @property
     def _routed(self) -> Prefill | Continuation | None:
-        """What of it is routed."""
+        """The part of the call that is routed."""
         return self._running.stack[-1].routed if self._running.stack else None
 
     def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -404,7 +404,7 @@ class Routing:
         return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in tables)
 
     def _embeddings_at(self, hidden: Tensor, positions: Tensor) -> object:
-        """What layers are handed at positions (B, M) that count tokens."""
+        """Position embeddings of layers at positions (B, M) that count tokens."""
         axes = self._adapter.position_axes
         positions = positions if axes == 1 else positions.expand(axes, -1, -1)
         return self._adapter.decoder.rotary_emb(hidden, positions)

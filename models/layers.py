@@ -15,7 +15,7 @@ _KINDS = ("full_attention", "sliding_attention", "linear_attention")
 
 
 class RoutedLayers:
-    """What does not change from call to call.
+    """Properties of the routed layers that do not change from call to call.
 
     Args:
         adapter: of the model.

@@ -39,7 +39,7 @@ _FORMS = (
 
 
 def manifests() -> list:
-    """What lmms-eval's registry is told: `reroute_llava_hf`, `reroute_qwen2_5_vl` and `reroute_qwen3_vl`."""
+    """Entries for lmms-eval's registry: `reroute_llava_hf`, `reroute_qwen2_5_vl` and `reroute_qwen3_vl`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [
@@ -134,7 +134,7 @@ class _WithImages:
 
 
 class Routed:
-    """What is before one of lmms-eval's classes to make it route.
+    """Mixin that adds routing to one of lmms-eval's model classes.
 
     Args:
         pretrained: checkpoint folder or hub id.

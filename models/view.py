@@ -20,19 +20,19 @@ from .demo import DemoError, Row, Subject, answer, answered_box, draw, routed, s
 
 TEMPLATE = Path(__file__).with_name("view.html")
 ACTIVE, RETURNED, DEFERRED, REMOVED = "ardx"
-"""What a patch is in a layer, as the page's data say it: it runs; it runs, and was deferred in the stage before; it
+"""State of a patch in a layer, as the page's data give it: it runs; it runs, and was deferred in the stage before; it
 skips the stage; it is gone for good."""
 
 
 @dataclass
 class Pane:
-    """What one policy did."""
+    """Result of one policy."""
 
     name: str
     policy: Policy
     answer: str
     box: Box | None
-    """What the answer holds."""
+    """The box found in the answer."""
     trace: Trace
 
 
@@ -63,7 +63,7 @@ def compare(subject: Subject, *, max_new_tokens: int) -> list[Pane]:
 
 
 def stages_of(trace: Trace, positions: list[int]) -> list[dict[str, object]]:
-    """What becomes of every patch, stage by stage, from layer 0 on.
+    """State of every patch, stage by stage, from layer 0 on.
 
     Args:
         trace: of a prompt with one image.
@@ -91,7 +91,7 @@ def stages_of(trace: Trace, positions: list[int]) -> list[dict[str, object]]:
 
 
 def page_data(subject: Subject, panes: Sequence[Pane], question: str, model: str, truth: Box | None) -> dict:
-    """What the page shows.
+    """Data of the page.
 
     Args:
         subject: the model and the picture that it sees.

@@ -65,7 +65,7 @@ class ReducedVision(ABC):
     @property
     @abstractmethod
     def tower(self) -> nn.Module:
-        """What encodes images."""
+        """The module that encodes images."""
 
     @abstractmethod
     def _install(self, add: Callable[[object], None]) -> None:

@@ -21,7 +21,7 @@ from .reducers import Reducer
 
 SHAPES = ("uniform", "pyramid")
 
-# What `Cost` calls that which a budget limits.
+# The attribute of `Cost` that each kind of budget limits.
 _COSTS = {"avg_tokens": "average_visual_tokens", "flops": "prefill_flops", "kv_bytes": "kv_bytes"}
 
 # So many stages are raised together; all their subsets are tried.

@@ -1,4 +1,4 @@
-"""What a policy costs in floating-point operations and cache, counted from its schedule and a decoder's shape.
+"""Cost of a policy in floating-point operations and KV cache, counted from its schedule and a decoder's shape.
 
 A multiplication and an addition are two operations. Only matrix products count, as `torch.utils.flop_counter` counts
 them: the projections of attention, queries times keys and weights times values over all keys of the sequence (nothing
@@ -111,7 +111,7 @@ def _check_attention(config) -> None:
 
 def _mlp_weights(config, layer: int) -> int:
     size = config.hidden_size
-    # What these counts are called differs between families and versions of transformers.
+    # The names of these counts differ between families and versions of transformers.
     counts = (getattr(config, name, None) for name in ("num_experts", "n_routed_experts", "num_local_experts"))
     experts = next((count for count in counts if count), 0)
     is_dense = (
@@ -139,7 +139,7 @@ DECODERS = {
 
 @dataclass(frozen=True)
 class StageCost:
-    """What the layers of one stage cost in a prefill. Tokens are of one sample; all else is of the whole batch."""
+    """Cost of one stage's layers in a prefill. Tokens are of one sample; all else is of the whole batch."""
 
     first_layer: int
     layers: int
@@ -168,7 +168,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What `cost` counted. Totals are of the whole batch, averages of one sample."""
+    """Result of `cost`. Totals are of the whole batch, averages of one sample."""
 
     decoder: Decoder
     text_tokens: int
@@ -271,7 +271,7 @@ def cost(
     batch: int = 1,
     dtype: str | torch.dtype = "float16",
 ) -> Cost:
-    """What a policy costs on a model.
+    """Count what a policy costs on a model.
 
     FLOPs: a multiplication and an addition are two. Only matrix products count: projections, attention over all keys
     (not halved for causality), MLPs and rankings; norms, the input embedding and the vision tower do not, and the LM

@@ -1,4 +1,4 @@
-"""What this library finds on a machine, and whether it can route there. Nothing here needs more than torch."""
+"""Report of the installation: versions, devices, and whether it can route. Nothing here needs more than torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the registered operations count for in `torch.utils.flop_counter`; importing this module registers it.
+"""FLOP counts of the registered operations for `torch.utils.flop_counter`; importing this module registers it.
 
 That counter imports triton where it is installed, so this is imported by what is used beside transformers, which does
 the same, and where the counter is there already.

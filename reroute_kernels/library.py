@@ -81,7 +81,7 @@ def _scatter(full, index, compact):
     if full.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("full must not be an inference tensor outside torch.inference_mode(), got one")
     operations_for(full.device).scatter_tokens_(full, index, compact)
-    # What PyTorch does for its own operators that write in place, so that autograd notices.
+    # As PyTorch's own in-place operators do, so that autograd notices the write.
     if not full.is_inference():
         torch.autograd.graph.increment_version(full)
 

@@ -145,7 +145,7 @@ def first_line(error: Exception) -> str:
 
 
 def policy_text(policy: Policy) -> str:
-    """What `parse_policy` makes an equal policy of, of one that has the usual ranking and positions and no reducer."""
+    """Inverse of `parse_policy`, for policies with the default ranking and positions and no reducer."""
     schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in policy.schedule)
     return schedule if policy.action == "reroute" else f"{policy.action}:{schedule}"
 
@@ -157,7 +157,7 @@ def policy_python(policy: Policy) -> str:
 
 
 def budget_text(budget: Budget) -> str:
-    """What was asked for and what was reached."""
+    """Text form of a budget: the limit and the figure reached."""
     reached, under, limit = (f"{value:,.12g}" for value in (budget.reached, budget.under, budget.limit))
     return f"{budget.kind}: reaches {reached}, which is {under} under the budget of {limit}"
 
@@ -192,7 +192,7 @@ def preset_dict(name: Preset, policy: Policy, average: float) -> dict[str, objec
 
 
 def cost_dict(name: str, policy: Policy | None, cost: Cost) -> dict[str, object]:
-    """What a policy costs, for JSON."""
+    """Cost of a policy as JSON values."""
     policy = policy and policy_dict(policy)
     return {"name": name, "policy": policy, "cost": cost.as_dict(), "next_token_flops": next_token_flops(cost)}
 

@@ -1,4 +1,4 @@
-"""What to route: stages, and the policy that a model follows."""
+"""Stages, and the policy that a model follows."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class Stage:
 
 
 class Budget(NamedTuple):
-    """What a policy was solved for, see `reroute_kernels.solve`."""
+    """Budget that a policy was solved for, see `reroute_kernels.solve`."""
 
     kind: str
     """`"avg_tokens"`, `"flops"` or `"kv_bytes"`."""
     limit: float
-    """What was asked for."""
+    """The limit."""
     reached: float
-    """What the policy costs; never above the limit."""
+    """The policy's cost; never above the limit."""
 
     @property
     def under(self) -> float:

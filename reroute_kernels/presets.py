@@ -15,7 +15,7 @@ from .reducers import Nuwa
 MODELS = ("llava-1.5-7b", "qwen2.5-vl-7b")
 NUM_LAYERS = {model: DECODERS[model].layers for model in MODELS}
 
-# What all of them count in: 24 x 24 patches of LLaVA-1.5, and 451,584 pixels of Qwen2.5-VL.
+# Visual tokens that all presets are stated for: 24 x 24 patches of LLaVA-1.5, and 451,584 pixels of Qwen2.5-VL.
 VISUAL_TOKENS = 576
 
 # Decision layers after the first, which is 3 where a schedule is matched to FastV and 2 elsewhere.

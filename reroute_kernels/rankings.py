@@ -41,7 +41,7 @@ class Attention:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What a ranking sees of a decision: the tokens that it may choose from, and those beside them.
+    """Input of a ranking at one decision: the candidates, and the other tokens of the sequence.
 
     Under `reroute` these are all tokens of the prompt, or all that a reducer left; under `remove` those that ran. The
     tensors are to be read, not written to.

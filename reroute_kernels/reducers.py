@@ -23,7 +23,7 @@ from .precision import full_precision
 
 @dataclass(eq=False)
 class VisionFeatures:
-    """What the vision tower made of T images, tiles or frames of one size, in the order of their patches.
+    """Output of the vision tower for T images, tiles or frames of one size, in patch order.
 
     `saliency` and `similarity_features` are computed when they are asked for.
     """

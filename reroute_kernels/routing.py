@@ -17,8 +17,8 @@ from . import ops
 from .policy import Policy
 from .rankings import Attention, Candidates
 
-# What `ops.rank_tokens` takes to score the tokens of a sequence, from (hidden, tables, key mask or None, places of the
-# queries (B, Q) or None where only the last token asks); its keys alone with `keys_alone=True`.
+# Gives the arguments of `ops.rank_tokens` that score the tokens of a sequence, from (hidden, tables, key mask or None,
+# places of the queries (B, Q), or None if only the last token asks); its keys alone with `keys_alone=True`.
 Project = Callable[..., "dict[str, object]"]
 
 # Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
@@ -92,7 +92,7 @@ class Prompt:
         self.has_empty_rows = min(self.valid_counts) == 0
         self.valid = valid if self.padded else None
         self.end = end if self.padded else None
-        # What ranks, and what it sees: the prompt without guesses and answers.
+        # The token that ranks, and the tokens it sees: the prompt without draft tokens and answers.
         self.last = last if self.padded or self.ranks_within else None
         self.ranked = valid & (places <= last[:, None]) if self.ranks_within else self.valid
 
@@ -173,7 +173,7 @@ class TokenSequence:
 
 @dataclass(eq=False)
 class Scored:
-    """What a decision chose from: scores (B, S) float32 of a sequence of S tokens, and which of them are candidates.
+    """Scores of one decision, (B, S) float32 over a sequence of S tokens, and which of them are candidates.
 
     pool: (B, S) bool; kept: (B, S) positions in the full sequence, or None where this is the full sequence.
     """
@@ -186,7 +186,7 @@ class Scored:
         """For each sample the scores of its visual tokens, NaN at those that were no candidates; visual: (B, L)."""
         scores = self.scores.cpu().masked_fill(~self.pool.cpu(), torch.nan)
         if self.kept is not None:
-            # What holds no token goes to a column of its own, which is cut off.
+            # Rows without a token go to an extra column, which is cut off.
             places, length = self.kept.cpu(), visual.shape[1]
             full = scores.new_full((len(scores), length + 1), torch.nan)
             scores = full.scatter_(1, torch.where(places < 0, length, places), scores)[:, :length]
@@ -274,8 +274,8 @@ class RoutedForward:
         stage = len(self.kept)
         reduces = self._reduces and stage == 0
         source = self._source(hidden, tables)
-        # What is dropped for good is no candidate later: its flags leave with it, and places are counted in the full
-        # sequence.
+        # A token that is dropped for good is no candidate later: its flags leave with it. Places are counted in the
+        # full sequence.
         for_good = self._drops(stage)
         carried = (source.pool, source.pinned) if for_good else ()
         if source.kept is not None:
@@ -325,7 +325,7 @@ class RoutedForward:
         return self.policy.action == "remove" or (self._reduces and stage == 0)
 
     def _ranked(self, source: TokenSequence, project: Project) -> Attention | Tensor:
-        """What the policy's ranking says of the candidates of the next decision."""
+        """Rank the candidates of the next decision by the policy's rule."""
         stage = len(self.kept)
         source.owned = False  # the ranking and the hooks of the norm before it may hold the hidden states
         candidates = Candidates(
@@ -388,7 +388,7 @@ class RoutedForward:
             return full
         active.take(hidden)
         drops = self._drops(len(self.kept) - 1)
-        # What a reducer left goes back once, at the end.
+        # The tokens that a reducer left are written back once, at the end.
         if not drops or self.policy.action == "remove":
             active.write_back()
         return active if drops else active.parent
@@ -432,7 +432,7 @@ class RoutedForward:
 
 @dataclass(frozen=True, eq=False)
 class StageTrace:
-    """What one stage of a routed prefill did; nothing is copied from the device before it is read."""
+    """Record of one stage of a routed prefill; nothing is copied from the device before it is read."""
 
     layer: int
     """The decision layer; 0 for what a reducer left."""
@@ -467,7 +467,7 @@ class StageTrace:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What the latest routed prefill did."""
+    """Record of a routed prefill."""
 
     policy: Policy
     length: int
@@ -477,7 +477,7 @@ class Trace:
     stages: list[StageTrace]
     """One for each stage of the schedule."""
     reduction: StageTrace | None = None
-    """What a reducer left."""
+    """The tokens that a reducer left; None without one."""
 
     @classmethod
     def of(cls, forward: RoutedForward, past: Past | None = None) -> Trace:
@@ -495,7 +495,7 @@ class Trace:
 
 @dataclass(eq=False)
 class Past:
-    """What a cache holds before a call. Lists have an entry for each stage."""
+    """Contents of a cache before a call. Lists have one entry per stage."""
 
     length: int
     """Tokens of the full sequence, padding included."""
@@ -541,7 +541,7 @@ class Past:
 
 @dataclass(eq=False)
 class CachedPrompt:
-    """What later calls must know about a cache that a routed prefill filled. It lives with the cache object."""
+    """Record of a cache that a routed prefill filled, for later calls on it. It lives with the cache object."""
 
     policy: Policy
     batch: int

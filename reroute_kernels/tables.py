@@ -51,7 +51,7 @@ def presets_table(listed: Iterable[tuple[Preset, Policy, float]], *, rules: bool
 
 
 def costs_table(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Table:
-    """What policies cost; below each figure is its share of that in the first row, of rankings that of its prefill."""
+    """Table of policies' costs. Percentages are relative to the first row; for rankings, to the first row's prefill."""
     base = costed[0][2]
     prefill, prefill_unit = _scale(base.prefill_flops, _DECIMAL)
     decode, decode_unit = _scale(next_token_flops(base), _DECIMAL)
@@ -78,7 +78,7 @@ def costs_table(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Table:
 
 
 def stages_table(cost: Cost) -> Table:
-    """What each stage of one policy costs."""
+    """Table of one policy's cost, stage by stage."""
     prefill, unit = _scale(cost.prefill_flops, _DECIMAL)
     cache, cache_unit = _scale(cost.kv_bytes, _BINARY)
     headers = (
@@ -114,7 +114,7 @@ def solution_table(policy: Policy, visual_tokens: int) -> Table:
 
 
 def runs_table(runs: Iterable[Run], truth: Box | None, rates: dict[str, tuple[float, float, float]]) -> Table:
-    """What the runs of the demo did.
+    """Table of the demo's runs.
 
     Args:
         runs: of the demo.
@@ -162,7 +162,7 @@ def shares_table(shares: Iterable[StageShare]) -> Table:
 
 
 def panes_table(panes: Iterable[Pane]) -> Table:
-    """What the policies of a page answered."""
+    """Table of the answers on a page."""
     table = Table(Column("policy", overflow="fold"), "action", Column("answer", overflow="fold"), "box in it")
     for pane in panes:
         box = "-" if pane.box is None else ", ".join(f"{edge:.2f}" for edge in pane.box)

@@ -37,7 +37,7 @@ SUPPORTED = {
     "triton": Versions("3.6", "3.9"),
     "transformers": Versions("5.4", "5.24"),
 }
-"""What is supported; pyproject.toml, requirements/ and README.md say the same, and the tests hold them to it."""
+"""Supported versions; tests hold pyproject.toml, requirements/ and README.md to the same."""
 
 
 def check_transformers() -> None:

@@ -1,4 +1,4 @@
-"""What every test shares: a device or the interpreter, dirty memory, fixed seeds, and awkward memory layouts."""
+"""Fixtures of every test: a device or the interpreter, dirty memory, fixed seeds, and awkward memory layouts."""
 
 import os
 

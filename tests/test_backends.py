@@ -223,7 +223,7 @@ def test_backward_runs_the_backend_of_the_forward(device, launches, create_graph
 
 
 def in_thread(function):
-    """What a function returns in a thread of its own, where nothing of this one's blocks is seen."""
+    """Run a function in a thread of its own, which sees none of this one's blocks."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result(60)
 

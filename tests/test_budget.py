@@ -21,7 +21,7 @@ RANKING = AllText()
 
 
 def total(kind, layers, counts, action, reducer=None):
-    """What a budget of this kind limits, of stages that select so many tokens."""
+    """Quantity that a budget of this kind limits, for stages that select so many tokens."""
     stages = [Stage(layer, min(1, (count + 0.5) / TOKENS)) for layer, count in zip(layers, counts, strict=True)]
     policy = Policy(stages, action, RANKING, reducer=reducer)
     assert policy.selected_counts(TOKENS, reducer and reducer.survivors(TOKENS)) == counts
@@ -123,7 +123,7 @@ def test_what_else_goes_into_the_policy():
 
 @pytest.mark.parametrize(("model", "layers"), [("llava-1.5-7b", (2, 7, 15, 23)), ("qwen2.5-vl-7b", (2, 6, 13, 20))])
 def test_budgets_agree(model, layers):
-    """What averages as many tokens caches as many bytes, and half the FLOPs are half the FLOPs."""
+    """Equal averages of tokens cache equal bytes, and half the FLOPs are half the FLOPs."""
     by_tokens = rk.solve(model, layers, "pyramid", avg_tokens=128)
     width = rk.cost(model, None, 0, 1).kv_bytes
     by_bytes = rk.solve(model, layers, "pyramid", kv_bytes=(128 + 64) * width, text_tokens=64)

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, for GPUs that need not be here.
+"""Compilation of every kernel, for GPUs that need not be here.
 
 `--compile-record FOLDER` keeps what came out, in a file named after Triton's version.
 """
@@ -143,7 +143,7 @@ def test_interleaved_keys_are_read_16_bytes_at_a_time(compiled):
 
 @pytest.mark.parametrize("kernel", ["copy_rows_to_compact", "copy_rows_to_full"], indirect=True)
 def test_odd_rows_are_copied_as_their_alignment_allows(compiled):
-    """What shows that the count of wide accesses can be other than perfect."""
+    """The count of wide accesses can be other than perfect."""
     (row,) = (row for row in compiled if "4095" in row["case"])
     assert row["other_loads"] > 1
     assert row["other_stores"] > 0

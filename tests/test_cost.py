@@ -1,4 +1,4 @@
-"""What policies cost, against the published tiers counted a second time; models/test_cost.py asks the models."""
+"""Costs of policies, against the published tiers counted a second time; models/test_cost.py asks the models."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from reroute_kernels.reducers import Nuwa
 
 LAYERS = {"llava-1.5-7b": 32, "qwen2.5-vl-7b": 28}
 
-# What the tiers really cost: the average over all layers of the visual tokens that run, of 576.
+# True cost of the tiers: the average over all layers of the visual tokens that run, of 576.
 AVERAGES = {
     (192, "fastv"): (191.8, 197.4),
     (192, "pdrop"): (191.3, 192.2),

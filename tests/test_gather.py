@@ -139,7 +139,7 @@ def test_one_launch_for_all_tensors(random_tensor, random_index, launches):
 
 
 def test_memory_is_dirty_before_a_kernel_writes_it(device, monkeypatch):
-    """What every other test relies on: without its kernel, the library returns no plausible numbers."""
+    """Every other test relies on this: without its kernel, the library returns no plausible numbers."""
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
     floats, integers = torch.zeros(1, 4, 8, device=device), torch.zeros(1, 4, dtype=torch.int64, device=device)
     index = torch.tensor([[0, 2]], device=device)

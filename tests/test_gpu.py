@@ -1,4 +1,4 @@
-"""What only a device can show: CUDA graphs, streams, and a device that is not the current one."""
+"""Tests that need a device: CUDA graphs, streams, and a device that is not the current one."""
 
 import pytest
 import torch

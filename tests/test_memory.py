@@ -1,4 +1,4 @@
-"""What kernels do to memory, seen in Triton's interpreter: every mask is one, and no address lies outside a tensor."""
+"""Memory accesses of the kernels, in Triton's interpreter: every mask is one, and no address lies outside a tensor."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a decision costs beside the model's own modules, counted: kernel launches, other operators, host transfers."""
+"""Work of a decision beside the model's own modules, counted: kernel launches, other operators, host transfers."""
 
 from collections import Counter
 
@@ -84,7 +84,7 @@ def test_a_decision_is_four_launches_and_nothing_else(device, work, padded):
 
 @pytest.mark.skipif(HAS_GPU, reason="operators of PyTorch may take several launches there")
 def test_finding_the_last_tokens_of_a_mask(device, work):
-    """What a caller saves who says where the queries are."""
+    """A caller who says where the queries are saves this much."""
     arguments = decision(device, 3, 200, 2, padded=True) | {"query_index": None}
     launches, others = work(lambda: rk.ops.route_tokens(**arguments))
     assert launches == DECISION

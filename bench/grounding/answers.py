@@ -1,4 +1,4 @@
-"""What the grounding model answers to questions about held-out scenes."""
+"""Answers of the grounding model to questions about held-out scenes."""
 
 from __future__ import annotations
 

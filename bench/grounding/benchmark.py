@@ -125,7 +125,7 @@ def resemblance(scenes: int) -> dict[str, object]:
 
 
 def summary(items: Sequence[Item], way: Way, answers: list[str], stages: list[dict]) -> dict[str, object]:
-    """What is reported of one way of running the model."""
+    """Figures of one way of running the model."""
     policy = policy_of(way)
     cost, unrouted = (rk.cost(decoder(), each, TEXT_TOKENS, VISUAL_TOKENS) for each in (policy, None))
     scores = {kind: {} for kind in KINDS}

@@ -17,7 +17,7 @@ from .scenes import SIDE
 
 REMOVE = Way("fastv", "remove", 0.25)
 REROUTE = Way("fastv", "reroute", 0.25)
-"""What the demo compares."""
+"""The policies that the demo compares."""
 MEASURE = "acc@0.5"
 
 

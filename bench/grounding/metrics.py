@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 def measures(kind: str) -> tuple[str, ...]:
-    """What is measured of the answers to a kind of question."""
+    """Measures of the answers to one kind of question."""
     return BOX_MEASURES if kind == "box" else TEXT_MEASURES
 
 

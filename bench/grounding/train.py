@@ -62,7 +62,7 @@ BOX, COUNT_OF_NAMES = KINDS.index("box"), len(SIDES) * len(COLOURS) * len(SHAPES
 
 
 class Sight(nn.Module):
-    """What the vision tower is trained with: heads that read objects off its patches and its class token."""
+    """Heads for training the vision tower, which read objects off its patches and its class token."""
 
     def __init__(self, width: int):
         super().__init__()

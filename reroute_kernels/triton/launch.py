@@ -1,4 +1,4 @@
-"""What every launch needs: the right device, sizes of grids and blocks, and rows that a kernel can address."""
+"""Helpers of every launch: the current device, sizes of grids and blocks, and rows that a kernel can address."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     target = as_rows(full)
     if target.data_ptr() != full.data_ptr():  # the inner layout forced a copy: write there, then back
         return full.copy_(scatter_tokens_(target, index, as_rows(compact)).view(full.shape))
-    # What lies in the memory of the full sequence could be read after it was written.
+    # A source in the memory of the full sequence could be read after it was written.
     if _may_overlap(full, compact):
         compact = compact.clone()
     if _may_overlap(full, index):

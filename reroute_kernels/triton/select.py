@@ -262,7 +262,7 @@ def compact_tiles(
         keep + sample, last_counts, state + sample * 6, tiles, 4, BLOCK_TILES
     )
 
-    # What the tiles before this one, and all tiles, keep for certain and have at the threshold.
+    # Tokens above the threshold, and at it, in the tiles before this one and in all tiles.
     certain_before, certain_in_all, equal_before, equal_in_all = 0, 0, 0, 0
     for first in range(0, tiles, BLOCK_TILES):
         other = first + tl.arange(0, BLOCK_TILES)

@@ -61,7 +61,7 @@ def project(
     places: Tensor | None = None,
     keys_alone: bool = False,
 ) -> dict[str, object]:
-    """What `ops.rank_tokens` takes to score the tokens of one request by a layer's own weights.
+    """Arguments of `ops.rank_tokens` that score the tokens of one request by a layer's own weights.
 
     Args:
         layer: that decides.

@@ -47,7 +47,7 @@ class StageSpec(AttentionSpec):
 
     @classmethod
     def in_stage(cls, get_spec: Callable[..., KVCacheSpec], stage: int) -> Callable[..., StageSpec]:
-        """What a layer in a stage answers in place of its own `get_kv_cache_spec`."""
+        """Replacement of `get_kv_cache_spec` for a layer in a stage."""
         return lambda config: cls.of(get_spec(config), stage)
 
     def max_memory_usage_bytes(self, vllm_config) -> int:

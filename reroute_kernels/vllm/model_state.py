@@ -24,7 +24,7 @@ from .visual import deferred_of, visual_stretches
 
 @dataclass(frozen=True)
 class Request:
-    """What is known of a request while it lives."""
+    """State of a request, from its arrival to its end."""
 
     name: str
     prompt: int
@@ -34,7 +34,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Forward:
-    """What the next forward of the model does otherwise.
+    """Changes to the model's next forward.
 
     Args:
         slots: by the name of a layer, where its keys and values go.
@@ -46,7 +46,7 @@ class Forward:
 
 
 class RoutedModelState(DefaultModelState):
-    """What `get_model_state_cls` of a routed model returns.
+    """Model state of a routed model, returned by its `get_model_state_cls`.
 
     What a layer caches of a request depends on counts that are known when the request comes, so a decode step needs
     lengths and slots that are smaller by them. They are computed on the device, into buffers whose addresses stay, as
@@ -121,7 +121,7 @@ class RoutedModelState(DefaultModelState):
         return metadata
 
     def take_forward(self) -> Forward | None:
-        """What the forward that begins does otherwise; None where nothing was prepared for it."""
+        """Take the changes prepared for the forward that begins; None if there are none."""
         taken, self._next = self._next, None
         return taken
 

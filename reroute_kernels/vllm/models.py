@@ -19,7 +19,7 @@ logger = init_logger("vllm.reroute_kernels")
 
 
 class Routed:
-    """What is before one of vLLM's classes to make it route.
+    """Mixin that adds routing to one of vLLM's model classes.
 
     Attributes:
         settings, plan: of the engine.
@@ -50,7 +50,7 @@ class Routed:
 
     @staticmethod
     def get_model_state_cls():
-        """What the model runner V2 asks for."""
+        """Class of the model state, for model runner V2."""
         from .model_state import RoutedModelState
 
         return RoutedModelState

@@ -1,4 +1,4 @@
-"""What each layer caches of a request, known from counts alone; no vLLM here.
+"""Tokens that each layer caches of a request, known from counts alone; no vLLM here.
 
 How many visual tokens a stage selects depends on their number only, so the host knows where every later token goes:
 in the layers of a stage that defers D of a request's tokens, the token at position p is row p - D of its cache.
@@ -70,7 +70,7 @@ class Share:
     prompt: int
     """Tokens of the prompt."""
     deferred: tuple[int, ...]
-    """What each stage leaves out of the prompt."""
+    """Number of prompt tokens that each stage leaves out."""
 
     @property
     def starts(self) -> bool:

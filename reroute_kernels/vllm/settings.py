@@ -1,4 +1,4 @@
-"""What `additional_config={"reroute": ...}` may hold, and the arguments of vLLM that go with it; no vLLM here."""
+"""Settings in `additional_config={"reroute": ...}`, and vLLM's arguments that go with them; no vLLM here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEYS = ("preset", "schedule", "action", *_RANKING, *_FLAGS)
 
 @dataclass(frozen=True)
 class Settings:
-    """What is routed, and how it is cached.
+    """Policy of an engine, and how its stages are cached.
 
     Args:
         policy: what to route.
@@ -99,7 +99,7 @@ class Settings:
         return cls(Policy(stages, given.get("action", "reroute"), ranking), **options)
 
     def as_dict(self) -> dict[str, object]:
-        """What `of` makes equal settings of."""
+        """Inverse of `of`."""
         policy, plain = self.policy, LastQuery()
         schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in policy.schedule)
         ranking = {name: getattr(policy.ranking, name) for name in _RANKING}

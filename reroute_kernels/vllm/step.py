@@ -34,7 +34,7 @@ class RoutedStep:
                 mask = torch.zeros(1, share.scheduled, dtype=torch.bool, device="cpu")
                 for first, last in stretches:
                     mask[0, first : last + 1] = True
-                # What was generated before a preemption runs again and does not rank, like the guesses of a draft.
+                # Tokens generated before a preemption run again and do not rank, like draft tokens.
                 self._prompts[number] = Prompt(mask.to(device), None, guessed=share.scheduled - share.prompt)
 
     @property
@@ -78,5 +78,5 @@ class RoutedStep:
         return torch.cat(hiddens)
 
     def traces(self) -> dict[int, Trace]:
-        """What was selected, by the number of the request in the batch."""
+        """Selected positions, by the index of the request in the batch."""
         return {number: Trace.of(forward) for number, forward in self._forwards.items()}

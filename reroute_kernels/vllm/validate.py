@@ -1,4 +1,4 @@
-"""What routing inside vLLM cannot be combined with, refused by name when the engine starts."""
+"""Features of vLLM that cannot be combined with routing, refused by name when the engine starts."""
 
 from __future__ import annotations
 

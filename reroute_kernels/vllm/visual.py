@@ -11,7 +11,7 @@ def visual_stretches(features) -> list[tuple[int, int]]:
 
 
 def deferred_of(plan: Plan, features, prompt: int) -> tuple[int, ...]:
-    """What each stage leaves out of a request with such features and so many tokens in its prompt."""
+    """Number of tokens that each stage leaves out of a request, from its features and its prompt's length."""
     stretches = visual_stretches(features)
     visual = sum(last - first + 1 for first, last in stretches)
     return plan.deferred(visual, any(last == prompt - 1 for _, last in stretches))

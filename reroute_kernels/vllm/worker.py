@@ -22,7 +22,7 @@ else:
 
 
 class RoutedRunner:
-    """What is before the model runner's class to make it route."""
+    """Mixin that adds routing to vLLM's model runner."""
 
     def start_routing(self, settings, plan) -> None:
         self.settings, self.plan = settings, plan
@@ -148,7 +148,7 @@ class RoutedWorker(Worker):
         runner.start_routing(*self.reroute)
 
     def routing_traces(self) -> dict[str, list[list[int]]]:
-        """What prompts selected since the last call: by request, for each stage the ascending visual positions.
+        """Selections of prompts since the last call: by request, for each stage the ascending visual positions.
 
         To be called by `LLM.collective_rpc("routing_traces")`, where `trace` is set.
         """

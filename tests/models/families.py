@@ -242,7 +242,7 @@ def _patches(dim: int, height: int, generator) -> dict[str, Tensor]:
 
 
 def _picture(name: str, number: int, generator) -> dict[str, Tensor]:
-    """What the processor would make of one image; later ones have other sizes where the family allows."""
+    """Inputs that the processor would make of one image; later ones have other sizes where the family allows."""
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)

@@ -1,4 +1,4 @@
-"""What a reducer does to a prompt, done by hand: whole attention matrices, image by image, token by token.
+"""A reducer's work on a prompt, done by hand: whole attention matrices, image by image, token by token.
 
 The prompt that it makes holds the survivors' features at their own positions, and the model that runs it knows nothing
 of what was dropped.

@@ -97,7 +97,7 @@ def murmur(number):
 
 
 def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key, past_seen):
-    """What a ranking gives the places in the sequence `hidden` that are in `pool`, of which `count` will be chosen."""
+    """Scores that a ranking gives the places of `hidden` that are in `pool`, of which `count` will be chosen."""
     if isinstance(ranking, Uniform):
         taken = {pool[-(-number * len(pool) // count) - 1] for number in range(1, count + 1)}
         return {place: float(place in taken) for place in pool}

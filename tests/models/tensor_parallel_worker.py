@@ -34,7 +34,7 @@ def run(model, inputs, this) -> dict[str, list]:
 
 
 def on_two_ranks(folder: Path, *arguments: str) -> list[dict[str, object]]:
-    """What two ranks of this file wrote into a folder."""
+    """Results that two ranks of this file wrote into a folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", __name__, *arguments]
     on_cpu = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}

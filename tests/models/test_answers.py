@@ -94,7 +94,7 @@ def in_turn(case, routing, prompt, answer):
 
 
 def positions_of(case, sample):
-    """What the model hands its decoder; not every version knows where to go on behind images."""
+    """The model's arguments for its decoder; not every version knows where to go on behind images."""
     found = []
     hook = decoder_of(case.model).register_forward_pre_hook(
         lambda decoder, args, kwargs: found.append(kwargs.get("position_ids")), with_kwargs=True

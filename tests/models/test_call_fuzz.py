@@ -80,7 +80,7 @@ def load(name: str, dtype: torch.dtype, role: str) -> torch.nn.Module:
 
 
 def picture(name: str, number: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """What the processor would make of an image; number 1 is of twice the size where the family allows."""
+    """Inputs that the processor would make of an image; number 1 is of twice the size where the family allows."""
     if name.startswith("qwen"):
         grid = (1, 8 * (number + 1), 12)
         pixels = torch.randn(grid[1] * grid[2], 1176 if name == "qwen2_5_vl" else 1536, generator=generator)
@@ -118,7 +118,7 @@ RANKINGS = (
 
 @dataclass(frozen=True)
 class Turn:
-    """What a call brings: a layout for each sample, an empty one where it sits out."""
+    """Content of a call: a layout for each sample, an empty one where it sits out."""
 
     layouts: tuple[Layout, ...]
     mask: str = "2d"
@@ -352,7 +352,7 @@ class Sampler:
         return Turn(layouts, mask, positions, hides if case.mode == "call" else 0.0)
 
 
-# What a case is made of
+# Parts of a case
 
 
 class Talk:
@@ -578,7 +578,7 @@ class Watch:
 
 @dataclass
 class Answer:
-    """What a turn gave."""
+    """Result of a turn."""
 
     logits: Tensor
     """(B, L, vocabulary) of a call, (B, steps, vocabulary) of `generate`."""
@@ -833,7 +833,7 @@ def is_right_padded(talk: Talk, number: int) -> bool:
 
 
 def check_counts(talk: Talk, number: int, trace) -> None:
-    """What runs in a stage is all text and as many visual tokens as the policy says."""
+    """A stage runs all text and as many visual tokens as the policy says."""
     visual, valid, policy = talk.visual(number), talk.valid[number], talk.case.policy
     if talk.case.mode == "no cache":  # every step is a prompt of its own
         return

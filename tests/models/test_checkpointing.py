@@ -48,7 +48,7 @@ BEFORE = {
     "norms": lambda model: wrap(model, [layer.input_layernorm for layer in layers(model)]),
     "composable": compose,
 }
-# What may as well come once the model is routed.
+# Wrap the layers, which may also come once the model is routed.
 AFTER = {name: BEFORE[name] for name in ("mlp", "self-attn", "norms", "composable")}
 
 

@@ -1,4 +1,4 @@
-"""What `rk.cost` counts is what models do: of 7B shape without their memory, narrow ones for real, and every family."""
+"""`rk.cost` counts what models do: of 7B shape without their memory, narrow ones for real, and every family."""
 
 import copy
 from functools import cache

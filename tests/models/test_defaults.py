@@ -1,4 +1,4 @@
-"""What `torch.set_default_dtype` and `torch.set_default_device` say has no part in a routed call."""
+"""Neither `torch.set_default_dtype` nor `torch.set_default_device` has a part in a routed call."""
 
 import contextlib
 

@@ -37,7 +37,7 @@ def test_deepstack_reaches_deferred_tokens(layers, action):
 
 @torch.no_grad()
 def test_deepstack_matters():
-    """What shows that the test above would see an addition left out."""
+    """The test above would see an addition left out."""
     model, inputs = make_case("qwen3_vl")
     this = policy("reroute", (rk.Stage(1, 0.4), rk.Stage(3, 0.3)))
     with rk.apply(model, this) as routing:

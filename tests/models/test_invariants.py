@@ -1,4 +1,4 @@
-"""What routing may never change."""
+"""Invariants of routing."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a routing holds and leaves behind: applied, replaced, copied, saved, interrupted, dropped; and what it costs."""
+"""State that a routing holds and leaves: applied, replaced, copied, saved, interrupted, dropped; and its cost."""
 
 import copy
 import gc
@@ -507,12 +507,12 @@ def test_eager_decode_step_makes_one_mask_a_stage(model, inputs):
             added.append(decode_operations(model, inputs, True) - masked)
     assert added[0] == added[1] == added[2]
     assert added[3] == added[4]
-    # What the stages share is done once.
+    # Work that the stages share is done once.
     assert sum(added[0].values()) < sum(added[3].values()) < 2 * sum(added[0].values())
 
 
 def added_operations(model, inputs, *schedule) -> Counter:
-    """What a routed prefill dispatches beside what the unrouted one does, which it dispatches in any case."""
+    """Operators that a routed prefill dispatches beside those of the unrouted one."""
     unrouted = operations(lambda: model(**inputs, use_cache=True))
     with rk.apply(model, policy(schedule=schedule)):
         routed = operations(lambda: model(**inputs, use_cache=True))

@@ -74,7 +74,7 @@ def make(name, arguments, simple=False):
 
 
 def evaluate(lm, task):
-    """What lmms-eval makes of a model on the task: samples by number, and every call of `generate` with its output."""
+    """Run lmms-eval on the task: samples by number, and every call of `generate` with its output."""
     calls, generate = [], lm.model.generate
 
     def recorded(**inputs):
@@ -86,7 +86,7 @@ def evaluate(lm, task):
 
 
 def results_of(lm, task):
-    """What lmms-eval reports."""
+    """Results that lmms-eval reports."""
     manager = TaskManager(include_path=str(task), include_defaults=False)
     return evaluator.simple_evaluate(model=lm, tasks=[TASK], task_manager=manager, batch_size=1, log_samples=True)
 
@@ -241,7 +241,7 @@ def test_likelihoods_are_those_of_the_prompt_and_then_the_answer(tiny, policy, s
 
 
 def first_name(model):
-    """What the argument for the cache is called."""
+    """Name of the argument for the cache."""
     return next(name for name in CACHE_NAMES if name in inspect.signature(model.forward).parameters)
 
 
@@ -355,7 +355,7 @@ def qwen_tokenizer():
 
 
 def open_images(messages, **options):
-    """What `qwen_vl_utils.process_vision_info` does with images, but for their size."""
+    """Stand-in for `qwen_vl_utils.process_vision_info` with images, but for their size."""
     images = []
     for message in messages:
         for content in message if isinstance(message, list) else [message]:

@@ -120,7 +120,7 @@ def test_masks_of_other_shapes(model, inputs, shape):
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_in_four_dimensions(model, prompt, side):
-    """What padding sees is no matter: itself (but the last of a row, which would be a token), or what others see."""
+    """Padding may see itself (but the last of a row, which would be a token), or as others do."""
     inputs = batch([prompt(1, 5, 12, seed=1), prompt(1, 2, 4, seed=2)], side)
     valid = inputs["attention_mask"].bool()
     length = valid.shape[1]

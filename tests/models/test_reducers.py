@@ -276,7 +276,7 @@ def test_keeping_everything_changes_nothing(model, inputs):
     assert len(routing.trace.reduction.selected[0]) == int((inputs["input_ids"] == IMAGE).sum())
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_features_of_another_reducer(model, inputs, reducer):
 
 @contextmanager
 def given_embeddings(model, embeds):
-    """What the decoder is handed in place of embedded ids."""
+    """Embeddings that the decoder is handed in place of ids."""
     handle = model.get_input_embeddings().register_forward_hook(lambda *_: embeds)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is not supported raises before the first forward, and says what came and what is accepted."""
+"""Unsupported calls raise before the first forward, and say what came and what is accepted."""
 
 import copy
 import functools

@@ -34,7 +34,7 @@ def test_reductions(ranks):
 
 
 def test_ranks_would_select_apart(ranks):
-    """What shows that the tests above would see scores that are not combined."""
+    """The tests above would see scores that are not combined."""
     first, second = (rank["each rank by its own heads"]["selected"] for rank in ranks)
     assert first != second
 

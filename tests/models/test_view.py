@@ -55,7 +55,7 @@ def made(tmp_path_factory):
 
 
 def expected(pane, positions, layer):
-    """What each patch is in a layer, and its score there, from what the trace says."""
+    """State of each patch in a layer, and its score there, from the trace."""
     before, ran, scores = set(positions), set(positions), None
     for stage in pane.trace.stages:
         if stage.layer <= layer:

@@ -107,7 +107,7 @@ def test_way_of_calling(name, title, record_property):
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
 def test_committed_record_has_every_cell(record, pytestconfig):
-    """What `make test-matrix` wrote is of these models and ways, and nothing failed."""
+    """The records of `make test-matrix` are of these models and ways, and nothing failed."""
     if pytestconfig.getoption("--support-record"):
         pytest.skip("the record is being written")
     cells = json.loads(record.read_text())["cells"]
@@ -116,7 +116,7 @@ def test_committed_record_has_every_cell(record, pytestconfig):
     assert outcomes == {"works", "refused", "not offered"}
 
 
-# What the ways share
+# Helpers that the ways share
 
 
 def schedule(case):
@@ -152,7 +152,7 @@ def refusal(match, call, model):
 
 @torch.no_grad()
 def offered(call):
-    """What a call gives on the unrouted model, if transformers does it at all."""
+    """Result of a call on the unrouted model, if transformers does it at all."""
     try:
         return call()
     except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
@@ -539,7 +539,7 @@ def _(case):
 
 
 def flash_attention_stand_in(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """What flash attention computes: causal from the last key on, among keys that a mask (B, K) lets through."""
+    """Flash attention in plain PyTorch: causal from the last key on, among keys that a mask (B, K) lets through."""
     positions = kwargs.get("position_ids")
     if positions is not None and query.shape[0] == 1:  # taken for several packed sequences if they do not count by one
         assert (positions.diff() == 1).all()
@@ -729,7 +729,7 @@ def _(case):
 
 @cache
 def split_over_two_ranks(names):
-    """What two ranks of tensor parallelism make of one prompt on each model."""
+    """Results of two tensor-parallel ranks for one prompt on each model."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = Path(folder, "checkpoints")
         for name in names:

@@ -32,7 +32,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Request:
-    """What vLLM is asked: token ids with one placeholder for each image."""
+    """Requests to vLLM: token ids with one placeholder for each image."""
 
     ids: list[int]
     images: list[Image.Image]

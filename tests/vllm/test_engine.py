@@ -51,7 +51,7 @@ CROWDED = {
 
 @pytest.fixture(scope="module")
 def expected(oracle, asked):
-    """What the oracle answers to every request under a policy, once."""
+    """The oracle's answers to every request under a policy, computed once."""
 
     @cache
     def of(name):
@@ -162,7 +162,7 @@ def test_preemption(engine, oracle, asked, own_groups):
 
 
 def test_a_length_that_is_off_by_one_shows(engine, asked, expected, monkeypatch):
-    """What shows that the tests above would see it."""
+    """The tests above would see it."""
 
     def off_by_one(shares, stage):
         layout = stage_layout(shares, stage)

@@ -1,4 +1,4 @@
-"""What each layer caches, from counts alone; no vLLM."""
+"""Tokens that each layer caches, from counts alone; no vLLM."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What routing does not go with is refused when the engine starts, by name."""
+"""Features that routing does not go with are refused by name when the engine starts."""
 
 import os
 

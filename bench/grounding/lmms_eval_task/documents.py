@@ -1,4 +1,4 @@
-"""What the task's YAML names: pictures, measures and means."""
+"""Functions that the task's YAML names: pictures, measures and means."""
 
 from __future__ import annotations
 
