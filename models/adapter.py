@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..versions import SUPPORTED
 from .checkpointing import checkpointed
-from .parallel import check_not_sharded
+from .tensor_parallel import check_not_sharded
 from .vision import ReducedVision
 
 CACHE_NAMES = ("cache", "past_key_values")

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy
-from ..routing import CachedPrompt, Past, Prompt, RoutedForward
+from ..routing import CachedPrompt, CacheState, Prompt, RoutedForward
 from .activated import activated_counts, activated_visual
 from .adapter import Adapter, cache_name, cache_of
 from .answers import Answers
 from .checkpointing import recomputes_hooks
 from .generation import PromptCall, prompt_call
 from .layers import RoutedLayers
-from .parallel import over_all_heads
+from .tensor_parallel import all_gather_scores
 from .vision import ReducedVision
 
 # The attribute of a cache object that holds its CachedPrompt: it lives, is copied and dies with the cache.
@@ -37,7 +37,7 @@ class Prefill:
         generates: whether `generate` makes the call.
     """
 
-    def __init__(self, layers: RoutedLayers, forward: RoutedForward, past: Past | None, generates: bool):
+    def __init__(self, layers: RoutedLayers, forward: RoutedForward, past: CacheState | None, generates: bool):
         self.forward = forward
         self.past = past
         self.generates = generates
@@ -65,7 +65,7 @@ class Prefill:
         forward, past, layers = self.forward, self.past, self._layers
         kept, ragged = forward.kept[stage], forward.is_ragged(stage)
         # Rows without a token that stand after all others are kept out by causality alone.
-        own = kept >= 0 if ragged and forward.fill_front else None
+        own = kept >= 0 if ragged and forward.pad_left else None
         if layers.kinds[number] == "linear_attention":
             return own
         queries, total = hidden.shape[1], forward.prompt.length
@@ -82,9 +82,9 @@ class Prefill:
             setattr(cache, _CACHE_ATTRIBUTE, None)
 
     def note_positions(self, positions: Tensor | None) -> None:
-        """Keep the position of the last token, where later calls cannot tell it.
+        """Record the last token's position if later calls cannot infer it.
 
-        They cannot where the cache that transformers counts by is routed, or where rows end in padding.
+        They cannot if the cache whose length transformers reads is routed, or if the prompt is right-padded.
 
         Args:
             positions: position_ids of the decoder, (..., B or 1, L), or None where they count from its cache on.
@@ -239,7 +239,7 @@ class CallReader:
         self._vision = vision
         self._config = adapter.decoder.config
         self._cache_name = cache_name(adapter.core)
-        self._combine = None if head_group is None else partial(over_all_heads, head_group)
+        self._combine = None if head_group is None else partial(all_gather_scores, head_group)
         self._signature = inspect.signature(adapter.core.forward)
         self._features = adapter.feature_arguments
         # The frames that it reads are no matter of torch.compile, which would warn.
@@ -350,7 +350,7 @@ class CallReader:
         self,
         cache,
         arguments: dict,
-        past: Past | None,
+        past: CacheState | None,
         generation: PromptCall,
         marks: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> Prefill | None:
@@ -376,7 +376,7 @@ class CallReader:
         }
         asked = {name: number for name, number in asked.items() if number is not None}
         marked = None if marks is None else tuple(tokens.to(visual.device) for tokens in marks())
-        prompt = Prompt(visual, valid, generation.guessed, marked, asked, starts)
+        prompt = Prompt(visual, valid, generation.draft_tokens, marked, asked, starts)
         if not prompt.has_visual_tokens and not prompt.answers.get("placeholders"):
             return None
         if mask is not None and valid is None:
@@ -428,7 +428,7 @@ class CallReader:
                 "attention_mask must put padding on the left where a sample sits a prompt out, got padding on the "
                 "right beside a sample without a token"
             )
-        if prompt.right_padded and self._layers.fill_front:
+        if prompt.right_padded and self._layers.pad_left:
             raise NotImplementedError(
                 "attention_mask must put padding on the left for a text model with layers of "
                 f"{', '.join(sorted(set(self._layers.kinds)))}, got padding on the right"
@@ -460,8 +460,8 @@ class CallReader:
                 "checkpoint_wrapper may be put around the layers before apply"
             )
         # Left padding of compact rows keeps in place what is counted from the end of a row.
-        fill_front = self._layers.fill_front or activated is not None
-        forward = RoutedForward(self._policy, prompt, fill_front, self._combine)
+        pad_left = self._layers.pad_left or activated is not None
+        forward = RoutedForward(self._policy, prompt, pad_left, self._combine)
         if past is not None and self._layers.has_states:
             for stage, rows in enumerate(forward.row_lengths):
                 if forward.is_ragged(stage):
@@ -490,7 +490,7 @@ class CallReader:
             return
         from transformers import DynamicCache, StaticCache
 
-        fixed_size = not (self._layers.fill_front or self._layers.length_is_routed or self._layers.uses_flash_attention)
+        fixed_size = not (self._layers.pad_left or self._layers.length_is_routed or self._layers.uses_flash_attention)
         accepted = [DynamicCache, StaticCache] if fixed_size else [DynamicCache]
         if type(cache) not in accepted and type(cache).__name__ not in self._adapter.cache_types:
             names = " or ".join([kind.__name__ for kind in accepted] + list(self._adapter.cache_types))
@@ -655,7 +655,7 @@ class CallReader:
         (length,) = lengths
         mask, _ = _padding_mask(arguments.get("attention_mask"), queries, length + queries)
         visible = mask[:, :length].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        past = Past.unrouted(length, visible, len(self._policy.stage_layers), tokens.device)
+        past = CacheState.unrouted(length, visible, len(self._policy.stage_layers), tokens.device)
         return self._prompt(cache, arguments, past, generation)
 
     def _tokens_after(self, cache, prompt: CachedPrompt) -> int:

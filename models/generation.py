@@ -18,7 +18,7 @@ class PromptCall:
     Attributes:
         generates: whether it does.
         assisted: whether it lets an assistant guess tokens.
-        guessed: tokens at the end of the call that were guessed.
+        draft_tokens: how many tokens at the end of the call are draft tokens.
         drafts: whether it generates the draft tokens of assisted decoding.
         uncut: whether the tokens of the call are those that the caller of `generate` gave, none cut off as cached.
         chunked_ids: (B, L), the whole conversation where it is prefilled in chunks, else None.
@@ -27,7 +27,7 @@ class PromptCall:
 
     generates: bool = False
     assisted: bool = False
-    guessed: int = 0
+    draft_tokens: int = 0
     drafts: bool = False
     uncut: bool = False
     chunked_ids: Tensor | None = None
@@ -57,7 +57,7 @@ def prompt_call(core: nn.Module) -> PromptCall:
         return PromptCall()
     values = frame.f_locals
     if frame.f_code.co_name == "_assisted_decoding":
-        return PromptCall(generates=True, assisted=True, guessed=values.get("candidate_length", 0))
+        return PromptCall(generates=True, assisted=True, draft_tokens=values.get("candidate_length", 0))
     if frame.f_code.co_name != "_prefill":
         return PromptCall(generates=True)
     config, ids = values.get("generation_config"), values.get("input_ids")

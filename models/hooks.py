@@ -21,14 +21,14 @@ from .adapter import Adapter, cache_of, uncompiled
 from .answers import Answers, checked
 from .calls import CallReader, Continuation, Prefill, by_name
 from .checkpointing import runs_first
-from .devices import loaded, to_layer
 from .experts import asks_for_router_logits, with_tokens, without_padding
 from .layers import RoutedLayers
-from .parallel import check_heads, check_not_sharded, head_group
+from .offload import onloaded, to_execution_device
 from .stack import calls_of, forwards_of
+from .tensor_parallel import check_heads, check_not_sharded, head_group
 from .vision import ReducedVision
 
-# The routing of each routed decoder and of the module around it, either of which a copy may share or a user replace.
+# Active routing per decoder and per module around it: `copy.copy(model)` shares both, and a user may replace either.
 _routings: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Routing]] = weakref.WeakKeyDictionary()
 
 
@@ -380,7 +380,7 @@ class Routing:
 
     def _decide(self, call: Prefill, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         call.fill(cache_of(kwargs))
-        hidden = to_layer(layer, hidden)
+        hidden = to_execution_device(layer, hidden)
         tables = self._tables(layer, hidden, kwargs["position_embeddings"])
         hidden = call.forward.decide(hidden, tables, partial(self._project, call, number, layer))
         if self.policy.positions == "contiguous":
@@ -394,7 +394,7 @@ class Routing:
         self, call: Prefill, number: int, layer: nn.Module, hidden: Tensor, position_embeddings: object
     ) -> None:
         """Rank for the decision in the next layer; position_embeddings are those of the full sequence."""
-        hidden = to_layer(layer, hidden)
+        hidden = to_execution_device(layer, hidden)
         tables = self._tables(layer, hidden, position_embeddings)
         call.forward.score(hidden, tables, partial(self._project, call, number, layer))
 
@@ -421,7 +421,7 @@ class Routing:
         places: Tensor | None = None,
         keys_alone: bool = False,
     ) -> dict[str, object]:
-        with loaded(layer, layer.self_attn):
+        with onloaded(layer, layer.self_attn):
             if keys_alone:
                 states = layer.input_layernorm(hidden)
                 arguments = {"key": self._adapter.unnormalized_keys(layer.self_attn, states)}

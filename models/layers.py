@@ -22,18 +22,18 @@ class RoutedLayers:
         policy: of the routing.
 
     Attributes:
-        kinds: what each layer attends to, in the words of transformers' configurations.
-        stages: the numbers of the layers of each stage.
-        attention: the numbers of the layers that cache keys.
-        fill_front: whether rows that hold no token must stand in front of the others, because there are layers in which
-            what stands last in a row counts.
-        length_is_routed: whether the layer by whose cache transformers counts tokens, the first that caches keys, is in
-            a stage.
-        padding_is_hidden: whether so is the layer by whose cache it looks for padding, the first with full attention.
-        has_states: whether a stage has layers whose recurrent states every row of a call goes into.
+        kinds: type of attention of each layer, in the words of transformers' configurations.
+        stages: indices of the layers of each stage.
+        attention: indices of the layers that cache keys.
+        pad_left: whether compact rows are left-padded, as sliding-window and recurrent layers require.
+        length_is_routed: whether the first layer that caches keys, whose length transformers takes for the number of
+            cached tokens, lies inside a stage.
+        padding_is_hidden: whether the first full-attention layer, whose cache transformers checks for padding, lies
+            inside a stage.
+        has_states: whether any stage contains recurrent (linear-attention) layers.
 
     Raises:
-        ValueError: the policy names layers that there are not.
+        ValueError: the policy names layers that do not exist.
         NotImplementedError: a layer cannot do what the policy asks of it.
     """
 
@@ -46,7 +46,7 @@ class RoutedLayers:
         first = layers[0]
         self.stages = [range(*ends) for ends in pairwise((*layers, len(self.kinds)))]
         self.attention = [number for number, kind in enumerate(self.kinds) if kind != "linear_attention"]
-        self.fill_front = any(kind != "full_attention" for kind in self.kinds[first:])
+        self.pad_left = any(kind != "full_attention" for kind in self.kinds[first:])
         self.length_is_routed = first <= self.attention[0]
         self.padding_is_hidden = first == self.kinds.index("full_attention")
         self.has_states = "linear_attention" in self.kinds[first:]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .adapter import Adapter
-from .vision import ClassTokenVision
+from .vision import ClipVision
 
 
 class LlavaAdapter(Adapter):
     """`LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`, whose CLIP towers can be reduced."""
 
-    vision = ClassTokenVision
+    vision = ClipVision

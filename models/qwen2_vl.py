@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .vision import WindowedVision
+from .vision import QwenVision
 
 
 class Qwen2VLAdapter(Adapter):
@@ -39,4 +39,4 @@ class Qwen2VLAdapter(Adapter):
 class Qwen2_5VLAdapter(Qwen2VLAdapter):
     """`Qwen2_5_VLForConditionalGeneration`, whose vision tower can be reduced."""
 
-    vision = WindowedVision
+    vision = QwenVision

@@ -25,7 +25,7 @@ from ..precision import full_precision
 from ..reducers import Reducer, VisionFeatures
 from ..ref.rank import rotate_half
 from .checkpointing import checkpointed
-from .devices import loaded
+from .offload import onloaded
 from .stack import calls_of
 
 # Routings with a reducer are numbered, in as many bits.
@@ -180,7 +180,7 @@ def _described(value: object) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-class ClassTokenVision(ReducedVision):
+class ClipVision(ReducedVision):
     """CLIP towers, whose class token says what is salient, before a projector (LLaVA-1.5, LLaVA-NeXT)."""
 
     def __init__(self, adapter, reducer: Reducer):
@@ -266,7 +266,7 @@ class ClassTokenVision(ReducedVision):
     def _saliency(self, hidden: Tensor) -> Tensor:
         """Attention of the class token, summed over heads."""
         layer, attention = self._salient_layer, self._salient_layer.self_attn
-        with loaded(layer, attention):
+        with onloaded(layer, attention):
             states = layer.layer_norm1(hidden)
             query, key = attention.q_proj(states[:, :1]), attention.k_proj(states)
         query, key = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key))
@@ -281,7 +281,7 @@ class ClassTokenVision(ReducedVision):
         return torch.stack(outputs).mean(dim=0)[:, 1:]
 
 
-class WindowedVision(ReducedVision):
+class QwenVision(ReducedVision):
     """The tower of Qwen2.5-VL, which sorts patches by windows and merges 2 x 2 of them at its end."""
 
     def __init__(self, adapter, reducer: Reducer):
@@ -361,7 +361,7 @@ class WindowedVision(ReducedVision):
     def _saliency(self, hidden: Tensor, ends: Tensor, position_embeddings, back: Tensor) -> Tensor:
         """Attention that patches receive from all in the last block, by merged patches in the order of the image."""
         block = self.tower.blocks[-1]
-        with loaded(block, block.attn):
+        with onloaded(block, block.attn):
             states = block.attn.qkv(block.norm1(hidden))
         query, key, _ = states.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
         cos, sin = (table[:, None].float() for table in position_embeddings)

@@ -68,9 +68,9 @@ class Candidates:
 
     @property
     def ordinals(self) -> Tensor:
-        """(B, L) int64: at the i-th candidate of a sample, i from 0; at others the number of candidates before, less 1.
+        """(B, L) int64, running index of the candidates within each sample, from 0; meaningful at candidates only.
 
-        They do not depend on padding or on what else is in the batch.
+        It does not depend on padding or on other samples of the batch.
         """
         return self.pool.cumsum(dim=1) - 1
 

@@ -38,7 +38,7 @@ class Prompt:
     Args:
         visual: (B, L) bool, positions that hold image or video features.
         valid: (B, L) bool, False at padding; None where there is none.
-        guessed: tokens at the end of every row that a draft model guessed. They run, and do not rank.
+        draft_tokens: how many tokens at the end of every row come from a draft model. They run, and do not rank.
         starts: (B,) int64, the place of the first token of an answer that is scored with its prompt, behind all visual
             tokens; L where a row has none. Answers run, and do not rank. None where no row has one.
         marks: (B, L) bool, tokens that a reducer dropped, and those that any did; None where there is no reducer.
@@ -52,19 +52,19 @@ class Prompt:
         self,
         visual: Tensor,
         valid: Tensor | None,
-        guessed: int = 0,
+        draft_tokens: int = 0,
         marks: tuple[Tensor, Tensor] | None = None,
         asked: Mapping[str, Tensor] | None = None,
         starts: Tensor | None = None,
     ):
         asked = asked or {}
         self.length = visual.shape[1]
-        self.guessed = guessed
+        self.draft_tokens = draft_tokens
         places = torch.arange(self.length, device=visual.device)
         if valid is None:
             valid = torch.ones_like(visual)
         end = torch.where(valid, places, -1).amax(dim=1)  # [B]
-        last = end - guessed  # of the prompt itself
+        last = end - draft_tokens  # of the prompt itself
         if starts is not None:
             last = torch.minimum(last, starts - 1)
         visual = visual & valid & (places <= last[:, None])
@@ -84,7 +84,7 @@ class Prompt:
             + [number.to(end.device, end.dtype).expand_as(end) for number in asked.values()]
         ).tolist()
         self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *answers = counts
-        self.unranked_counts = answers.pop(0) if behind else [guessed] * len(trailing)
+        self.unranked_counts = answers.pop(0) if behind else [draft_tokens] * len(trailing)
         self.answers = {name: numbers[0] for name, numbers in zip(asked, answers, strict=True)}
         self.padded = min(self.valid_counts) < self.length
         # A sample without a token sits this prompt out: it is padded on neither side.
@@ -172,7 +172,7 @@ class TokenSequence:
 
 
 @dataclass(eq=False)
-class Scored:
+class DecisionScores:
     """Scores of one decision, (B, S) float32 over a sequence of S tokens, and which of them are candidates.
 
     pool: (B, S) bool; kept: (B, S) positions in the full sequence, or None where this is the full sequence.
@@ -202,15 +202,15 @@ class RoutedForward:
     Args:
         policy: what to route.
         prompt: the batch that is prefilled.
-        fill_front: rows of shorter samples are filled up at their front, for layers in which what stands last counts
+        pad_left: rows of shorter samples are filled up at their front, for layers in which what stands last counts
             (sliding windows, recurrent states); otherwise at their end, where causality alone keeps the fill out.
         combine: completes the scores where heads are split over processes; None where each has all heads.
     """
 
-    def __init__(self, policy: Policy, prompt: Prompt, fill_front: bool = False, combine: Combine | None = None):
+    def __init__(self, policy: Policy, prompt: Prompt, pad_left: bool = False, combine: Combine | None = None):
         self.policy = policy
         self.prompt = prompt
-        self.fill_front = fill_front
+        self.pad_left = pad_left
         self.combine = combine
         self._reduces = policy.reducer is not None
         per_sample = [
@@ -223,7 +223,7 @@ class RoutedForward:
             for counts in self.selected_counts
         ]
         self.lengths = [max(rows) for rows in self.row_lengths]
-        ends = [[max(rows)] * len(rows) if fill_front else rows for rows in self.row_lengths]
+        ends = [[max(rows)] * len(rows) if pad_left else rows for rows in self.row_lengths]
         lasts = [[end - 1 - after for end, after in zip(rows, prompt.unranked_counts, strict=True)] for rows in ends]
         self._keep, self.rows, self._last = torch.tensor(
             [self.selected_counts, self.row_lengths, lasts], device=prompt.visual.device
@@ -231,7 +231,7 @@ class RoutedForward:
         self.kept: list[Tensor] = []
         self._active: TokenSequence | None = None  # what runs in this stage
         self._scores: Tensor | None = None
-        self.scored: list[Scored | None] = []
+        self.scored: list[DecisionScores | None] = []
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
@@ -250,7 +250,7 @@ class RoutedForward:
         """(B, M) int64: the tokens of this stage's rows numbered from 0, in rows that hold none any number."""
         stage = len(self.kept) - 1
         numbers = torch.arange(self.lengths[stage], device=device).expand(len(self.row_lengths[stage]), -1)
-        if self.fill_front and self.is_ragged(stage):
+        if self.pad_left and self.is_ragged(stage):
             numbers = (numbers - (self.lengths[stage] - on_device(device, self.rows[stage]))[:, None]).clamp(min=0)
         return numbers
 
@@ -294,9 +294,9 @@ class RoutedForward:
             length=self.lengths[stage],
             tensors=(source.hidden, *source.tables, *carried),
         )
-        self.scored.append(None if reduces else Scored(scores, source.pool, source.kept))
+        self.scored.append(None if reduces else DecisionScores(scores, source.pool, source.kept))
         ragged = self.is_ragged(stage)
-        if ragged and self.fill_front:
+        if ragged and self.pad_left:
             index, rows = self._move_to_end(index, rows, on_device(index.device, self.rows[stage]))
         compact, carried = rows[0], rows[1 + len(source.tables) :]
         # One operation made all rows, which have gradients for that: layers are handed tables without, as the model's.
@@ -310,10 +310,10 @@ class RoutedForward:
         if self.prompt.ranks_within:
             last = on_device(kept.device, self._last[stage])
             ranked = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
-            if ragged and self.fill_front:
+            if ragged and self.pad_left:
                 ranked = ranked & (kept >= 0)
         elif ragged:
-            last, ranked = None if self.fill_front else on_device(kept.device, self._last[stage]), kept >= 0
+            last, ranked = None if self.pad_left else on_device(kept.device, self._last[stage]), kept >= 0
         parent, places = source, index
         if self.policy.action == "remove" and source.parent is not None:
             parent, places = source.parent, kept  # the survivors' own sequence is needed no more
@@ -443,7 +443,7 @@ class StageTrace:
     _kept: Tensor = field(repr=False)
     _visual: Tensor = field(repr=False)
     _offset: int = field(repr=False)
-    _scored: Scored | None = field(repr=False)
+    _scored: DecisionScores | None = field(repr=False)
 
     @cached_property
     def selected(self) -> list[Tensor]:
@@ -480,7 +480,7 @@ class Trace:
     """The tokens that a reducer left; None without one."""
 
     @classmethod
-    def of(cls, forward: RoutedForward, past: Past | None = None) -> Trace:
+    def of(cls, forward: RoutedForward, past: CacheState | None = None) -> Trace:
         prompt, policy, offset = forward.prompt, forward.policy, past.length if past else 0
         keeps = (None,) * (policy.reducer is not None) + tuple(stage.keep for stage in policy.schedule)
         stages = [
@@ -494,7 +494,7 @@ class Trace:
 
 
 @dataclass(eq=False)
-class Past:
+class CacheState:
     """Contents of a cache before a call. Lists have one entry per stage."""
 
     length: int
@@ -530,7 +530,7 @@ class Past:
         return valid, torch.cat([earlier, kept + self.length], dim=1)
 
     @classmethod
-    def unrouted(cls, length: int, visible: Tensor | None, stages: int, device: torch.device) -> Past:
+    def unrouted(cls, length: int, visible: Tensor | None, stages: int, device: torch.device) -> CacheState:
         """Of a cache that no routed prompt filled: all layers hold the same `length` tokens.
 
         visible: (B, length) bool, what the call sees, or None where it sees all.
@@ -545,7 +545,7 @@ class CachedPrompt:
 
     policy: Policy
     batch: int
-    past: Past
+    past: CacheState
     last_position: Tensor | None
     """Rotary position of each sample's last token, (..., B, 1), where later positions must be derived from it."""
     right_padded: bool
@@ -553,12 +553,12 @@ class CachedPrompt:
     """(stages, B), the tokens of each sample that each stage ran."""
 
     @classmethod
-    def of(cls, forward: RoutedForward, before: Past | None, last_position: Tensor | None) -> CachedPrompt:
+    def of(cls, forward: RoutedForward, before: CacheState | None, last_position: Tensor | None) -> CachedPrompt:
         """From a finished forward on a cache that held `before`. Guesses may go again: the prompt ends before."""
         prompt = forward.prompt
         lengths, all_valid, positions = [], [], []
         for stage, kept in enumerate(forward.kept):
-            length, ragged = forward.lengths[stage] - prompt.guessed, forward.is_ragged(stage)
+            length, ragged = forward.lengths[stage] - prompt.draft_tokens, forward.is_ragged(stage)
             kept = kept[:, :length]
             valid, places = (kept >= 0 if ragged else None), kept
             if before:
@@ -567,9 +567,9 @@ class CachedPrompt:
             lengths.append(length)
             all_valid.append(valid)
             positions.append(places)
-        length = (before.length if before else 0) + prompt.length - prompt.guessed
-        past = Past(length, lengths, all_valid, positions)
-        rows = forward.rows - prompt.guessed
+        length = (before.length if before else 0) + prompt.length - prompt.draft_tokens
+        past = CacheState(length, lengths, all_valid, positions)
+        rows = forward.rows - prompt.draft_tokens
         return cls(forward.policy, prompt.visual.shape[0], past, last_position, prompt.right_padded, rows)
 
     def valid_keys(self, stage: int, batch: int, visible: Tensor | None, count: int) -> Tensor | None:
@@ -601,10 +601,10 @@ class CachedPrompt:
         later = torch.arange(self.past.length, self.past.length + count, device=cached.device)
         return torch.cat([cached, later.expand(cached.shape[0], -1)], dim=1)
 
-    def with_later(self, batch: int, visible: Tensor | None, count: int) -> Past:
+    def with_later(self, batch: int, visible: Tensor | None, count: int) -> CacheState:
         """The cache after `count` more tokens, before a call; arguments as in `valid_keys`."""
         stages = range(len(self.past.lengths))
-        return Past(
+        return CacheState(
             self.past.length + count,
             [length + count for length in self.past.lengths],
             [self.valid_keys(stage, batch, None, count) for stage in stages],

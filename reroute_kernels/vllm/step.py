@@ -35,7 +35,7 @@ class RoutedStep:
                 for first, last in stretches:
                     mask[0, first : last + 1] = True
                 # Tokens generated before a preemption run again and do not rank, like draft tokens.
-                self._prompts[number] = Prompt(mask.to(device), None, guessed=share.scheduled - share.prompt)
+                self._prompts[number] = Prompt(mask.to(device), None, draft_tokens=share.scheduled - share.prompt)
 
     @property
     def tokens(self) -> int:

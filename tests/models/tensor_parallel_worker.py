@@ -45,19 +45,19 @@ def on_two_ranks(folder: Path, *arguments: str) -> list[dict[str, object]]:
 
 
 def of_one_family(family: str, folder: str) -> dict[str, object]:
-    calls, parallel = rk.models.calls, rk.models.parallel
+    calls, parallel = rk.models.calls, rk.models.tensor_parallel
     model = AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float32, tp_plan="auto").eval()
     inputs, rank = prompts(family), torch.distributed.get_rank()
     results: dict[str, object] = {action: run(model, inputs, policy(action)) for action in ACTIONS}
 
     scores = torch.tensor([[0.0, 1.0, 2.0], [4.0, 3.0, 2.0]])[rank][None]
-    results["over_all_heads"] = {
-        name: parallel.over_all_heads(parallel.head_group(model), scores, name).tolist() for name in ("mean", "max")
+    results["all_gather_scores"] = {
+        name: parallel.all_gather_scores(parallel.head_group(model), scores, name).tolist() for name in ("mean", "max")
     }
 
-    calls.over_all_heads = lambda group, scores, reduction: scores
+    calls.all_gather_scores = lambda group, scores, reduction: scores
     results["each rank by its own heads"] = run(model, inputs, policy())
-    calls.over_all_heads = parallel.over_all_heads
+    calls.all_gather_scores = parallel.all_gather_scores
 
     model._tp_size = None
     try:

@@ -30,7 +30,7 @@ def test_equals_one_process(family, model, ranks, action):
 
 def test_reductions(ranks):
     for rank in ranks:
-        assert rank["over_all_heads"] == {"mean": [[2.0, 2.0, 2.0]], "max": [[4.0, 3.0, 2.0]]}
+        assert rank["all_gather_scores"] == {"mean": [[2.0, 2.0, 2.0]], "max": [[4.0, 3.0, 2.0]]}
 
 
 def test_ranks_would_select_apart(ranks):

@@ -69,7 +69,7 @@ def check_not_sharded(*modules: nn.Module) -> None:
             )
 
 
-def over_all_heads(group, scores: Tensor, reduction: str) -> Tensor:
+def all_gather_scores(group, scores: Tensor, reduction: str) -> Tensor:
     """Scores by all heads, from scores by the heads of each rank.
 
     The scores of all ranks are gathered, and reduced in the same order everywhere: no rank may select otherwise

@@ -1,7 +1,7 @@
-"""Layers on several devices, and layers whose weights come only when they run: accelerate's `device_map` and offload.
+"""Support of accelerate's `device_map` and offload: layers on several devices, weights that are loaded when they run.
 
-accelerate wraps `forward` of each module, so that its inputs are moved to its device and its weights loaded after the
-forward pre-hooks of PyTorch, in which a decision is made. What a decision needs is brought there here.
+accelerate wraps `forward` of each module: inputs are moved and weights loaded after PyTorch's forward pre-hooks, in
+which a decision is made. The helpers here do both in time for the decision.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def _accelerate_hooks(module: nn.Module) -> Iterator[object]:
         yield hook
 
 
-def to_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
-    """The input of a layer on the device on which accelerate runs it; as it is where accelerate moves nothing.
+def to_execution_device(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """Move a layer's input to the device on which accelerate runs the layer; unchanged if accelerate moves nothing.
 
     Args:
         layer: a decoder layer.
@@ -37,12 +37,12 @@ def to_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def loaded(layer: nn.Module, attention: nn.Module) -> Iterator[None]:
-    """Within it modules of the layer and of its attention can be called one by one.
+def onloaded(layer: nn.Module, attention: nn.Module) -> Iterator[None]:
+    """Context manager that loads offloaded weights, so that submodules can be called individually.
 
-    An offloaded module loads its own weights when it is called. Not so one whose weights are loaded with those of the
-    whole layer or the whole attention (accelerate's `preload_module_classes` and `place_submodules`): they are loaded
-    here, and once more when the layer runs.
+    An offloaded module usually loads its own weights when it is called. With accelerate's `preload_module_classes` and
+    `place_submodules`, weights are loaded by the whole layer or attention: they are loaded here, and once more when the
+    layer runs.
 
     Args:
         layer: of the decoder or the vision tower.
