@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
+from ..attention import Attention
 from ..versions import SUPPORTED
 from .checkpointing import checkpointed
 from .tensor_parallel import check_not_sharded
@@ -207,8 +208,8 @@ class Adapter:
         sin: Tensor,
         valid: Tensor | None,
         places: Tensor | None,
-    ) -> dict[str, object]:
-        """Arguments that score tokens by the attention that others would pay to them in this layer.
+    ) -> Attention:
+        """Attention that tokens would pay to others in this layer.
 
         Args:
             layer: the decision layer.
@@ -218,7 +219,7 @@ class Adapter:
             places: (B, Q) of the tokens that ask, -1 for none; or None where the last of each row asks.
 
         Returns:
-            Arguments of `reroute_kernels.ops.rank_tokens`.
+            The argument of the operations that rank.
         """
         attention = layer.self_attn
         states = layer.input_layernorm(hidden)
@@ -226,13 +227,13 @@ class Adapter:
             query_states = states[:, -1:]
         else:
             query_states = states.gather(1, places.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
-        return {
-            "query": self.queries(attention, query_states),
-            "key": self.keys(attention, states),
-            "cos": cos,
-            "sin": sin,
-            "key_mask": valid,
-            "query_index": places,
-            "scale": attention.scaling,
-            "rotary_style": self.rotary_style,
-        }
+        return Attention(
+            self.queries(attention, query_states),
+            self.keys(attention, states),
+            cos,
+            sin,
+            key_mask=valid,
+            query_index=places,
+            scale=attention.scaling,
+            rotary_style=self.rotary_style,
+        )

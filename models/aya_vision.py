@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..attention import Attention
 from .adapter import Adapter
 
 
@@ -10,5 +11,5 @@ class AyaVisionAdapter(Adapter):
 
     text_model_types = ("cohere2",)
 
-    def ranking(self, *args, **kwargs) -> dict[str, object]:
-        return {**super().ranking(*args, **kwargs), "cos": None, "sin": None}
+    def ranking(self, *args, **kwargs) -> Attention:
+        return super().ranking(*args, **kwargs)._replace(cos=None, sin=None)

@@ -14,6 +14,7 @@ from operator import attrgetter, is_
 import torch
 from torch import Tensor, nn
 
+from ..attention import Attention
 from ..checks import FLOATING
 from ..policy import Policy
 from ..routing import Trace, on_device
@@ -420,22 +421,23 @@ class Routing:
         valid: Tensor | None,
         places: Tensor | None = None,
         keys_alone: bool = False,
-    ) -> dict[str, object]:
+    ) -> Attention | Tensor:
+        config, group = self._adapter.decoder.config, self._head_group
         with onloaded(layer, layer.self_attn):
             if keys_alone:
-                states = layer.input_layernorm(hidden)
-                arguments = {"key": self._adapter.unnormalized_keys(layer.self_attn, states)}
-            else:
-                arguments = self._adapter.ranking(layer, hidden, *tables, valid, places)
-        check_heads(arguments, self._adapter.decoder.config, self._head_group)
-        if call.past is not None and not keys_alone:
-            keys = self._adapter.cached_keys(call.cache, number)[:, :, : call.past.lengths[call.stage]]
-            valid = call.past.seen(call.stage)
-            arguments |= {
-                "past_key": on_device(hidden.device, keys).transpose(1, 2),
-                "past_mask": None if valid is None else on_device(hidden.device, valid).expand(hidden.shape[0], -1),
-            }
-        return arguments
+                key = self._adapter.unnormalized_keys(layer.self_attn, layer.input_layernorm(hidden))
+                check_heads(None, key, config, group)
+                return key
+            attention = self._adapter.ranking(layer, hidden, *tables, valid, places)
+        check_heads(attention.query, attention.key, config, group)
+        if call.past is None:
+            return attention
+        keys = self._adapter.cached_keys(call.cache, number)[:, :, : call.past.lengths[call.stage]]
+        valid = call.past.seen(call.stage)
+        return attention._replace(
+            past_key=on_device(hidden.device, keys).transpose(1, 2),
+            past_mask=None if valid is None else on_device(hidden.device, valid).expand(hidden.shape[0], -1),
+        )
 
     def _add_layer_features(self, number: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         call = self._routed

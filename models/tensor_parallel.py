@@ -23,11 +23,11 @@ def head_group(model: nn.Module):
     return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
-def check_heads(ranking: dict[str, object], config, group) -> None:
+def check_heads(query: Tensor | None, key: Tensor, config, group) -> None:
     """Make sure that the heads of all ranks are those of the model.
 
     Args:
-        ranking: of a decision layer, as `Adapter.ranking` gives it, or its keys alone.
+        query, key: (B, Q, Hq, D) and (B, L, Hkv, D) of a decision layer; None if the keys alone rank.
         config: of the decoder.
         group: of `head_group`.
 
@@ -36,8 +36,7 @@ def check_heads(ranking: dict[str, object], config, group) -> None:
     """
     key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     expected = config.num_attention_heads, key_heads
-    query = ranking.get("query")
-    got = expected[0] if query is None else query.shape[2], ranking["key"].shape[2]
+    got = expected[0] if query is None else query.shape[2], key.shape[2]
     if got == expected:
         return
     if group is None:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attention import Attention
+
 REDUCTIONS = ("mean", "max")
 ROTARY_STYLES = ("rotate_half", "interleaved")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,28 +60,17 @@ def check_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torch.
         raise _refused(name, flags, f"{tuple(shape)} bool on {device}")
 
 
-def check_ranking(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_mask: Tensor | None,
-    query_index: Tensor | None,
-    past_key: Tensor | None,
-    past_mask: Tensor | None,
-    query_reduction: str,
-    head_reduction: str,
-    rotary_style: str,
-) -> None:
+def check_ranking(attention: Attention) -> None:
     """Refuse tensors and names that `rank_tokens` does not accept.
 
     Raises:
         ValueError: a shape, dtype, device or name does not fit.
     """
+    query, key, cos, sin, key_mask, query_index, past_key, past_mask, _scale, *_names = attention
     expect_one_of(
-        query_reduction=(query_reduction, REDUCTIONS),
-        head_reduction=(head_reduction, REDUCTIONS),
-        rotary_style=(rotary_style, ROTARY_STYLES),
+        query_reduction=(attention.query_reduction, REDUCTIONS),
+        head_reduction=(attention.head_reduction, REDUCTIONS),
+        rotary_style=(attention.rotary_style, ROTARY_STYLES),
     )
     if query.ndim != 4 or query.dtype not in FLOATING:
         raise _refused("query", query, "(B, Q, Hq, D) float32, float16 or bfloat16")

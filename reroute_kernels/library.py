@@ -10,6 +10,7 @@ import sys
 import torch
 
 from . import checks
+from .attention import Attention
 from .backends import operations_for
 
 _library = torch.library.Library("reroute_kernels", "DEF")
@@ -22,18 +23,15 @@ def _register(schema: str, function, fake) -> None:
     torch.library.register_fake(f"reroute_kernels::{name}", fake, lib=_library)
 
 
-def _rank(*ranking):
-    return operations_for(ranking[1].device).rank_tokens(*ranking[:8], **_options(ranking))
+def _rank(*operands):
+    attention = Attention(*operands)
+    return operations_for(attention.key.device).rank_tokens(attention)
 
 
-def _options(ranking):
-    return dict(zip(("scale", "query_reduction", "head_reduction", "rotary_style"), ranking[8:], strict=True))
-
-
-def _rank_fake(*ranking):
-    checks.check_ranking(*ranking[:8], *ranking[9:])
-    key = ranking[1]
-    return key.new_empty(key.shape[:2], dtype=torch.float32)
+def _rank_fake(*operands):
+    attention = Attention(*operands)
+    checks.check_ranking(attention)
+    return attention.key.new_empty(attention.key.shape[:2], dtype=torch.float32)
 
 
 def _select(scores, pool, pinned, keep, length):
@@ -55,23 +53,16 @@ def _gather_fake(index, tensors):
 
 
 def _route(*arguments):
-    *ranking, pool, pinned, keep, length, tensors = arguments
-    index, compact, scores = operations_for(ranking[1].device).route_tokens(
-        *ranking[:8],
-        **_options(ranking),
-        pool=pool,
-        pinned=pinned,
-        keep=keep,
-        length=length,
-        tensors=tensors,
-        return_scores=True,
-    )
+    *operands, pool, pinned, keep, length, tensors = arguments
+    attention = Attention(*operands)
+    operations = operations_for(attention.key.device)
+    index, compact, scores = operations.route_tokens(attention, pool, pinned, keep, length, tensors, return_scores=True)
     return index, list(compact), scores
 
 
 def _route_fake(*arguments):
-    *ranking, pool, pinned, keep, length, tensors = arguments
-    scores = _rank_fake(*ranking)
+    *operands, pool, pinned, keep, length, tensors = arguments
+    scores = _rank_fake(*operands)
     index = _select_fake(scores, pool, pinned, keep, length)
     checks.check_rows(tensors[:1], *scores.shape, scores.device)
     return index, _gather_fake(index, tensors), scores

@@ -15,50 +15,28 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import library, ref  # noqa: F401 (the first registers the operations)
+from .attention import Attention
 from .backends import backend, forced_backend
 from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
 
 
-def _ranking(
-    query,
-    key,
-    cos,
-    sin,
-    key_mask,
-    query_index,
-    past_key,
-    past_mask,
-    scale,
-    query_reduction,
-    head_reduction,
-    rotary_style,
-) -> tuple:
-    """The arguments as the registered operations take them, which check the tensors."""
-    tensors = {
-        "query": query,
-        "key": key,
-        "cos": cos,
-        "sin": sin,
-        "key_mask": key_mask,
-        "query_index": query_index,
-        "past_key": past_key,
-        "past_mask": past_mask,
-    }
-    for name, tensor in tensors.items():
+def _registered(attention: Attention) -> Attention:
+    """The argument as the registered operations take it, which check the tensors."""
+    for name, tensor in attention.tensors().items():
         if tensor is not None or name in ("query", "key"):
             expect_tensor(name, tensor)
     # Also checked where they are used, but a registered operation takes no other objects than strings here.
     expect_one_of(
-        query_reduction=(query_reduction, REDUCTIONS),
-        head_reduction=(head_reduction, REDUCTIONS),
-        rotary_style=(rotary_style, ROTARY_STYLES),
+        query_reduction=(attention.query_reduction, REDUCTIONS),
+        head_reduction=(attention.head_reduction, REDUCTIONS),
+        rotary_style=(attention.rotary_style, ROTARY_STYLES),
     )
+    scale, query = attention.scale, attention.query
     if scale is None:
         scale = (query.shape[-1] or 1) ** -0.5 if query.ndim else 1.0
     elif not isinstance(scale, (Real, torch.SymFloat)):
         raise TypeError(f"scale must be a real number or None, got {scale!r}")
-    reductions = (query_reduction, head_reduction)
-    return (*tensors.values(), float(scale), *reductions, rotary_style)
+    return attention._replace(scale=float(scale))
 
 
 def rank_tokens(
@@ -109,7 +87,7 @@ def rank_tokens(
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or name is not accepted.
     """
-    ranking = _ranking(
+    attention = Attention(
         query,
         key,
         cos,
@@ -124,7 +102,7 @@ def rank_tokens(
         rotary_style,
     )
     with torch.no_grad():
-        return torch.ops.reroute_kernels.rank_tokens(*ranking)
+        return torch.ops.reroute_kernels.rank_tokens(*_registered(attention))
 
 
 def _counts(keep: object, batch: int, device: torch.device) -> Tensor:
@@ -305,7 +283,7 @@ def route_tokens(
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device, name or number is not accepted.
     """
-    ranking = _ranking(
+    attention = Attention(
         query,
         key,
         cos,
@@ -319,6 +297,7 @@ def route_tokens(
         head_reduction,
         rotary_style,
     )
+    operands = _registered(attention)
     expect_tensor("pool", pool)
     expect_tensor("pinned", pinned)
     _expect_length(length)
@@ -329,7 +308,7 @@ def route_tokens(
     gathers_later = len(tensors) > 0 and (_differentiated_by_torch() or _needs_gradient(*tensors))
     with torch.no_grad():
         index, compact, scores = torch.ops.reroute_kernels.route_tokens(
-            *ranking, pool, pinned, keep, length, () if gathers_later else tensors
+            *operands, pool, pinned, keep, length, () if gathers_later else tensors
         )
     result = index, _gather(index, tensors) if gathers_later else tuple(compact)
     return (*result, scores) if return_scores else result

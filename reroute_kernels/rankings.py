@@ -13,30 +13,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from . import ops
+from .attention import Attention
 from .checks import REDUCTIONS, expect_one_of
 from .ref.rank import last_queries
 
 LAYERS = ("this", "previous")
-
-
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """Scores by attention that are not computed yet.
-
-    Args:
-        arguments: of `reroute_kernels.ops.rank_tokens`.
-    """
-
-    arguments: dict[str, object]
-
-    @property
-    def head_reduction(self) -> str:
-        return self.arguments.get("head_reduction", "mean")
-
-    def scores(self) -> Tensor:
-        """(B, L) float32."""
-        return ops.rank_tokens(**self.arguments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +45,7 @@ class Candidates:
     """The text tokens of the sample that has most."""
     decision: int
     """The number of the decision, from 0."""
-    _project: Callable[..., dict[str, object]] = field(repr=False)
+    _project: Callable[..., Attention | Tensor] = field(repr=False)
 
     @property
     def ordinals(self) -> Tensor:
@@ -93,12 +74,12 @@ class Candidates:
             places = None if self.last is None else self.last[:, None]
         else:
             places = last_queries(self.hidden, self.valid, min(queries, length))
-        reductions = {"query_reduction": query_reduction, "head_reduction": head_reduction}
-        return Attention(self._project(places) | reductions)
+        attention = self._project(places)
+        return attention._replace(query_reduction=query_reduction, head_reduction=head_reduction)
 
     def keys(self) -> Tensor:
         """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected, before a norm of keys."""
-        return self._project(keys_alone=True)["key"]
+        return self._project(keys_alone=True)
 
 
 class Ranking(ABC):

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .attention import Attention
 from .policy import Policy
-from .rankings import Attention, Candidates
+from .rankings import Candidates
 
-# Gives the arguments of `ops.rank_tokens` that score the tokens of a sequence, from (hidden, tables, key mask or None,
-# places of the queries (B, Q), or None if only the last token asks); its keys alone with `keys_alone=True`.
-Project = Callable[..., "dict[str, object]"]
+# Gives the attention that scores a sequence, from (hidden, tables, key mask or None, places of the queries
+# (B, Q), or None if only the last token asks); with `keys_alone=True` the keys, (B, L, Hkv, D).
+Project = Callable[..., "Attention | Tensor"]
 
 # Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
 Combine = Callable[[Tensor, str], Tensor]
@@ -363,7 +364,7 @@ class RoutedForward:
         """`ops.route_tokens`, in steps where there are scores, or where they must be combined."""
         if isinstance(ranked, Attention) and self.combine is None:
             selection = {"pool": pool, "pinned": pinned, "keep": keep, "length": length, "tensors": tensors}
-            return ops.route_tokens(**ranked.arguments, **selection, return_scores=True)
+            return ops.route_tokens(**ranked._asdict(), **selection, return_scores=True)
         if isinstance(ranked, Attention):
             ranked = self._all_scores(ranked)
         index = ops.select_tokens(ranked, pool, pinned, keep, length)

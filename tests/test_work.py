@@ -8,6 +8,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import reroute_kernels as rk
+from reroute_kernels.attention import Attention
 from reroute_kernels.routing import Prompt, RoutedForward
 from tests.conftest import HAS_GPU
 from tests.test_route import decision
@@ -133,14 +134,7 @@ class Forward:
         self.key = torch.randn(len(lefts), length, 2, 8, device=device)
 
     def ranking(self, hidden, tables, valid, places):
-        return {
-            "query": self.query,
-            "key": self.key[:, : hidden.shape[1]],
-            "cos": tables[0],
-            "sin": tables[1],
-            "key_mask": valid,
-            "query_index": places,
-        }
+        return Attention(self.query, self.key[:, : hidden.shape[1]], *tables, key_mask=valid, query_index=places)
 
     def decide(self):
         self.hidden = self.routed.decide(self.hidden, self.tables, self.ranking)

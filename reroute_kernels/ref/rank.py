@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..attention import Attention, takes_attention
 from ..checks import check_ranking
 from ..precision import full_precision
 
@@ -47,35 +48,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: slice, second: slice) ->
 ROTATIONS = {"rotate_half": rotate_half, "interleaved": rotate_interleaved}
 
 
-def rank_tokens(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    query_index: Tensor | None = None,
-    past_key: Tensor | None = None,
-    past_mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    query_reduction: str = "mean",
-    head_reduction: str = "mean",
-    rotary_style: str = "rotate_half",
-) -> Tensor:
+@takes_attention
+def rank_tokens(attention: Attention) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
-    check_ranking(
-        query,
-        key,
-        cos,
-        sin,
-        key_mask,
-        query_index,
-        past_key,
-        past_mask,
-        query_reduction,
-        head_reduction,
-        rotary_style,
-    )
+    check_ranking(attention)
+    query, key, cos, sin, key_mask, query_index, past_key, past_mask, scale, *_names = attention
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     if length == 0:
@@ -85,7 +62,7 @@ def rank_tokens(
     if scale is None:
         scale = head_dim**-0.5
 
-    rotate = ROTATIONS[rotary_style]
+    rotate = ROTATIONS[attention.rotary_style]
     query = query.float()
     if cos is not None:
         cos, sin = (table.expand(batch, -1, -1)[:, :, None] for table in (cos, sin))  # [B, L, 1, R]
@@ -118,8 +95,8 @@ def rank_tokens(
 
     logits = torch.cat(tiles, dim=-1).flatten(2, 3) * scale  # [B, Q, Hq, L + P]
     hidden = ~visible[:, :, None] | (logits == -torch.inf)
-    attention = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(hidden, 0.0)
-    attention = attention[..., :length]
+    weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(hidden, 0.0)
+    weights = weights[..., :length]
 
-    attention = attention.mean(dim=1) if query_reduction == "mean" else attention.amax(dim=1)
-    return attention.mean(dim=1) if head_reduction == "mean" else attention.amax(dim=1)
+    weights = weights.mean(dim=1) if attention.query_reduction == "mean" else weights.amax(dim=1)
+    return weights.mean(dim=1) if attention.head_reduction == "mean" else weights.amax(dim=1)

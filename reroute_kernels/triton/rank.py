@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention import Attention, takes_attention
 from ..checks import check_ranking
 from ..ref.rank import last_queries
 from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, on_device_of, parts_of_batch
@@ -413,51 +414,15 @@ def logits_blocks(length: int, past_length: int, rows: int, head_dim: int) -> di
     return {"SPLIT": split, "TILE": tile, "BLOCK_ROWS": min(MAX_ROWS, next_power_of_2(rows)), "num_warps": num_warps}
 
 
-def rank_tokens(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    query_index: Tensor | None = None,
-    past_key: Tensor | None = None,
-    past_mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    query_reduction: str = "mean",
-    head_reduction: str = "mean",
-    rotary_style: str = "rotate_half",
-) -> Tensor:
+@takes_attention
+def rank_tokens(attention: Attention) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
-    check_ranking(
-        query,
-        key,
-        cos,
-        sin,
-        key_mask,
-        query_index,
-        past_key,
-        past_mask,
-        query_reduction,
-        head_reduction,
-        rotary_style,
-    )
+    check_ranking(attention)
+    query, key, cos, sin, key_mask, query_index, past_key, past_mask, scale, *_names = attention
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     if batch > MAX_PROGRAMS:
-        options = {
-            "scale": scale,
-            "query_reduction": query_reduction,
-            "head_reduction": head_reduction,
-            "rotary_style": rotary_style,
-        }
-        tensors = (query, key, cos, sin, key_mask, query_index, past_key, past_mask)
-        return torch.cat(
-            [
-                rank_tokens(*(x if x is None or x.shape[0] == 1 else x[part] for x in tensors), **options)
-                for part in parts_of_batch(batch)
-            ]
-        )
+        return torch.cat([rank_tokens(attention.samples(part)) for part in parts_of_batch(batch)])
     scores = torch.empty(batch, length, dtype=torch.float32, device=key.device)
     if scores.numel() == 0:
         return scores
@@ -509,7 +474,7 @@ def rank_tokens(
             GROUP=heads // kv_heads,
             HALF=half,
             REST=rest,
-            INTERLEAVED=rotary_style == "interleaved",
+            INTERLEAVED=attention.rotary_style == "interleaved",
             HAS_MASK=key_mask is not None,
             HAS_INDEX=query_index is not None,
             HAS_PAST=past_key is not None,
@@ -527,8 +492,8 @@ def rank_tokens(
             splits,
             QUERIES=queries,
             HEADS=heads,
-            MAX_OVER_QUERIES=query_reduction == "max",
-            MAX_OVER_HEADS=head_reduction == "max",
+            MAX_OVER_QUERIES=attention.query_reduction == "max",
+            MAX_OVER_HEADS=attention.head_reduction == "max",
             BLOCK_SPLITS=max(16, next_power_of_2(splits)),  # fewer would be loaded by every thread
             BLOCK_HEADS=min(32, next_power_of_2(heads)),
             TILE=REDUCED_TILE,

@@ -10,6 +10,7 @@ from vllm.distributed import get_tp_group
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
 
+from ..attention import Attention
 from .step import RoutedStep
 
 DECODERS = (LlamaModel, Qwen2Model)
@@ -60,8 +61,8 @@ def project(
     key_mask: Tensor | None = None,
     places: Tensor | None = None,
     keys_alone: bool = False,
-) -> dict[str, object]:
-    """Arguments of `ops.rank_tokens` that score the tokens of one request by a layer's own weights.
+) -> Attention | Tensor:
+    """Attention that scores the tokens of one request by a layer's own weights; with `keys_alone` the keys.
 
     Args:
         layer: that decides.
@@ -78,11 +79,11 @@ def project(
     query, key = attention.rotary_emb(positions, query.contiguous(), key.contiguous())
     key = key.view(1, -1, attention.num_kv_heads, attention.head_dim)
     if keys_alone:
-        return {"key": key}
+        return key
     if places is None:
         places = torch.full((1, 1), hidden.shape[1] - 1, device=hidden.device)
     query = query.view(-1, attention.num_heads, attention.head_dim)[places.clamp(min=0)]
-    return {"query": query, "key": key, "key_mask": key_mask, "query_index": places, "scale": attention.scaling}
+    return Attention(query, key, key_mask=key_mask, query_index=places, scale=attention.scaling)
 
 
 def over_all_ranks(scores: Tensor, reduction: str) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
+from reroute_kernels.attention import Attention
 from reroute_kernels.vllm.plan import Plan, Share, stage_layout
 from reroute_kernels.vllm.step import RoutedStep
 
@@ -71,7 +72,7 @@ def scores_of(hidden, tables, mask=None, places=None, keys_alone=False):
     key = hidden[:, :, None, :4]
     query = torch.tensor([1.0, 0, 0, 0]).expand(1, 1, 1, 4)
     places = torch.full((1, 1), length - 1) if places is None else places
-    return {"query": query, "key": key, "key_mask": mask, "query_index": places, "scale": 1.0}
+    return Attention(query, key, key_mask=mask, query_index=places, scale=1.0)
 
 
 @pytest.mark.parametrize("action", ["reroute", "remove"])

@@ -1,0 +1,72 @@
+"""The argument of every operation that ranks: queries, the keys they see, and how attention becomes scores."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Attention(NamedTuple):
+    """Attention that a few queries pay to the tokens of a sequence, not computed yet.
+
+    The fields are documented at `reroute_kernels.ops.rank_tokens`.
+    """
+
+    query: Tensor
+    key: Tensor
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    key_mask: Tensor | None = None
+    query_index: Tensor | None = None
+    past_key: Tensor | None = None
+    past_mask: Tensor | None = None
+    scale: float | None = None
+    query_reduction: str = "mean"
+    head_reduction: str = "mean"
+    rotary_style: str = "rotate_half"
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The fields that hold a tensor, by name."""
+        return dict(zip(TENSORS, self, strict=False))
+
+    def samples(self, part: slice) -> Attention:
+        """Attention in some samples of the batch; a table of one sample serves all."""
+        parts = (x if x is None or x.shape[0] == 1 else x[part] for x in self[: len(TENSORS)])
+        return Attention(*parts, *self[len(TENSORS) :])
+
+    def scores(self) -> Tensor:
+        """Compute the scores, (B, L) float32."""
+        from . import ops
+
+        return ops.rank_tokens(**self._asdict())
+
+
+TENSORS = Attention._fields[: Attention._fields.index("scale")]
+"""The fields that hold a tensor; in a call the others are given by keyword."""
+
+
+def takes_attention(function: Callable) -> Callable:
+    """Let a function of an `Attention` be called with its fields, too: tensors by position or name, options by name."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        if args and isinstance(args[0], Attention):
+            return function(*args, **kwargs)
+        options = {name: kwargs.pop(name) for name in Attention._fields if name in kwargs}
+        return function(Attention(*args, **options), **kwargs)
+
+    own = inspect.signature(function)
+    _, *others = own.parameters.values()
+    flat = [
+        parameter.replace(
+            annotation=getattr(parameter.annotation, "__forward_arg__", parameter.annotation),
+            kind=parameter.kind if parameter.name in TENSORS else parameter.KEYWORD_ONLY,
+        )
+        for parameter in (*inspect.signature(Attention).parameters.values(), *others)
+    ]
+    call.__signature__ = own.replace(parameters=flat)
+    return call
