@@ -159,11 +159,13 @@ def test_one_object_for_several_blocks():
         assert active_backend("cuda") == "triton"
 
 
-def test_block_of_a_generator_that_ends_later():
-    def forcing():
-        with rk.backend("ref"):
-            yield
+def forcing():
+    """A generator that is suspended in a block."""
+    with rk.backend("ref"):
+        yield
 
+
+def test_block_of_a_generator_that_ends_later():
     running = forcing()
     next(running)
     with rk.backend("triton"):
@@ -173,10 +175,6 @@ def test_block_of_a_generator_that_ends_later():
 
 
 def test_block_of_a_generator_closed_in_another_thread():
-    def forcing():
-        with rk.backend("ref"):
-            yield
-
     running = forcing()
     next(running)
     assert active_backend("cuda") == "ref"

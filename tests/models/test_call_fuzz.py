@@ -675,6 +675,12 @@ def generate_turn(model, talk: Talk, number: int, past, answers: list[Answer]) -
     return answer
 
 
+def empty_cache(name: str, model):
+    """A dynamic cache; None for recurrent states before transformers 5.6, whose own is made by the first call."""
+    cache = transformers.DynamicCache(config=model.config.get_text_config())
+    return None if name == "qwen3_5" and not hasattr(cache, "has_previous_state") else cache
+
+
 class Alone:
     """A conversation's sample by itself, done the slow way on a dynamic cache."""
 
@@ -699,10 +705,7 @@ class Alone:
     def calls(self, positions: list[Tensor]) -> None:
         """Turns as plain calls; positions (axes, L) of each."""
         talk, row = self.talk, self.row
-        # Layers with recurrent states have a cache of their own before transformers 5.6, made by their first call.
-        past = transformers.DynamicCache(config=self.model.config.get_text_config())
-        if self.case.model == "qwen3_5" and not hasattr(past, "has_previous_state"):
-            past = None
+        past = empty_cache(self.case.model, self.model)
         with self.slow:
             for number, places in enumerate(positions):
                 begin = talk.begin(number)
@@ -1021,7 +1024,7 @@ def check_alone(talk: Talk, unrouted: list[Answer], routed: list[Answer]) -> Non
 def rounding_of_batch(talk: Talk, unrouted: list[Answer], positions: list[Tensor], row: int, number: int) -> float:
     """How far the unrouted model's logits of a sample are from those of the sample alone."""
     model = load(talk.case.model, torch.float32, "unrouted")
-    past, distances = transformers.DynamicCache(config=model.config.get_text_config()), []
+    past, distances = empty_cache(talk.case.model, model), []
     for turn in range(number + 1):
         valid = talk.valid[turn][row]
         if valid.any():
@@ -1030,8 +1033,10 @@ def rounding_of_batch(talk: Talk, unrouted: list[Answer], positions: list[Tensor
                 input_ids=talk.ids[turn][row, valid][None],
                 position_ids=places if talk.axes > 1 else places[0],
                 past_key_values=past,
+                use_cache=True,
                 **talk.features(turn, row),
             )
+            past = cache_of(output)
             distances.append((unrouted[turn].logits[row, valid] - output.logits[0]).abs().max())
     return float(max(distances))
 
