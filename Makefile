@@ -23,7 +23,7 @@ test: .venv/ready lint  ## check the style and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest supported transformers
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) tests/models
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) tests/models tests/cli
 
 test-newest: .venv/ready  ## run part of the adapters' tests under the newest transformers and its companions, whatever they are
 	rm -rf .venv-newest
@@ -44,7 +44,7 @@ test-install:  ## install the package as a user does, with nothing pinned but to
 	.venv-install/bin/python -I tests/installed_example.py README.md
 
 test-lmms-eval: .venv-lmms-eval/ready  ## run the tests of the model types for lmms-eval
-	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest -q tests/models/test_lmms_eval.py tests/models/test_boxes.py
+	OMP_NUM_THREADS=1 .venv-lmms-eval/bin/python -m pytest -q tests/test_lmms_eval.py tests/test_boxes.py
 
 test-vllm: .venv-vllm/ready  ## run the tests of routing inside vLLM, on its CPU build
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q $(PARALLEL:loadfile=load) tests/vllm

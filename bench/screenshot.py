@@ -46,7 +46,7 @@ def chromium() -> Iterator[object]:
 
 
 def main(arguments: list[str]) -> None:
-    from reroute_kernels.__main__ import app
+    from reroute_kernels.cli.commands import app
 
     if find_chromium() is None:
         sys.exit(f"bench.screenshot needs one of {', '.join(NAMES)}: make browser")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
-from .. import flops  # noqa: F401 (registers what the operations count for)
-from ..policy import Policy
-from ..versions import check_transformers
+from reroute_kernels import flops  # noqa: F401 (registers what the operations count for)
+from reroute_kernels.policy import Policy
+from reroute_kernels.versions import check_transformers
+
 from .adapter import Adapter
-from .aya_vision import AyaVisionAdapter
-from .glm4v import Glm4vAdapter, Glm4vMoeAdapter
+from .families import (
+    AyaVisionAdapter,
+    Glm4vAdapter,
+    Glm4vMoeAdapter,
+    Idefics3Adapter,
+    LlavaAdapter,
+    Qwen2_5VLAdapter,
+    Qwen2VLAdapter,
+    Qwen3_5Adapter,
+    Qwen3VLAdapter,
+)
 from .hooks import Routing, routings_on
-from .idefics3 import Idefics3Adapter
-from .llava import LlavaAdapter
-from .qwen2_vl import Qwen2_5VLAdapter, Qwen2VLAdapter
-from .qwen3_5 import Qwen3_5Adapter
-from .qwen3_vl import Qwen3VLAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register", "remove", "routing_of"]
 
@@ -62,7 +67,7 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
         raise ValueError(f"model_type must have no adapter yet, got {model_type!r}, which has {ADAPTERS[model_type]!r}")
 
 
-def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing:
+def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> Routing:
     """Route this model's prompts by a policy, until the handle is removed.
 
     Only this instance changes, through PyTorch's forward hooks; `generate` and plain calls work as before. A call
@@ -71,7 +76,8 @@ def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing
     Args:
         model: a transformers model of a type in `ADAPTERS`, also wrapped by PEFT, `torch.compile` or
             `DistributedDataParallel`.
-        policy: what to route.
+        policy: what to route; or its text, as `Policy.parse` takes it for this model: `"reroute-fastv/192"`,
+            `"3:0.25,7:0.25"`.
         replace: whether a routing that is on the model already is removed for this one; it stays as it is where this
             one is refused. The handle of what was replaced is then a removed one.
 
@@ -86,8 +92,8 @@ def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing
             transformers is older than all that are.
         AttributeError: this version of transformers builds the model differently, which is named.
     """
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a Policy, got {type(policy).__name__}")
+    if not isinstance(policy, Policy | str):
+        raise TypeError(f"policy must be a Policy or its text, got {type(policy).__name__}")
     if not isinstance(replace, bool):
         raise TypeError(f"replace must be a bool, got {replace!r}")
     model = _unwrapped(model)
@@ -102,6 +108,8 @@ def apply(model: nn.Module, policy: Policy, *, replace: bool = False) -> Routing
     if model_type not in ADAPTERS:
         raise ValueError(f"model must be of a supported type ({', '.join(ADAPTERS)}), got {model_type!r}")
     check_transformers()
+    if isinstance(policy, str):
+        policy = Policy.parse(policy, model)
     return Routing(ADAPTERS[model_type](model), policy, replace)
 
 

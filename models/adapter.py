@@ -8,8 +8,9 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
-from ..attention import Attention
-from ..versions import SUPPORTED
+from reroute_kernels.attention import Attention
+from reroute_kernels.versions import SUPPORTED
+
 from .checkpointing import checkpointed
 from .tensor_parallel import check_not_sharded
 from .vision import ReducedVision

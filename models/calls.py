@@ -9,8 +9,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ..policy import Policy
-from ..routing import CachedPrompt, CacheState, Prompt, RoutedForward
+from reroute_kernels.policy import Policy
+from reroute_kernels.routing import CachedPrompt, CacheState, Prompt, RoutedForward
+
 from .activated import activated_counts, activated_visual
 from .adapter import Adapter, cache_name, cache_of
 from .answers import Answers

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..routing import RoutedForward
+from reroute_kernels.routing import RoutedForward
+
 from .checkpointing import checkpointed
 
 

@@ -14,10 +14,11 @@ from operator import attrgetter, is_
 import torch
 from torch import Tensor, nn
 
-from ..attention import Attention
-from ..checks import FLOATING
-from ..policy import Policy
-from ..routing import Trace, on_device
+from reroute_kernels.attention import Attention
+from reroute_kernels.checks import FLOATING
+from reroute_kernels.policy import Policy
+from reroute_kernels.routing import Trace, on_device
+
 from .adapter import Adapter, cache_of, uncompiled
 from .answers import Answers, checked
 from .calls import CallReader, Continuation, Prefill, by_name

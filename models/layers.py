@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ..policy import Policy
+from reroute_kernels.policy import Policy
+
 from .adapter import Adapter
 from .masks import FORMATS, attention_mask, is_flash_attention, mask_format
 

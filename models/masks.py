@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..routing import on_device
+from reroute_kernels.routing import on_device
 
 FORMATS = ("eager", "flash_attention", "flex_attention", "sdpa")
 """Forms of a mask: additive, the valid keys, a BlockMask, boolean."""

@@ -20,10 +20,11 @@ from itertools import cycle, pairwise
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..precision import full_precision
-from ..reducers import Reducer, VisionFeatures
-from ..ref.rank import rotate_half
+from reroute_kernels import ops
+from reroute_kernels.precision import full_precision
+from reroute_kernels.reducers import Reducer, VisionFeatures
+from reroute_kernels.ref.rank import rotate_half
+
 from .checkpointing import checkpointed
 from .offload import onloaded
 from .stack import calls_of

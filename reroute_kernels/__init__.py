@@ -2,13 +2,20 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from . import ops, rankings, reducers, ref
+from .attention import Attention
 from .backends import backend
 from .budget import solve
-from .cost import cost
+from .cost import Cost, cost
 from .policy import Policy, Stage
-from .presets import Preset, preset, presets
+from .presets import Preset, preset, presets, suggest
+from .routing import Trace
+
+if TYPE_CHECKING:
+    from reroute_kernels import models, triton
+    from reroute_kernels.models import Adapter, Routing, apply, remove, routing_of
 
 try:
     __version__ = version("reroute-kernels")
@@ -16,9 +23,14 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
     __version__ = "0.0.0"
 
 __all__ = [
+    "Adapter",
+    "Attention",
+    "Cost",
     "Policy",
     "Preset",
+    "Routing",
     "Stage",
+    "Trace",
     "apply",
     "backend",
     "cost",
@@ -32,18 +44,22 @@ __all__ = [
     "remove",
     "routing_of",
     "solve",
+    "suggest",
     "triton",
 ]
+
+_MODULES = ("triton", "models")
+_OF_MODELS = ("Adapter", "Routing", "apply", "remove", "routing_of")
 
 
 def __getattr__(name):
     # Loaded on first use: the kernels need triton, the adapters are wanted only beside a transformers model.
-    if name in ("triton", "models"):
+    if name in _MODULES:
         return import_module(f".{name}", __name__)
-    if name in ("apply", "remove", "routing_of"):
+    if name in _OF_MODELS:
         return getattr(import_module(".models", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
-    return __all__
+    return [*__all__, "__version__"]

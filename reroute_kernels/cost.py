@@ -70,15 +70,10 @@ class Decoder:
                 names = ", ".join(map(repr, DECODERS))
                 raise ValueError(f"config_or_model must be one of {names}, got {config_or_model!r}")
             return DECODERS[config_or_model]
-        config = getattr(config_or_model, "config", config_or_model)
-        if hasattr(config, "get_text_config"):
-            config = config.get_text_config()
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        config = text_config(config_or_model)
+        for name in ("hidden_size", "num_attention_heads", "vocab_size"):
             if not hasattr(config, name):
-                raise TypeError(
-                    "config_or_model must be a transformers model or configuration, a Decoder or the name of one, got "
-                    f"{type(config_or_model).__name__}, which has no {name!r}"
-                )
+                raise _no_config(config_or_model, name)
         _check_attention(config)
         heads = config.num_attention_heads
         return cls(
@@ -92,14 +87,44 @@ class Decoder:
         )
 
 
-def _check_attention(config) -> None:
-    """Refuse decoders whose attention costs otherwise."""
+def text_config(config_or_model: object):
+    """Configuration of the text model of a transformers model, or of its configuration.
+
+    Raises:
+        TypeError: the argument is neither.
+    """
+    config = getattr(config_or_model, "config", config_or_model)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if not hasattr(config, "num_hidden_layers"):
+        raise _no_config(config_or_model, "num_hidden_layers")
+    return config
+
+
+def _no_config(given: object, missing: str) -> TypeError:
+    return TypeError(
+        "config_or_model must be a transformers model or configuration, a Decoder or the name of one, got "
+        f"{type(given).__name__}, which has no {missing!r}"
+    )
+
+
+def layer_types(config) -> list[str]:
+    """Type of attention of each layer, in the words of transformers' configurations.
+
+    Args:
+        config: of a text model.
+    """
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         slides = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
         kinds = ["sliding_attention" if slides else "full_attention"] * config.num_hidden_layers
+    return list(kinds)[: config.num_hidden_layers]
+
+
+def _check_attention(config) -> None:
+    """Refuse decoders whose attention costs otherwise."""
     model_type = getattr(config, "model_type", type(config).__name__)
-    for layer, kind in enumerate(kinds[: config.num_hidden_layers]):
+    for layer, kind in enumerate(layer_types(config)):
         if kind != "full_attention":
             raise NotImplementedError(
                 "config_or_model must have a decoder whose layers all have 'full_attention', got "

@@ -130,6 +130,34 @@ class Policy:
                 f"{self.ranking!r}"
             )
 
+    @classmethod
+    def parse(cls, text: str, model: object = None) -> Policy:
+        """Policy of a preset or a schedule in text form.
+
+        Args:
+            text: a preset (`"llava-1.5-7b/reroute-fastv/192"`) or a schedule (`"3:0.25,7:0.25"`, `"remove:3:0.25"`).
+            model: what the policy is for, if presets are to be named without their model: the name of a published
+                model, a transformers model or its configuration.
+
+        Raises:
+            TypeError: the text is no string.
+            ValueError: the text is neither, or the preset is for another number of layers.
+
+        >>> Policy.parse("remove:3:0.25,7:0.1").schedule[1]
+        Stage(layer=7, keep=0.1)
+        >>> print(Policy.parse("3:0.25,7:0.1"))
+        3:0.25,7:0.1
+        """
+        from .notation import parse_policy
+
+        return parse_policy(text, model)
+
+    def __str__(self) -> str:
+        """The schedule as `parse` takes it, or Python if it would not say everything: another ranking, a reducer."""
+        from .notation import is_plain, policy_text
+
+        return policy_text(self) if is_plain(self) else repr(self)
+
     def __deepcopy__(self, memo) -> Policy:
         return self  # nothing in it changes, and a copy of a ranking may not equal it
 

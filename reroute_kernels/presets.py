@@ -3,23 +3,76 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 from .budget import keep_ratio, solve_like
 from .checks import expect_one_of
-from .cost import DECODERS
+from .cost import DECODERS, Decoder, layer_types, text_config
 from .policy import Policy, Stage
 from .rankings import LastQuery
 from .reducers import Nuwa
 
-MODELS = ("llava-1.5-7b", "qwen2.5-vl-7b")
-NUM_LAYERS = {model: DECODERS[model].layers for model in MODELS}
-
-# Visual tokens that all presets are stated for: 24 x 24 patches of LLaVA-1.5, and 451,584 pixels of Qwen2.5-VL.
 VISUAL_TOKENS = 576
+"""Visual tokens that all presets are stated for: 24 x 24 patches of LLaVA-1.5, and 451,584 pixels of Qwen2.5-VL."""
 
-# Decision layers after the first, which is 3 where a schedule is matched to FastV and 2 elsewhere.
-_LATER_LAYERS = {"llava-1.5-7b": (7, 15, 23), "qwen2.5-vl-7b": (6, 13, 20)}
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model that configurations were published for, and where they decide in it."""
+
+    name: str
+    model_type: str
+    """`config.model_type`."""
+    architecture: str
+    """Name of its class in transformers and in vLLM."""
+    decoder: Decoder
+    later_layers: tuple[int, ...]
+    """Decision layers after the first, which is 3 in schedules matched to FastV and 2 in the others."""
+    pyramiddrop_layers: tuple[int, ...]
+    """Decision layers of PyramidDrop's authors; on Qwen2.5-VL at the same depths."""
+    nuwa_layers: tuple[int, int]
+    """Decision layers of the second stage of Nüwa: its own, and one more for `reroute-nuwa`."""
+    nuwa_ranking: LastQuery
+    nuwa: dict[int, tuple[Nuwa, int]]
+    """By tier: the reducer, and how many of 576 tokens the second stage keeps; on Qwen2.5-VL a share of the anchors."""
+
+
+_LLAVA = PublishedModel(
+    name="llava-1.5-7b",
+    model_type="llava",
+    architecture="LlavaForConditionalGeneration",
+    decoder=DECODERS["llava-1.5-7b"],
+    later_layers=(7, 15, 23),
+    pyramiddrop_layers=(8, 16, 24),
+    nuwa_layers=(16, 23),
+    nuwa_ranking=LastQuery(layer="previous"),
+    nuwa={
+        192: (Nuwa(keep=336 / 576, per_cell=3), 48),
+        128: (Nuwa(keep=224 / 576, per_cell=2), 32),
+        64: (Nuwa(keep=112 / 576, per_cell=1), 16),
+    },
+)
+_QWEN = PublishedModel(
+    name="qwen2.5-vl-7b",
+    model_type="qwen2_5_vl",
+    architecture="Qwen2_5_VLForConditionalGeneration",
+    decoder=DECODERS["qwen2.5-vl-7b"],
+    later_layers=(6, 13, 20),
+    pyramiddrop_layers=(7, 14, 21),
+    nuwa_layers=(15, 21),
+    nuwa_ranking=LastQuery(layer="previous", queries=3, head_reduction="max"),
+    nuwa={
+        tier: (
+            Nuwa(keep=fraction, per_cell=per_cell, distance=0.8, quantile=0.1, keeps_own=False),
+            math.trunc(math.ceil(VISUAL_TOKENS * fraction) * share),
+        )
+        for tier, fraction, share, per_cell in ((432, 0.85, 0.7, 4), (288, 0.6, 0.66, 3), (144, 0.35, 0.42, 3))
+    },
+)
+MODELS: dict[str, PublishedModel] = {model.name: model for model in (_LLAVA, _QWEN)}
+"""The published models by name."""
 
 _KEEPS = {
     192: {
@@ -54,29 +107,6 @@ ORIGINALS = ("fastv-original", "pdrop-original", "nuwa", "reroute-nuwa")
 
 TIERS = tuple(_KEEPS)
 
-_PYRAMIDDROP_LAYERS = {"llava-1.5-7b": (8, 16, 24), "qwen2.5-vl-7b": (7, 14, 21)}
-
-# By tier: the reducer, and how many of 576 tokens stage 2 keeps (on Qwen2.5-VL a share of the anchors).
-_NUWA = {
-    "llava-1.5-7b": {
-        192: (Nuwa(keep=336 / 576, per_cell=3), 48),
-        128: (Nuwa(keep=224 / 576, per_cell=2), 32),
-        64: (Nuwa(keep=112 / 576, per_cell=1), 16),
-    },
-    "qwen2.5-vl-7b": {
-        tier: (
-            Nuwa(keep=fraction, per_cell=per_cell, distance=0.8, quantile=0.1, keeps_own=False),
-            math.trunc(math.ceil(VISUAL_TOKENS * fraction) * share),
-        )
-        for tier, fraction, share, per_cell in ((432, 0.85, 0.7, 4), (288, 0.6, 0.66, 3), (144, 0.35, 0.42, 3))
-    },
-}
-_NUWA_LAYERS = {"llava-1.5-7b": (16, 23), "qwen2.5-vl-7b": (15, 21)}
-_NUWA_RANKINGS = {
-    "llava-1.5-7b": LastQuery(layer="previous"),
-    "qwen2.5-vl-7b": LastQuery(layer="previous", queries=3, head_reduction="max"),
-}
-
 
 class Preset(NamedTuple):
     """The name of a published configuration; `preset(*name)` builds its policy."""
@@ -84,6 +114,16 @@ class Preset(NamedTuple):
     model: str
     method: str
     avg_tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.model}/{self.method}/{self.avg_tokens}"
+
+
+def model_of(config_or_model: object) -> PublishedModel | None:
+    """The published model that a transformers model or configuration is, by its type and number of decoder layers."""
+    config = getattr(config_or_model, "config", config_or_model)
+    found = (each for each in MODELS.values() if each.model_type == getattr(config, "model_type", None))
+    return next((each for each in found if each.decoder.layers == text_config(config).num_hidden_layers), None)
 
 
 def presets(*, originals: bool = False) -> list[Preset]:
@@ -102,10 +142,10 @@ def tiers(model: str, method: str) -> tuple[int, ...]:
     Raises:
         ValueError: a name is unknown.
     """
-    expect_one_of(model=(model, MODELS), method=(method, METHODS + ORIGINALS))
+    expect_one_of(model=(model, tuple(MODELS)), method=(method, METHODS + ORIGINALS))
     if method == "pdrop-original":
         return (270,)
-    return tuple(_NUWA[model]) if method.endswith("nuwa") else TIERS
+    return tuple(MODELS[model].nuwa) if method.endswith("nuwa") else TIERS
 
 
 def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -> Policy:
@@ -134,7 +174,7 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
         ValueError: an argument names no published configuration.
     """
     expect_one_of(avg_tokens=(avg_tokens, tiers(model, method)))
-    policy = _published(model, method.removesuffix("-stagewise"), avg_tokens)
+    policy = _published(MODELS[model], method.removesuffix("-stagewise"), avg_tokens)
     if not matched:
         return policy
     limit = avg_tokens
@@ -144,15 +184,72 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
     return solve_like(model, policy, avg_tokens=limit, visual_tokens=VISUAL_TOKENS)
 
 
-def _published(model: str, method: str, tier: int) -> Policy:
+def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
+    """A policy to begin with, which reroutes: decisions at four depths, all with the same keep ratio.
+
+    Published models decide where the Reroute paper does, and at a third follow its preset `reroute-fastv/192`. Others
+    decide at an eighth, a quarter, a half and three quarters of their depth, at the next layers that can.
+
+    Args:
+        config_or_model: a transformers model or its configuration, or the name of a published model.
+        keep: share of the visual tokens that run in a layer, mean over all decoder layers, in (0, 1]. The layers before
+            the first decision run all of them.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the name is unknown, no layer can decide, or `keep` is out of range for the first decision layer.
+
+    >>> print(suggest("llava-1.5-7b"))
+    3:0.2644,7:0.2644,15:0.2644,23:0.2644
+    >>> print(suggest("llava-1.5-7b", keep=0.5))
+    3:0.4482,7:0.4482,15:0.4482,23:0.4482
+    """
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"keep must be a number in (0, 1], got {keep!r}")
+    if isinstance(config_or_model, str):
+        expect_one_of(config_or_model=(config_or_model, tuple(MODELS)))
+        published = MODELS[config_or_model]
+    else:
+        published = model_of(config_or_model)
+    if published is not None and keep == 1 / 3:
+        return preset(published.name, "reroute-fastv", 192)
+    if published is not None:
+        count, layers = published.decoder.layers, [3, *published.later_layers]
+    else:
+        kinds = layer_types(text_config(config_or_model))
+        count, layers = len(kinds), _decision_layers(kinds)
+    first = layers[0]
+    if not first / count < keep <= 1:
+        raise ValueError(f"keep must be above {first / count:.4g}, as {first} of {count} layers run all, got {keep}")
+    # Rounded down, as the published ratios are: never above what was asked for.
+    ratio = math.floor((keep * count - first) / (count - first) * 1e4) / 1e4
+    return Policy([Stage(layer, max(ratio, 1e-4)) for layer in layers])
+
+
+def suggested(config_or_model: object) -> str:
+    """Text of the default suggestion, for `Policy.parse`: the name of a preset if there is one."""
+    published = model_of(config_or_model)
+    return str(suggest(config_or_model)) if published is None else str(Preset(published.name, "reroute-fastv", 192))
+
+
+def _decision_layers(kinds: list[str]) -> list[int]:
+    """Layers with full attention at four depths, or next behind these."""
+    able = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    if not able:
+        raise ValueError(f"config_or_model must have layers with full attention, got {', '.join(sorted(set(kinds)))}")
+    depths = (len(kinds) * eighths // 8 for eighths in (1, 2, 4, 6))
+    return sorted({next((layer for layer in able if layer >= depth), able[-1]) for depth in depths})
+
+
+def _published(model: PublishedModel, method: str, tier: int) -> Policy:
     if method == "pdrop-original":
-        return Policy(_stages(_PYRAMIDDROP_LAYERS[model], (0.5, 0.25, 0.125)), "remove", positions="contiguous")
+        return Policy(_stages(model.pyramiddrop_layers, (0.5, 0.25, 0.125)), "remove", positions="contiguous")
     if method.endswith("nuwa"):
-        reducer, selected = _NUWA[model][tier]
+        reducer, selected = model.nuwa[tier]
         decisions = 1 if method == "nuwa" else 2
-        stages = _stages(_NUWA_LAYERS[model][:decisions], (keep_ratio(selected, VISUAL_TOKENS),) * decisions)
+        stages = _stages(model.nuwa_layers[:decisions], (keep_ratio(selected, VISUAL_TOKENS),) * decisions)
         action = "remove" if method == "nuwa" else "reroute"
-        return Policy(stages, action, _NUWA_RANKINGS[model], reducer=reducer)
+        return Policy(stages, action, model.nuwa_ranking, reducer=reducer)
     keeps = _KEEPS[tier]
     if method == "fastv-original":
         keep = keep_ratio(round(VISUAL_TOKENS * keeps["fastv"]), VISUAL_TOKENS)
@@ -160,9 +257,9 @@ def _published(model: str, method: str, tier: int) -> Policy:
     if method == "fastv":
         return Policy(_stages((3,), (keeps["fastv"],)), "remove")
     if method == "reroute-fastv":
-        return Policy(_stages((3, *_LATER_LAYERS[model]), (keeps["fastv"],) * 4))
+        return Policy(_stages((3, *model.later_layers), (keeps["fastv"],) * 4))
     action = "remove" if method == "pdrop" else "reroute"
-    return Policy(_stages((2, *_LATER_LAYERS[model]), keeps[method]), action)
+    return Policy(_stages((2, *model.later_layers), keeps[method]), action)
 
 
 def _stages(layers: tuple[int, ...], keeps: tuple[float, ...]) -> list[Stage]:

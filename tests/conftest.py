@@ -51,6 +51,16 @@ def device():
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
 
 
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory):
+    """A checkpoint folder: 32 layers, 576 visual tokens, random weights."""
+    from tests.tiny_llava import write
+
+    folder = tmp_path_factory.mktemp("tiny_llava")
+    write(folder)
+    return str(folder)
+
+
 @pytest.fixture(params=["ref", "triton"])
 def operations(request):
     """The operations of one backend."""

@@ -241,7 +241,7 @@ def test_where_a_decoder_is_found():
             {"config_or_model": 7},
             TypeError,
             "config_or_model must be a transformers model or configuration, a Decoder or the name of one, got int, "
-            "which has no 'hidden_size'",
+            "which has no 'num_hidden_layers'",
         ),
         (
             {"config_or_model": SimpleNamespace(**CONFIG, sliding_window=4096)},

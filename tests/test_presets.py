@@ -6,7 +6,7 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage
-from reroute_kernels.presets import NUM_LAYERS, ORIGINALS, tiers
+from reroute_kernels.presets import MODELS, ORIGINALS, tiers
 from reroute_kernels.rankings import LastQuery
 from reroute_kernels.reducers import Nuwa
 
@@ -97,7 +97,7 @@ def test_pyramiddrop_of_its_authors(model, layers):
     stages = [Stage(layer, keep) for layer, keep in zip(layers, (0.5, 0.25, 0.125), strict=True)]
     policy = rk.preset(model, "pdrop-original", 270)
     assert policy == Policy(stages, "remove", LastQuery(), positions="contiguous")
-    assert rk.cost.average_visual_tokens(policy, NUM_LAYERS[model], 576) == 576 * 0.46875 == 270
+    assert rk.cost.average_visual_tokens(policy, MODELS[model].decoder.layers, 576) == 576 * 0.46875 == 270
 
 
 # The first stage's share and proposals, then the tokens that it leaves, those that the second keeps, and the average.
@@ -126,7 +126,7 @@ def test_nuwa(model, tier, method):
     assert policy.stage_layers == (0, *layers[: 1 if method == "nuwa" else 2])
     assert reducer.survivors(576) == anchors
     assert set(policy.selected_counts(576, anchors)) == {selected}
-    assert rk.cost.average_visual_tokens(policy, NUM_LAYERS[model], 576) == average
+    assert rk.cost.average_visual_tokens(policy, MODELS[model].decoder.layers, 576) == average
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,14 @@ RANKING = (
 
 def test_names():
     assert rk.__all__ == [
+        "Adapter",
+        "Attention",
+        "Cost",
         "Policy",
         "Preset",
+        "Routing",
         "Stage",
+        "Trace",
         "apply",
         "backend",
         "cost",
@@ -34,14 +39,15 @@ def test_names():
         "remove",
         "routing_of",
         "solve",
+        "suggest",
         "triton",
     ]
-    assert dir(rk) == rk.__all__
+    assert dir(rk) == sorted([*rk.__all__, "__version__"])
 
 
 @pytest.mark.parametrize("name", rk.__all__)
 def test_every_name_resolves(name):
-    if name in ("apply", "models", "remove", "routing_of"):
+    if name in ("Adapter", "Routing", "apply", "models", "remove", "routing_of"):
         pytest.importorskip("transformers")
     assert getattr(rk, name) is not None
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reroute_kernels.models.boxes import overlap
+from reroute_kernels.boxes import overlap
 
 from .scenes import Question, read_box
 

@@ -34,7 +34,7 @@ from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
 from bench.llava_folder import BOS
-from reroute_kernels.models.boxes import overlap
+from reroute_kernels.boxes import overlap
 
 from . import scenes
 from .batches import PREFIX, Batch, choose_questions, make_batch

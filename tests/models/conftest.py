@@ -32,16 +32,6 @@ def model(_loaded):
     assert not left, "a test left a hook on the shared model"
 
 
-@pytest.fixture(scope="session")
-def tiny_llava(tmp_path_factory):
-    """A checkpoint folder: 32 layers, 576 visual tokens, random weights."""
-    from tests.models.tiny_llava import write
-
-    folder = tmp_path_factory.mktemp("tiny_llava")
-    write(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def prompt(family):
     """Makes a prompt: (images, text tokens before, text tokens after, seed)."""

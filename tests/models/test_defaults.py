@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from reroute_kernels.environment import check_decision
+from reroute_kernels.cli.environment import check_decision
 from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
 from tests.models.prompts import batch, cached_lengths, selections
 from tests.models.test_reducers import LLAVA, QWEN

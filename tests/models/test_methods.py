@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import reroute_kernels as rk
-from reroute_kernels.presets import METHODS, NUM_LAYERS, ORIGINALS, tiers
+from reroute_kernels.presets import METHODS, MODELS, ORIGINALS, tiers
 from tests.models.prompts import ACTIONS, GOLDEN, IMAGE, PROMPTS, batch, selections
 from tests.models.test_rankings import check as check_rankings
 from tests.models.test_reducers import check as check_reducer
@@ -25,11 +25,11 @@ NAMES = [method for method in METHODS + ORIGINALS if not method.endswith("stagew
 def deep_model(name):
     """The golden model of a family with as many layers as the published one."""
     config = AutoConfig.from_pretrained(GOLDEN / FOLDERS[name])
-    text = config.text_config.to_dict() | {"num_hidden_layers": NUM_LAYERS[name], "layer_types": None}
+    text = config.text_config.to_dict() | {"num_hidden_layers": MODELS[name].decoder.layers, "layer_types": None}
     config.text_config = type(config.text_config)(**text)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
-    assert len(model.model.language_model.layers) == NUM_LAYERS[name]
+    assert len(model.model.language_model.layers) == MODELS[name].decoder.layers
     return model
 
 

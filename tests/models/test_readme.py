@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from reroute_kernels.models.demo import open_image
+from reroute_kernels.cli.demo import open_image
 from tests.models.prompts import IMAGE, policy
 from tests.models.test_families import make_case
 

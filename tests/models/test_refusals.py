@@ -23,8 +23,8 @@ from tests.models.prompts import GOLDEN, Prompt, batch, policy
 
 
 def test_policy_must_be_a_policy(model):
-    with pytest.raises(TypeError, match="policy must be a Policy, got str"):
-        rk.apply(model, "reroute")
+    with pytest.raises(TypeError, match="policy must be a Policy or its text, got int"):
+        rk.apply(model, 3)
 
 
 @pytest.mark.parametrize("what", [None, torch.nn.Linear(2, 2), "llava"], ids=["none", "module", "string"])

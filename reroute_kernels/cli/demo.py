@@ -1,6 +1,6 @@
 """One prompt through one model three times: unrouted, with tokens removed, and rerouted.
 
-The command line in `reroute_kernels/__main__.py` prints and saves what `compare` finds.
+`compare` runs it; commands.py prints and saves the results.
 """
 
 from __future__ import annotations
@@ -13,33 +13,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from textwrap import wrap
 
 import torch
 from torch import Tensor, nn
 
-from ..notation import first_line, parse_policy, parse_preset, policy_text
+from reroute_kernels import models
+from reroute_kernels.models import ADAPTERS, apply
+from reroute_kernels.models.adapter import cache_of, visual_token_ids
+
+from ..boxes import UNITS, Box, overlap, read_box
+from ..notation import parse_policy, parse_preset, policy_text
 from ..policy import Policy
-from ..presets import NUM_LAYERS, Preset, preset, presets
+from ..presets import model_of, preset, presets, suggested
 from ..routing import Trace
-from . import ADAPTERS, apply
-from .adapter import cache_of, visual_token_ids
-from .boxes import UNITS, Box, overlap, read_box
+from .arguments import first_line
 
-TINY_CHECKPOINT = Path(__file__).with_name("tiny_grounding")
+TINY_CHECKPOINT = Path(models.__file__).with_name("tiny_grounding")
 """A LLaVA of 16 narrow layers and 144 visual tokens, trained to find shapes on photos; bench/grounding/ made it."""
-
-DEFAULT_PRESETS = {
-    "llava": Preset("llava-1.5-7b", "reroute-fastv", 192),
-    "qwen2_5_vl": Preset("qwen2.5-vl-7b", "reroute-fastv", 192),
-}
-
-
-# How patches and boxes are drawn.
-DEFERRED, RETURNED = (0.05, 0.05, 0.1, 0.78), "#ff2bd6"
-REMOVED = {"facecolor": "#c9cbd1", "edgecolor": "#5c5f68", "hatch": "/////", "linewidth": 0}
-READ_BOX = {"edgecolor": "#ffd60a", "linewidth": 2.4}
-TRUE_BOX = {"edgecolor": "#00b4f0", "linewidth": 2.4, "linestyle": "--"}
 
 
 class DemoError(Exception):
@@ -122,42 +112,33 @@ class Run:
         return overlap(self.box, truth) if self.box else 0.0
 
 
-def default_policy(model_type: str, layers: int) -> str:
-    """The default preset of a model type, or quarters at four depths of a model that has none or other layers."""
-    name = DEFAULT_PRESETS.get(model_type)
-    if name is not None and NUM_LAYERS[name.model] == layers:
-        return "/".join(map(str, name))
-    return ",".join(f"{layer}:0.25" for layer in sorted({layers * eighths // 8 for eighths in (1, 2, 4, 6)}))
-
-
-def parse_policies(texts: Sequence[str], model_type: str, layers: int) -> tuple[tuple[str, Policy], ...]:
+def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ...]:
     """The two policies, with names, that `--policy` arguments stand for.
 
     Args:
         texts: two policies as `notation.parse_policy` takes them. One: what removes and what reroutes, of which it is
             one; the other is its published counterpart or else follows the same schedule. None: of the default.
-        model_type: `config.model_type`.
-        layers: of its decoder.
+        config: of the model.
     """
     if len(texts) > 2:
         raise DemoError(f"policy must be given once or twice, got {len(texts)}: {' '.join(texts)}")
-    known = DEFAULT_PRESETS[model_type].model if model_type in DEFAULT_PRESETS else None
     try:
         if len(texts) == 2:
-            return tuple((text, parse_policy(text, known)) for text in texts)
-        (text,) = texts or (default_policy(model_type, layers),)
-        policy = parse_policy(text, known)
+            return tuple((text, parse_policy(text, config)) for text in texts)
+        (text,) = texts or (suggested(config),)
+        policy = parse_policy(text, config)
     except (ValueError, TypeError) as error:
         raise DemoError(first_line(error)) from None
     if ":" in text:
         both = [replace(policy, action=action) for action in ("remove", "reroute")]
         return tuple((policy_text(each), each) for each in both)
-    name = parse_preset(text, known)
+    known = model_of(config)
+    name = parse_preset(text, known and known.name)
     baseline = name.method.removeprefix("reroute-").removesuffix("-stagewise")
     names = [name._replace(method=method) for method in (baseline, f"reroute-{baseline}")]
     published = presets(originals=True)
     if all(each in published for each in names):
-        return tuple(("/".join(map(str, each)), preset(*each)) for each in names)
+        return tuple((str(each), preset(*each)) for each in names)
     return tuple(
         (text if action == policy.action else f"{text}, but {action}", replace(policy, action=action))
         for action in ("remove", "reroute")
@@ -209,9 +190,7 @@ def load(
         raise DemoError(f"model must be {accepted}, got {source}: {first_line(error)}") from None
     if config.model_type not in ADAPTERS:
         raise DemoError(f"model must be {accepted}, got {source} of type {config.model_type!r}")
-    names, policies = zip(
-        *parse_policies(policies, config.model_type, config.get_text_config().num_hidden_layers), strict=True
-    )
+    names, policies = zip(*parse_policies(policies, config), strict=True)
 
     # The weights come last: they take longest, and nothing that is wrong with the prompt needs them.
     try:
@@ -368,81 +347,3 @@ def stage_shares(trace: Trace, visual_positions: list[int]) -> list[StageShare]:
         shares.append(StageShare(stage.layer, ran, deferred, everything - ran - deferred, ran - before))
         before = ran
     return shares
-
-
-@dataclass
-class Row:
-    """Part of a picture for one policy."""
-
-    name: str
-    shares: Sequence[StageShare]
-    box: Box | None = None
-    """The box found in the answer."""
-
-
-def draw(subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = None) -> None:
-    """Save the photo once per stage, a row for each policy: patches that ran, and what became of the others.
-
-    Args:
-        subject: whose picture it is.
-        rows: what to draw.
-        path: of the picture.
-        truth: the box that was asked for.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-    from matplotlib.patches import Patch, Rectangle
-
-    patches, frame = subject.grid, {"fill": False, "edgecolor": RETURNED, "linewidth": 1.1}
-    photo = np.asarray(subject.picture)
-    height, width = photo.shape[0] / patches[0], photo.shape[1] / patches[1]
-    columns = 1 + max(len(row.shares) for row in rows)
-    size = (3.2 * columns, 0.6 + 3.6 * len(rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for row, line in zip(rows, axes, strict=True):
-        for axis in line:
-            axis.set_axis_off()
-        for axis, share in zip(line, [None, *row.shares], strict=False):
-            axis.imshow(photo)
-            if share is None:
-                axis.set_title("\n".join(wrap(row.name.replace(",", ", "), 38)) or "what the model sees", fontsize=10)
-                for box, style in ((truth, TRUE_BOX), (row.box, READ_BOX)):
-                    if box is not None:
-                        axis.add_patch(_rectangle(box, photo.shape, **style))
-                continue
-            veil = np.zeros((*patches, 4))
-            veil.reshape(-1, 4)[sorted(share.deferred)] = DEFERRED
-            axis.imshow(veil, extent=(0, photo.shape[1], photo.shape[0], 0), interpolation="nearest")
-            for places, style in ((share.removed, REMOVED), (share.returned, frame)):
-                for place in sorted(places):
-                    corner = (place % patches[1] * width, place // patches[1] * height)
-                    axis.add_patch(Rectangle(corner, width, height, **style))
-            title = f"from layer {share.layer}: {len(share.ran)} ran,\n{len(share.returned) or 'none'} came back"
-            axis.set_title(title, fontsize=10)
-    shares = [share for row in rows for share in row.shares]
-    legend = [
-        (True, Patch(facecolor="white", edgecolor="black", label="ran")),
-        (any(share.deferred for share in shares), Patch(facecolor="#22222a", label="deferred")),
-        (any(share.removed for share in shares), Patch(**REMOVED, label="removed for good")),
-        (
-            any(share.deferred for share in shares),
-            Patch(facecolor="white", edgecolor=RETURNED, label="came back after being deferred"),
-        ),
-        (any(row.box for row in rows), Patch(fill=False, label="box in the answer", **READ_BOX)),
-        (truth is not None, Patch(fill=False, label="true box", **TRUE_BOX)),
-    ]
-    handles = [handle for is_there, handle in legend if is_there]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _rectangle(box: Box, shape: tuple[int, ...], **style):
-    from matplotlib.patches import Rectangle
-
-    left, top, right, bottom = box
-    corner = (left * shape[1], top * shape[0])
-    return Rectangle(corner, (right - left) * shape[1], (bottom - top) * shape[0], fill=False, **style)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from rich.table import Column, Table
 from rich.text import Text
 
-from .cost import Cost
-from .notation import next_token_flops, rule_text
-from .policy import Policy
-from .presets import Preset
+from ..cost import Cost
+from ..policy import Policy
+from ..presets import Preset
+from .output import next_token_flops, rule_text
 
 if TYPE_CHECKING:
-    from .models.boxes import Box
-    from .models.demo import Run, StageShare
-    from .models.view import Pane
+    from ..boxes import Box
+    from .demo import Run, StageShare
+    from .view import Pane
 
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _BINARY = ((2**40, "Ti"), (2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki"))

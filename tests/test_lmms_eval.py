@@ -37,10 +37,10 @@ from lmms_eval.tasks import TaskManager
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 from bench.grounding.lmms_eval_task.__main__ import TASK, write_task
-from reroute_kernels.models import lmms_eval as plugin
+from reroute_kernels import lmms_eval as plugin
 from reroute_kernels.models.adapter import CACHE_NAMES, cache_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SCENES = 12
 VISUAL, LAYERS = 144, 16
 POLICIES = {
@@ -105,8 +105,8 @@ def by_hand(model, policy, inputs):
 def test_types_are_found_by_their_entry_point():
     for wrapped, (name, _) in plugin.WRAPPED.items():
         manifest = registry.get_model_manifest(f"reroute_{wrapped}")
-        assert manifest.simple_class_path == f"reroute_kernels.models.lmms_eval.{name}Simple"
-        assert manifest.chat_class_path == f"reroute_kernels.models.lmms_eval.{name}Chat"
+        assert manifest.simple_class_path == f"reroute_kernels.lmms_eval.{name}Simple"
+        assert manifest.chat_class_path == f"reroute_kernels.lmms_eval.{name}Chat"
         for simple in (True, False):
             routed, own = (registry.get_model(kind + wrapped, force_simple=simple) for kind in ("reroute_", ""))
             assert issubclass(routed, plugin.Routed)
@@ -118,9 +118,9 @@ def test_types_are_found_by_their_entry_point():
 
 def test_the_library_does_not_import_lmms_eval():
     code = (
-        "import sys, reroute_kernels.models, reroute_kernels.models.boxes;"
+        "import sys, reroute_kernels.models, reroute_kernels.boxes;"
         "assert not {'lmms_eval', 'loguru'} & set(sys.modules);"
-        "import reroute_kernels.models.lmms_eval; assert 'lmms_eval' not in sys.modules"
+        "import reroute_kernels.lmms_eval; assert 'lmms_eval' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

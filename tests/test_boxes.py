@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from reroute_kernels.boxes import UNITS, box_text, read_box
 from reroute_kernels.models import ADAPTERS
-from reroute_kernels.models.boxes import UNITS, box_text, read_box
 
 WIDE = (400, 200)
 SHARES = (0.24, 0.3, 0.42, 0.5)

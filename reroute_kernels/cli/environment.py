@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ops, ref
-from .backends import active_backend
-from .notation import first_line
-from .policy import Policy, Stage
-from .versions import SUPPORTED
+from .. import ops, ref
+from ..backends import active_backend
+from ..policy import Policy, Stage
+from ..versions import SUPPORTED
+from .arguments import first_line
 
 
 @dataclass
@@ -114,7 +114,7 @@ def check_model(device: str) -> None:
     """
     from transformers import AutoConfig, LlavaForConditionalGeneration
 
-    from . import models
+    from reroute_kernels import models
 
     config = AutoConfig.from_pretrained(Path(models.__file__).with_name("tiny_grounding"))
     with torch.random.fork_rng(), torch.no_grad():

@@ -10,8 +10,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
-from .cost import Cost, surviving_tokens
-from .policy import Policy
+from ..cost import Cost, surviving_tokens
+from ..policy import Policy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

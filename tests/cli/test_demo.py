@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from typer.testing import CliRunner
 
 import reroute_kernels as rk
 from reroute_kernels import notation
-from reroute_kernels.__main__ import app
-from reroute_kernels.models import demo
+from reroute_kernels.cli import demo
+from reroute_kernels.cli.commands import app
 from tests.models.prompts import GOLDEN
 
 
@@ -138,7 +139,7 @@ def test_unreadable_image(unreadable):
 
 @pytest.mark.parametrize("columns", [80, 140])
 def test_presets_are_listed(columns, monkeypatch):
-    monkeypatch.setattr("reroute_kernels.__main__._console", lambda: Console(width=columns))
+    monkeypatch.setattr("reroute_kernels.cli.commands._console", lambda: Console(width=columns))
     result = run("presets")
     assert result.exit_code == 0
     for name in rk.presets():
@@ -151,8 +152,8 @@ def test_presets_are_listed(columns, monkeypatch):
     [
         ([], "llava", 32, ["llava-1.5-7b/fastv/192", "llava-1.5-7b/reroute-fastv/192"]),
         ([], "qwen2_5_vl", 28, ["qwen2.5-vl-7b/fastv/192", "qwen2.5-vl-7b/reroute-fastv/192"]),
-        ([], "llava", 16, ["remove:2:0.25,4:0.25,8:0.25,12:0.25", "2:0.25,4:0.25,8:0.25,12:0.25"]),
-        ([], "idefics3", 3, ["remove:0:0.25,1:0.25,2:0.25", "0:0.25,1:0.25,2:0.25"]),
+        ([], "llava", 16, ["remove:2:0.238,4:0.238,8:0.238,12:0.238", "2:0.238,4:0.238,8:0.238,12:0.238"]),
+        ([], "idefics3", 3, ["remove:0:0.3333,1:0.3333,2:0.3333", "0:0.3333,1:0.3333,2:0.3333"]),
         (["remove:3:.5"], "llava", 32, ["remove:3:0.5", "3:0.5"]),
         (["reroute-pdrop/64"], "llava", 32, ["llava-1.5-7b/pdrop/64", "llava-1.5-7b/reroute-pdrop/64"]),
         (["fastv-original/192"], "llava", 32, ["fastv-original/192", "fastv-original/192, but reroute"]),
@@ -160,14 +161,15 @@ def test_presets_are_listed(columns, monkeypatch):
     ],
 )
 def test_policies(texts, model_type, layers, names):
-    named = demo.parse_policies(texts, model_type, layers)
+    text = SimpleNamespace(num_hidden_layers=layers)
+    named = demo.parse_policies(texts, SimpleNamespace(model_type=model_type, get_text_config=lambda: text))
     assert [name for name, _ in named] == names
     if len(texts) < 2:
         assert [policy.action for _, policy in named] == ["remove", "reroute"]
     for name, policy in named:
         assert max(stage.layer for stage in policy.schedule) < layers
         if "but" not in name:
-            assert policy == notation.parse_policy(name, "llava-1.5-7b")
+            assert policy == notation.parse_policy(name, None if name.count("/") == 2 else "llava-1.5-7b")
 
 
 def test_stage_shares_tell_what_came_back():

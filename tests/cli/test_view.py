@@ -11,9 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bench.screenshot import NAMES, chromium, find_chromium
-from reroute_kernels.__main__ import app
-from reroute_kernels.models import demo, view
-from reroute_kernels.models.boxes import overlap, read_box
+from reroute_kernels.boxes import overlap, read_box
+from reroute_kernels.cli import demo, view
+from reroute_kernels.cli.commands import app
 
 QUESTION = (
     "</script><script>document.title = 'broken out'</script> <!-- & \"<b>http://example.com/x.js</b>\" {{data}} é"

@@ -1,4 +1,4 @@
-"""The command line, but for `demo` and `view`, which tests/models/test_demo.py and test_view.py run."""
+"""The command line, but for `demo` and `view`, which test_demo.py and test_view.py run."""
 
 import json
 import re
@@ -15,14 +15,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import reroute_kernels as rk
-from reroute_kernels import environment, notation, plot
-from reroute_kernels.__main__ import app
+from reroute_kernels import notation
+from reroute_kernels.cli import environment, output, plot
+from reroute_kernels.cli.commands import app
 from reroute_kernels.cost import Decoder, visual_tokens_per_layer
-from reroute_kernels.presets import NUM_LAYERS, ORIGINALS
+from reroute_kernels.presets import MODELS, ORIGINALS
 from reroute_kernels.versions import SUPPORTED
 from reroute_kernels.vllm import Settings, engine_arguments, serve_arguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = typer.main.get_command(app).commands
 LLAVA = "llava-1.5-7b"
 POLICIES = {
@@ -87,8 +88,10 @@ def test_presets(originals):
     assert [(each["model"], each["method"], each["avg_tokens"]) for each in listed] == names
     for name, each in zip(names, listed, strict=True):
         policy = rk.preset(*name)
-        assert each["average_visual_tokens"] == rk.cost.average_visual_tokens(policy, NUM_LAYERS[name.model], 576)
-        assert each["policy"] == json.loads(json.dumps(notation.policy_dict(policy)))
+        assert each["average_visual_tokens"] == rk.cost.average_visual_tokens(
+            policy, MODELS[name.model].decoder.layers, 576
+        )
+        assert each["policy"] == json.loads(json.dumps(output.policy_dict(policy)))
         assert rebuilt(each["policy"]) == policy
 
 
@@ -153,7 +156,7 @@ def test_cost_of_a_checkpoint(tmp_path):
     assert routed["cost"] == json.loads(json.dumps(expected.as_dict()))
 
 
-WITHOUT = "import sys; sys.modules[{!r}] = None; from reroute_kernels.__main__ import main; sys.argv[1:] = {!r}; main()"
+WITHOUT = "import sys; sys.modules[{!r}] = None; from reroute_kernels.cli import main; sys.argv[1:] = {!r}; main()"
 
 
 @pytest.mark.parametrize(
@@ -305,7 +308,7 @@ def test_picture_is_written(suffix, tmp_path):
 EXTRAS = ("typer", "rich", "PIL", "matplotlib", "sklearn", "accelerate")
 WITHOUT_ANY = (
     "import sys; sys.modules.update(dict.fromkeys({!r})); sys.argv[1:] = {!r};"
-    "from reroute_kernels.__main__ import main; main()"
+    "from reroute_kernels.cli import main; main()"
 )
 
 

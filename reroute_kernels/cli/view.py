@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from ..notation import first_line
+from ..boxes import Box, overlap
 from ..policy import Policy
 from ..routing import Trace
-from .boxes import Box, overlap
-from .demo import DemoError, Row, Subject, answer, answered_box, draw, routed, stage_shares
+from .arguments import first_line
+from .demo import DemoError, Subject, answer, answered_box, routed, stage_shares
+from .draw import Row, draw
 
 TEMPLATE = Path(__file__).with_name("view.html")
 ACTIVE, RETURNED, DEFERRED, REMOVED = "ardx"

@@ -14,13 +14,14 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from ..notation import parse_preset, parse_schedule
-from ..policy import ACTIONS, Policy
-from ..presets import METHODS, NUM_LAYERS, ORIGINALS, preset
-from ..routing import Trace
-from . import apply
-from .adapter import visual_token_ids
+from reroute_kernels.models import apply
+from reroute_kernels.models.adapter import visual_token_ids
+
 from .boxes import UNITS, box_text, read_box
+from .notation import parse_policy
+from .policy import Policy
+from .presets import METHODS, MODELS, ORIGINALS, model_of, preset
+from .routing import Trace
 
 WRAPPED = {
     "llava_hf": ("LlavaHf", ("llava", "llava_next", "llava_onevision")),
@@ -31,7 +32,6 @@ WRAPPED = {
 
 BOXES = ("answer", "shares")
 
-_PRESET_MODELS = {"llava": "llava-1.5-7b", "qwen2_5_vl": "qwen2.5-vl-7b"}
 _FORMS = (
     f"a method ({', '.join(METHODS + ORIGINALS)}) beside avg_tokens, a preset such as llava-1.5-7b/reroute-fastv/64, a "
     "schedule such as 2:0.25+6:0.25 (remove:2:0.25+6:0.25 removes), or none"
@@ -76,11 +76,7 @@ def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
     if is_method:
         return _preset_of(policy, avg_tokens, config)
     try:
-        if "/" in policy:
-            return preset(*parse_preset(policy))
-        prefix, _, rest = policy.partition(":")
-        action, schedule = (prefix, rest) if prefix in ACTIONS else ("reroute", policy)
-        return Policy(parse_schedule(schedule.replace("+", ",")), action)
+        return parse_policy(policy, config)
     except ValueError as error:
         raise ValueError(f"policy must be {_FORMS}; got {policy!r}: {error}") from None
 
@@ -89,14 +85,14 @@ def _preset_of(method: str, avg_tokens: object, config) -> Policy:
     if method not in METHODS + ORIGINALS:
         raise ValueError(f"policy must be {_FORMS}; got {method!r}")
     layers = config.get_text_config().num_hidden_layers
-    model = _PRESET_MODELS.get(config.model_type)
-    if model is None or NUM_LAYERS[model] != layers:
-        published = ", ".join(f"{each} with {NUM_LAYERS[name]} layers" for each, name in _PRESET_MODELS.items())
+    model = model_of(config)
+    if model is None:
+        published = ", ".join(f"{each.model_type} with {each.decoder.layers} layers" for each in MODELS.values())
         raise ValueError(
             f"policy must be a schedule such as 2:0.25+6:0.25 where no preset is published, got {method!r} for a model "
             f"of type {config.model_type} with {layers} layers; there are presets for {published}"
         )
-    return preset(model, method, avg_tokens)
+    return preset(model.name, method, avg_tokens)
 
 
 def visual_tokens_by_layer(trace: Trace, layers: int) -> list[list[int]]:

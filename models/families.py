@@ -1,0 +1,143 @@
+"""Families of models: what differs from `Adapter`, the default for decoders built like Llama's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from reroute_kernels.attention import Attention
+
+from .adapter import Adapter
+from .vision import ClipVision, QwenVision
+
+
+class LlavaAdapter(Adapter):
+    """`LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`, whose CLIP towers can be reduced."""
+
+    vision = ClipVision
+
+
+class AyaVisionAdapter(Adapter):
+    """`AyaVisionForConditionalGeneration`: most layers see a sliding window; the others do not rotate."""
+
+    text_model_types = ("cohere2",)
+
+    def ranking(self, *args, **kwargs) -> Attention:
+        return super().ranking(*args, **kwargs)._replace(cos=None, sin=None)
+
+
+class Idefics3Adapter(Adapter):
+    """`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`."""
+
+    decoder_name = "text_model"
+
+
+class Qwen2VLAdapter(Adapter):
+    """`Qwen2VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`: rotary positions on three axes."""
+
+    text_model_types = ("qwen2_vl_text", "qwen2_5_vl_text")
+    position_axes = 3
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._axes_apart = False
+
+    def rotary(self, layer: nn.Module, position_embeddings) -> tuple[Tensor, Tensor]:
+        cos, sin = position_embeddings
+        self._axes_apart = cos.ndim == 4
+        if self._axes_apart:  # before transformers 5.17 the layers mix the axes, not the model
+            sections = layer.self_attn.config.rope_parameters["mrope_section"] * 2
+            cos, sin = (
+                torch.cat([part[i % 3] for i, part in enumerate(table.split(sections, dim=-1))], dim=-1)
+                for table in (cos, sin)
+            )
+        return cos, sin
+
+    def position_embeddings(self, cos: Tensor, sin: Tensor):
+        if self._axes_apart:  # mixing three equal axes gives the same table again
+            cos, sin = cos.expand(3, *cos.shape), sin.expand(3, *sin.shape)
+        return cos, sin
+
+
+class Qwen2_5VLAdapter(Qwen2VLAdapter):
+    """`Qwen2_5_VLForConditionalGeneration`, whose vision tower can be reduced."""
+
+    vision = QwenVision
+
+
+class Qwen3VLAdapter(Adapter):
+    """`Qwen3VLForConditionalGeneration`, `Qwen3VLMoeForConditionalGeneration`.
+
+    DeepStack adds visual features after the first layers.
+    """
+
+    text_model_types = ("qwen3_vl_text", "qwen3_vl_moe_text")
+    position_axes = 3
+    decoder_arguments = (*Adapter.decoder_arguments, "visual_pos_masks", "deepstack_visual_embeds")
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.feature_layers = len(self._require(model.config, "vision_config.deepstack_visual_indexes"))
+
+    def take_layer_features(self, arguments: dict) -> list[Tensor]:
+        features = arguments.get("deepstack_visual_embeds")
+        if features is None:
+            return []
+        mask = arguments["visual_pos_masks"]
+        embeds = arguments["inputs_embeds"]
+        arguments["deepstack_visual_embeds"] = None
+        places = mask[:, :, None].to(embeds.device)
+        return [
+            torch.zeros_like(embeds).masked_scatter_(places, feature.to(embeds.device, embeds.dtype))
+            for feature in features
+        ]
+
+
+class Qwen3_5Adapter(Adapter):
+    """`Qwen3_5ForConditionalGeneration`, `Qwen3_5MoeForConditionalGeneration`.
+
+    Layers with linear attention stand between those with full attention, which alone can rank. The projection of the
+    queries brings a gate along.
+    """
+
+    text_model_types = ("qwen3_5_text", "qwen3_5_moe_text")
+    position_axes = 3
+    cache_types = ("Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")  # of transformers before 5.6
+
+    def cached_keys(self, cache, number: int) -> Tensor:
+        return cache.key_cache[number] if hasattr(cache, "key_cache") else super().cached_keys(cache, number)
+
+    def queries(self, attention: nn.Module, states: Tensor) -> Tensor:
+        query, _gate = attention.q_proj(states).unflatten(-1, (-1, 2 * attention.head_dim)).chunk(2, dim=-1)
+        return attention.q_norm(query)
+
+
+class Glm4vAdapter(Adapter):
+    """`Glm4vForConditionalGeneration`: rotary embedding of neighbouring channels, on part of the head."""
+
+    text_model_types = ("glm4v_text",)
+    position_axes = 3
+    rotary_style = "interleaved"
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        # Before transformers 5.17 the layers put the entries of a table in the order of the channels, not the model.
+        self._in_halves = not hasattr(self.decoder.rotary_emb, "recomposition_frequencies")
+
+    def rotary(self, layer: nn.Module, position_embeddings) -> tuple[Tensor, Tensor]:
+        cos, sin = position_embeddings
+        if self._in_halves:
+            cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))
+        return cos, sin
+
+    def position_embeddings(self, cos: Tensor, sin: Tensor):
+        if self._in_halves:
+            cos, sin = (torch.cat([table[..., ::2]] * 2, dim=-1) for table in (cos, sin))
+        return cos, sin
+
+
+class Glm4vMoeAdapter(Adapter):
+    """`Glm4vMoeForConditionalGeneration`, whose channels are rotated as Llama's are."""
+
+    text_model_types = ("glm4v_moe_text",)
+    position_axes = 3

@@ -1,0 +1,23 @@
+"""The command line: `reroute-kernels` or `python -m reroute_kernels`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        from .commands import app
+    except ModuleNotFoundError as error:
+        if sys.argv[1:2] == ["env"]:  # tells what is missing, so needs nothing that may be
+            from .environment import main as show_environment
+
+            sys.exit(show_environment(sys.argv[2:]))
+        print(
+            "reroute-kernels: the command line, but for `env`, needs "
+            f"{error.name}: pip install 'reroute-kernels[demo]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    app(prog_name="reroute-kernels")

@@ -1,0 +1,443 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from ..budget import SHAPES, solve
+from ..cost import DECODERS, average_visual_tokens, cost
+from ..notation import parse_policy, policy_text
+from ..presets import MODELS, VISUAL_TOKENS, preset, presets
+from . import arguments as reading
+from . import output as writing
+from . import tables
+
+UsageError = typer.BadParameter.__base__
+
+
+class _Commands(TyperGroup):
+    """Commands whose usage errors are one line that tells what came, as all other errors are."""
+
+    def parse_args(self, context, arguments):
+        context.obj = shlex.join(arguments)
+        return super().parse_args(context, arguments)
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except UsageError as error:
+            _fail(f"{error.format_message().rstrip('.')}; got {context.obj}")
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help=f"{' or '.join(DECODERS)}, or a checkpoint folder or hub id; only its config is read.")
+]
+TextTokens = Annotated[int, typer.Option(min=0, help="Tokens of the prompt that are no visual ones.")]
+VisualTokens = Annotated[int, typer.Option(min=1, help="Visual tokens of the prompt.")]
+Batch = Annotated[int, typer.Option(min=1, help="Prompts, all alike.")]
+CacheType = Annotated[str, typer.Option(help="Of keys and values in the cache.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.callback()
+def _reroute_kernels() -> None:
+    """Route visual tokens through vision-language models."""
+
+
+@app.command("presets")
+def list_presets(
+    everything: Annotated[
+        bool, typer.Option("--all", help="FastV, PyramidDrop and Nüwa as their own authors run them, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the published configurations with what they really cost.
+
+    Example: reroute-kernels presets --all
+    """
+    listed = []
+    for name in presets(originals=everything):
+        policy = preset(*name)
+        listed.append((name, policy, average_visual_tokens(policy, MODELS[name.model].decoder.layers, VISUAL_TOKENS)))
+    if as_json:
+        _print_json([writing.preset_dict(*each) for each in listed])
+        return
+    console = _console()
+    console.print(tables.presets_table(listed, rules=everything))
+    console.print("A -stagewise configuration is the same policy as the one without.", highlight=False)
+
+
+@app.command("cost")
+def count_cost(
+    model: ModelArgument,
+    policies: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="POLICY",
+            help="Presets (see the command presets), such as reroute-fastv/192 or llava-1.5-7b/fastv/192, or "
+            "schedules, such as 3:0.25,7:0.25 or remove:3:0.25.",
+        ),
+    ] = None,
+    text_tokens: TextTokens = 64,
+    visual_tokens: VisualTokens = 576,
+    batch: Batch = 1,
+    dtype: CacheType = "float16",
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Where to save a picture of the schedules.")] = None,
+) -> None:
+    """Count the FLOPs and cache bytes of policies, beside those of the model without routing.
+
+    Example: reroute-kernels cost llava-1.5-7b fastv/192 reroute-fastv/192 3:0.5,16:0.1
+    """
+    with _one_line_errors():
+        if plot is not None:
+            from .plot import check_picture, draw_schedules
+
+            check_picture(plot, "plot")
+        parsed = reading.parse_model(model)
+        decoder = reading.decoder_of(parsed, model)
+        given = [("unrouted", None), *((text, parse_policy(text, parsed)) for text in policies or ())]
+        costed = [
+            (name, policy, cost(decoder, policy, text_tokens, visual_tokens, batch, dtype)) for name, policy in given
+        ]
+        if plot is not None:
+            draw_schedules(costed).savefig(plot, dpi=110)
+    if as_json:
+        _print_json([writing.cost_dict(*each) for each in costed])
+        return
+    console = _console()
+    console.print(tables.costs_table(costed))
+    if len(costed) == 2:
+        console.print(tables.stages_table(costed[1][2]))
+    console.print(
+        "FLOPs: matrix products of the decoder layers, no vision tower, no LM head. "
+        "Percentages: of unrouted; for ranking, of its prefill.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if plot is not None:
+        console.print(f"Picture: {plot}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("solve")
+def solve_schedule(
+    model: ModelArgument,
+    layers: Annotated[str, typer.Argument(help="Decision layers, such as 3,7,15.")],
+    avg_tokens: Annotated[float | None, typer.Option(help="Budget of visual tokens per layer on average.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget of FLOPs of the prefill, such as 2.5e12.")] = None,
+    kv_bytes: Annotated[float | None, typer.Option(help="Budget of bytes in the cache, text included.")] = None,
+    shape: Annotated[
+        str, typer.Option(help=f"How the stages relate: {', '.join(SHAPES)}, or numbers such as 1,.5,.25.")
+    ] = "uniform",
+    action: Annotated[str, typer.Option(help="reroute or remove.")] = "reroute",
+    text_tokens: TextTokens = 64,
+    visual_tokens: VisualTokens = 576,
+    batch: Batch = 1,
+    dtype: CacheType = "float16",
+    as_json: AsJson = False,
+) -> None:
+    """Find a schedule that comes close to a budget and never exceeds it.
+
+    Example: reroute-kernels solve llava-1.5-7b 3,7,15 --avg-tokens 96 --shape pyramid
+    """
+    with _one_line_errors():
+        policy = solve(
+            reading.decoder_of(reading.parse_model(model), model),
+            reading.parse_layers(layers),
+            reading.parse_shape(shape),
+            avg_tokens=avg_tokens,
+            flops=flops,
+            kv_bytes=kv_bytes,
+            visual_tokens=visual_tokens,
+            text_tokens=text_tokens,
+            batch=batch,
+            dtype=dtype,
+            action=action,
+        )
+    if as_json:
+        _print_json(writing.solution_dict(policy))
+        return
+    console = _console()
+    console.print(tables.solution_table(policy, visual_tokens))
+    for line in (
+        writing.budget_text(policy.budget),
+        f"In the command cost: {policy_text(policy)}",
+        f"In Python: {writing.policy_python(policy)}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="Checkpoint folder or hub id of a supported model. Default: a tiny one, trained to find shapes on photos."
+    ),
+]
+Photo = Annotated[
+    Path | None,
+    typer.Option(help="Photo. Default: a scene that the tiny model has not seen; for others one of scikit-learn's."),
+]
+RunDevice = Annotated[str, typer.Option(help="Device to run on.")]
+RunType = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+AnswerLength = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
+
+
+@app.command()
+def demo(
+    model: Checkpoint = None,
+    image: Photo = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt with the model's image token. Default: a question in its chat template.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset (see the command presets) or schedule, such as 3:0.25,7:0.25. Default: tier 192, or what fits "
+            "the model."
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    output: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("demo.png"),
+    device: RunDevice = "cpu",
+    dtype: RunType = "float32",
+    max_new_tokens: AnswerLength = 16,
+    repeats: Annotated[int, typer.Option(min=1, help="Prefills to time of each kind.")] = 7,
+) -> None:
+    """Run one prompt unrouted, with tokens removed, and rerouted; print a table and save a picture.
+
+    Example: reroute-kernels demo --image photo.jpg --chat --prompt "Where is the cup?"
+    """
+    console = _console()
+    with _demonstration(device, dtype) as demonstration:
+        from .draw import Row, draw
+
+        _check_output(output, "output")
+        example = demonstration.example() if model is None and image is None else None
+        photo = demonstration.open_image(example.image if example else image)
+        truth = example.truth if example and prompt is None else None
+        rates = example.rates if truth and policy is None else {}
+        if prompt is None:
+            chat, prompt = True, example.prompt if example else _question(image)
+        policies = [policy] if policy else example.policies if example else ()
+        subject = demonstration.load(model, photo, prompt, policies, chat=chat, device=device, dtype=dtype)
+        with console.status("running"):
+            runs = demonstration.compare(subject, max_new_tokens=max_new_tokens, repeats=repeats)
+        positions = subject.visual_positions()
+        all_shares = [demonstration.stage_shares(run.trace, positions) for run in runs[1:]]
+        rows = [Row(run.name, of_run, run.box) for run, of_run in zip(runs[1:], all_shares, strict=True)]
+        draw(subject, rows, output, truth)
+        shares = all_shares[-1]
+
+    if truth:
+        console.print(f"{prompt} (true box: {' '.join(f'{edge:.2f}' for edge in truth)})", highlight=False)
+    console.print(tables.runs_table(runs, truth, rates))
+    console.print(tables.shares_table(shares))
+    console.print(
+        f"{len(positions)} visual tokens; {device}, {dtype}; prefill: median of {repeats}, the three in turn. "
+        f"Picture: {output}",
+        markup=False,
+        highlight=False,
+    )
+    if rates:
+        console.print(
+            f"Found: {example.measure} on {example.scenes:,} held-out scenes, with its 95% interval; this scene was "
+            "picked because it agrees with it (bench/grounding/example.py).",
+            soft_wrap=True,
+            highlight=False,
+        )
+    if model is None:
+        console.print(_TINY, soft_wrap=True, highlight=False)
+
+
+@app.command()
+def view(
+    image: Photo = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Question; put into the model's chat template unless it holds the model's image token."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Preset (see the command presets) or schedule, such as 3:0.25,7:0.25 or remove:3:0.25; may be given "
+            "twice. One: beside the same with the other action. Default: tier 192, or what fits the model.",
+        ),
+    ] = None,
+    model: Checkpoint = None,
+    truth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BOX",
+            help="True box, to be drawn: left,top,right,bottom as shares (0 to 1) of the picture that the model sees, "
+            "after its processor cropped or resized the photo.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where to save the page.")] = Path("view.html"),
+    png: Annotated[Path | None, typer.Option(help="Where to save a picture of the stages, too.")] = None,
+    device: RunDevice = "cpu",
+    dtype: RunType = "float32",
+    max_new_tokens: AnswerLength = 32,
+) -> None:
+    """Show in one page of HTML which patches run, wait or are gone in every layer, under two policies.
+
+    Example: reroute-kernels view --image photo.jpg --prompt "Where is the cup?" --policy remove:3:0.25,7:0.25
+    """
+    console = _console()
+    with _demonstration(device, dtype) as demonstration:
+        from . import view as viewing
+
+        _check_output(output, "output", (".html",))
+        if png is not None:
+            _check_output(png, "png")
+        example = demonstration.example() if model is None and image is None else None
+        box = None if truth is None else viewing.parse_box(truth)
+        photo = demonstration.open_image(example.image if example else image)
+        if prompt is None:
+            prompt = example.prompt if example else _question(image)
+            box = example.truth if example and truth is None else box
+        policies = policy or (example.policies if example else ())
+        subject = demonstration.load(model, photo, prompt, policies, chat=None, device=device, dtype=dtype)
+        with console.status("running"):
+            panes = viewing.compare(subject, max_new_tokens=max_new_tokens)
+        name = model or demonstration.TINY_CHECKPOINT.name
+        output.write_text(viewing.page(viewing.page_data(subject, panes, prompt, name, box)), encoding="utf-8")
+        if png is not None:
+            viewing.still(subject, panes, png, box)
+
+    console.print(tables.panes_table(panes))
+    pictures = "" if png is None else f" Picture: {png}"
+    console.print(f"Page: {output}{pictures}", markup=False, highlight=False, soft_wrap=True)
+    if model is None:
+        console.print(_TINY, soft_wrap=True, highlight=False)
+
+
+_TINY = (
+    "This checkpoint knows shapes on two photos and nothing else (models/tiny_grounding/README.md), and is too small "
+    "for its prefill times to say anything about a real model. Pass --model for one."
+)
+
+
+def _question(image: Path | None) -> str:
+    return "Where is the temple?" if image is None else "Describe the image."
+
+
+@contextmanager
+def _demonstration(device: str, dtype: str) -> Iterator[ModuleType]:
+    """The module `cli.demo`, where it can run so; its errors are one line."""
+    try:
+        import torch
+
+        from . import demo as demonstration
+    except ModuleNotFoundError as error:
+        _fail(f"the demo needs {error.name}: pip install 'reroute-kernels[demo]'")
+    try:
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise demonstration.DemoError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        try:
+            torch.empty(0, dtype=torch.int64, device=device)
+        except (RuntimeError, AssertionError) as error:
+            message = demonstration.first_line(error)
+            raise demonstration.DemoError(f"device must be one of this machine's, got {device!r}: {message}") from None
+        yield demonstration
+    except ModuleNotFoundError as error:
+        _fail(f"the demo needs {error.name}: pip install 'reroute-kernels[demo]'")
+    except demonstration.DemoError as error:
+        _fail(str(error))
+
+
+def _check_output(path: Path, name: str, formats: tuple[str, ...] | None = None) -> None:
+    from .plot import PICTURE_FORMATS, check_picture
+
+    try:
+        check_picture(path, name, formats or PICTURE_FORMATS)
+    except ValueError as error:
+        _fail(str(error))
+
+
+@app.command("vllm-args")
+def print_vllm_arguments(
+    model: Annotated[
+        str,
+        typer.Argument(help="llava-1.5-7b, qwen2.5-vl-7b, or a checkpoint folder or hub id; only its config is read."),
+    ],
+    policy: Annotated[
+        str,
+        typer.Argument(help="Preset, such as reroute-fastv/192, or schedule, such as 3:0.25,7:0.25 or remove:3:0.25."),
+    ],
+    own_groups: Annotated[
+        bool, typer.Option("--own-groups", help="Cache in the layers of each stage only the tokens that run there.")
+    ] = False,
+    max_model_len: Annotated[int, typer.Option(min=1, help="Tokens that a request may have, images included.")] = 4096,
+    as_json: AsJson = False,
+) -> None:
+    """Print the arguments with which vllm serve routes a model; --json prints those of vllm.LLM.
+
+    Example: reroute-kernels vllm-args llava-1.5-7b reroute-fastv/192
+    """
+    from ..vllm import Settings, engine_arguments, serve_arguments
+
+    with _one_line_errors():
+        parsed = reading.parse_model(model)
+        architecture = reading.architecture_of(parsed, model)
+        try:
+            settings = Settings(parse_policy(policy, parsed), own_groups)
+        except NotImplementedError as error:
+            raise ValueError(str(error)) from None
+        of_engine = engine_arguments(architecture, settings, max_model_len)
+        given = serve_arguments(architecture, settings, max_model_len)
+    if as_json:
+        _print_json(of_engine)
+    else:
+        print(shlex.join(given))
+
+
+@app.command("env")
+def show_environment(as_json: AsJson = False) -> None:
+    """Tell what is installed and supported, which backend runs where, and whether that routes a tiny model.
+
+    Example: reroute-kernels env
+
+    Exits with 1 and the reason where it does not. A small decision is made on every CUDA or ROCm device, or on the CPU
+    if there are none, and held against the reference; then a tiny model of transformers is routed on the first of them.
+    """
+    from .environment import report
+
+    raise typer.Exit(report(as_json))
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        _fail(f"a command with these arguments needs {error.name}: pip install 'reroute-kernels[demo]'")
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _console() -> Console:
+    # Piped output has no terminal to fit into: wide enough for one line a row.
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def _fail(message: str) -> None:
+    print(f"reroute-kernels: {message}", file=sys.stderr)
+    raise typer.Exit(2)

@@ -1,0 +1,95 @@
+"""Pictures of the photo under a policy, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+
+from ..boxes import Box
+from .demo import StageShare, Subject
+
+# How patches and boxes are drawn.
+DEFERRED, RETURNED = (0.05, 0.05, 0.1, 0.78), "#ff2bd6"
+REMOVED = {"facecolor": "#c9cbd1", "edgecolor": "#5c5f68", "hatch": "/////", "linewidth": 0}
+READ_BOX = {"edgecolor": "#ffd60a", "linewidth": 2.4}
+TRUE_BOX = {"edgecolor": "#00b4f0", "linewidth": 2.4, "linestyle": "--"}
+
+
+@dataclass
+class Row:
+    """Part of a picture for one policy."""
+
+    name: str
+    shares: Sequence[StageShare]
+    box: Box | None = None
+    """The box found in the answer."""
+
+
+def draw(subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = None) -> None:
+    """Save the photo once per stage, a row for each policy: patches that ran, and what became of the others.
+
+    Args:
+        subject: whose picture it is.
+        rows: what to draw.
+        path: of the picture.
+        truth: the box that was asked for.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.patches import Patch, Rectangle
+
+    patches, frame = subject.grid, {"fill": False, "edgecolor": RETURNED, "linewidth": 1.1}
+    photo = np.asarray(subject.picture)
+    height, width = photo.shape[0] / patches[0], photo.shape[1] / patches[1]
+    columns = 1 + max(len(row.shares) for row in rows)
+    size = (3.2 * columns, 0.6 + 3.6 * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
+    for row, line in zip(rows, axes, strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        for axis, share in zip(line, [None, *row.shares], strict=False):
+            axis.imshow(photo)
+            if share is None:
+                axis.set_title("\n".join(wrap(row.name.replace(",", ", "), 38)) or "what the model sees", fontsize=10)
+                for box, style in ((truth, TRUE_BOX), (row.box, READ_BOX)):
+                    if box is not None:
+                        axis.add_patch(_rectangle(box, photo.shape, **style))
+                continue
+            veil = np.zeros((*patches, 4))
+            veil.reshape(-1, 4)[sorted(share.deferred)] = DEFERRED
+            axis.imshow(veil, extent=(0, photo.shape[1], photo.shape[0], 0), interpolation="nearest")
+            for places, style in ((share.removed, REMOVED), (share.returned, frame)):
+                for place in sorted(places):
+                    corner = (place % patches[1] * width, place // patches[1] * height)
+                    axis.add_patch(Rectangle(corner, width, height, **style))
+            title = f"from layer {share.layer}: {len(share.ran)} ran,\n{len(share.returned) or 'none'} came back"
+            axis.set_title(title, fontsize=10)
+    shares = [share for row in rows for share in row.shares]
+    legend = [
+        (True, Patch(facecolor="white", edgecolor="black", label="ran")),
+        (any(share.deferred for share in shares), Patch(facecolor="#22222a", label="deferred")),
+        (any(share.removed for share in shares), Patch(**REMOVED, label="removed for good")),
+        (
+            any(share.deferred for share in shares),
+            Patch(facecolor="white", edgecolor=RETURNED, label="came back after being deferred"),
+        ),
+        (any(row.box for row in rows), Patch(fill=False, label="box in the answer", **READ_BOX)),
+        (truth is not None, Patch(fill=False, label="true box", **TRUE_BOX)),
+    ]
+    handles = [handle for is_there, handle in legend if is_there]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _rectangle(box: Box, shape: tuple[int, ...], **style):
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = box
+    corner = (left * shape[1], top * shape[0])
+    return Rectangle(corner, (right - left) * shape[1], (bottom - top) * shape[0], fill=False, **style)

@@ -1,0 +1,72 @@
+"""Policies and their costs as commands print them, for people and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+
+from ..cost import Cost
+from ..notation import policy_text
+from ..policy import Budget, Policy
+from ..presets import Preset
+
+
+def policy_python(policy: Policy) -> str:
+    """A line of Python that builds such a policy."""
+    schedule = ", ".join(f"rk.Stage({stage.layer}, {stage.keep!r})" for stage in policy.schedule)
+    return f'policy = rk.Policy([{schedule}], "{policy.action}")'
+
+
+def budget_text(budget: Budget) -> str:
+    """Text form of a budget: the limit and the figure reached."""
+    reached, under, limit = (f"{value:,.12g}" for value in (budget.reached, budget.under, budget.limit))
+    return f"{budget.kind}: reaches {reached}, which is {under} under the budget of {limit}"
+
+
+def rule_text(rule: object) -> str:
+    """A ranking or reducer by its name and what is not a default in it; `-` for none."""
+    if rule is None:
+        return "-"
+    values = {each: getattr(rule, each.name) for each in fields(rule)}
+    unusual = [
+        f"{each.name}={value:.4g}" if isinstance(value, float) else f"{each.name}={value}"
+        for each, value in values.items()
+        if value != each.default
+    ]
+    return f"{type(rule).__name__}({', '.join(unusual)})"
+
+
+def policy_dict(policy: Policy) -> dict[str, object]:
+    """A policy whose ranking and reducer are of this library, as plain values, for JSON."""
+    rules = {"ranking": policy.ranking, "reducer": policy.reducer}
+    return {
+        "schedule": [asdict(stage) for stage in policy.schedule],
+        "action": policy.action,
+        "positions": policy.positions,
+        **{name: rule and {"name": type(rule).__name__, **asdict(rule)} for name, rule in rules.items()},
+    }
+
+
+def preset_dict(name: Preset, policy: Policy, average: float) -> dict[str, object]:
+    """A preset and the visual tokens that it averages, for JSON."""
+    return name._asdict() | {"average_visual_tokens": average, "policy": policy_dict(policy)}
+
+
+def cost_dict(name: str, policy: Policy | None, cost: Cost) -> dict[str, object]:
+    """Cost of a policy as JSON values."""
+    policy = policy and policy_dict(policy)
+    return {"name": name, "policy": policy, "cost": cost.as_dict(), "next_token_flops": next_token_flops(cost)}
+
+
+def solution_dict(policy: Policy) -> dict[str, object]:
+    """A solved policy, for JSON."""
+    return {
+        "policy": policy_dict(policy),
+        "budget": policy.budget._asdict() | {"under": policy.budget.under},
+        "text": policy_text(policy),
+        "python": policy_python(policy),
+    }
+
+
+def next_token_flops(cost: Cost) -> int:
+    """FLOPs of the first decode step after the prompt."""
+    return cost.decode_flops(cost.text_tokens + cost.visual_tokens)
