@@ -1,7 +1,7 @@
 """Write every table of figures: `python -m bench.report`.
 
 README.md has the CPU figures of bench/results/cpu, docs/kernels.md what compilers made of the kernels
-(bench/results/compile), docs/models.md what tests found models to do (bench/results/models), docs/methods.md what the
+(bench/results/compile), docs/refusals.md what is not routed (models/refusals.py), docs/models.md what tests found models to do (bench/results/models), docs/methods.md what the
 published methods cost, counted, docs/performance.md the figures of every GPU that has results, and docs/grounding.md
 what routing does to answers (bench/results/grounding).
 """
@@ -18,6 +18,7 @@ from bench.grounding.report import grounding_page, model_card, summary_table
 from bench.markdown import table
 from reroute_kernels.budget import solve_like
 from reroute_kernels.cost import Cost, cost
+from reroute_kernels.models import refusals
 from reroute_kernels.presets import METHODS, MODELS, ORIGINALS, TIERS, VISUAL_TOKENS, preset, tiers
 
 ROOT = Path(__file__).parents[1]
@@ -37,12 +38,23 @@ def main() -> None:
     supported = [_read(path) for path in (RESULTS / "models").glob("transformers-*.json")]
     replace_between(ROOT / "docs" / "models.md", "support", support_tables(supported))
     replace_between(ROOT / "docs" / "methods.md", "methods", methods_tables())
+    replace_between(ROOT / "docs" / "refusals.md", "refusals", refusals_list())
     performance_page(gpu_folders(), ROOT / "docs")
     grounded, model = _read(RESULTS / "grounding" / "results.json"), ROOT / "models" / "tiny_grounding"
     grounding_page(grounded, ROOT / "docs")
     replace_between(ROOT / "README.md", "grounding", summary_table(grounded))
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
     (model / "README.md").write_text(model_card(grounded, log))
+
+
+def refusals_list() -> str:
+    """Everything that is refused, and what cannot be noticed, from the tables of models/refusals.py."""
+    lines = []
+    for title, rules in refusals.PAGE.items():
+        lines += [f"## {title}", ""]
+        lines += [f"- {rule.summary}: `{rule.error.__name__}`" for rule in rules] + [""]
+    lines += ["## Not noticed", "", "Nothing in the call tells these, so that they are not refused:", ""]
+    return "\n".join(lines + [f"- {limit}" for limit in refusals.SILENT])
 
 
 def gpu_folders() -> list[Path]:

@@ -21,6 +21,7 @@ from .families import (
     Qwen3VLAdapter,
 )
 from .hooks import Routing, routings_on
+from .refusals import BIDIRECTIONAL, MODEL_TYPE
 
 __all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register", "remove", "routing_of"]
 
@@ -101,12 +102,9 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
     if not isinstance(model, nn.Module) or model_type is None:
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     if model_type in _BIDIRECTIONAL and model_type not in ADAPTERS:
-        raise NotImplementedError(
-            f"model must be one whose image tokens attend causally, got {model_type!r}, whose image tokens attend in "
-            "both directions"
-        )
+        raise BIDIRECTIONAL.because(model_type=model_type)
     if model_type not in ADAPTERS:
-        raise ValueError(f"model must be of a supported type ({', '.join(ADAPTERS)}), got {model_type!r}")
+        raise MODEL_TYPE.because(supported=", ".join(ADAPTERS), model_type=model_type)
     check_transformers()
     if isinstance(policy, str):
         policy = Policy.parse(policy, model)

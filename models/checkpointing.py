@@ -2,7 +2,7 @@
 
 A layer is recomputed with the inputs that it was handed, which are of a stage already where hooks run outside: then the
 second run needs no state of the call. So it is with torch's `checkpoint_wrapper` around a layer, on which the hooks
-are, and with transformers from 5.24 on, which checkpoints `forward`. Before, it checkpointed `__call__`, hooks and all.
+are, and with transformers from 5.23 on, which checkpoints `forward`. Before, it checkpointed `__call__`, hooks and all.
 """
 
 from __future__ import annotations

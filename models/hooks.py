@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from reroute_kernels.attention import Attention
 from reroute_kernels.checks import FLOATING
 from reroute_kernels.policy import Policy
-from reroute_kernels.routing import Trace, on_device
+from reroute_kernels.routing import on_device
+from reroute_kernels.trace import Trace
 
+from . import refusals
 from .adapter import Adapter, cache_of, uncompiled
 from .answers import Answers, checked
-from .calls import CallReader, Continuation, Prefill, by_name
+from .calls import CallReader, by_name
 from .checkpointing import runs_first
 from .experts import asks_for_router_logits, with_tokens, without_padding
 from .layers import RoutedLayers
 from .offload import onloaded, to_execution_device
+from .prefill import Continuation, Prefill
 from .stack import calls_of, forwards_of
 from .tensor_parallel import check_heads, check_not_sharded, head_group
 from .vision import ReducedVision
@@ -96,25 +99,19 @@ class Routing:
     def _check_model(self) -> None:
         model, text_model_type = self._adapter.model, self._adapter.decoder.config.model_type
         if text_model_type not in self._adapter.text_model_types:
-            raise NotImplementedError(
-                f"model must have a text model of type {', '.join(self._adapter.text_model_types)}, "
-                f"got {text_model_type!r}"
-            )
+            accepted = ", ".join(self._adapter.text_model_types)
+            raise refusals.TEXT_MODEL.because(accepted=accepted, text_model_type=text_model_type)
         dtype = getattr(model, "dtype", None)
         if dtype not in FLOATING:
-            raise NotImplementedError(f"model must be of dtype {', '.join(map(str, FLOATING))}, got {dtype}")
+            raise refusals.DTYPE.because(accepted=", ".join(map(str, FLOATING)), dtype=dtype)
 
     def _reduced_vision(self) -> ReducedVision:
         adapter = self._adapter
         if adapter.vision is None:
-            raise NotImplementedError(
-                f"reducer must be None on a model of type {adapter.model.config.model_type!r}, got "
-                f"{self.policy.reducer!r}; reducers work on llava, llava_next and qwen2_5_vl"
-            )
+            model_type = adapter.model.config.model_type
+            raise refusals.REDUCER_FAMILY.because(model_type=model_type, reducer=self.policy.reducer)
         if self._head_group is not None:
-            raise NotImplementedError(
-                f"reducer must be None on a model whose heads are split over processes, got {self.policy.reducer!r}"
-            )
+            raise refusals.REDUCER_SPLIT_HEADS.because(reducer=self.policy.reducer)
         vision = adapter.vision(adapter, self.policy.reducer)
         present = _routing_on(adapter)
         vision.check_tower(None if present is None else present._vision)
@@ -282,18 +279,12 @@ class Routing:
         adapter = self._adapter
         check_not_sharded(*self._hooked_layers)
         if uncompiled(attrgetter(adapter.decoder_name)(adapter.core)) is not adapter.decoder:
-            raise ValueError(
-                f"{adapter.decoder_name} must be the module that was routed, got another in its place: remove() the "
-                "routing and apply the policy anew"
-            )
+            raise refusals.REPLACED_DECODER.because(name=adapter.decoder_name)
         layers = list(adapter.decoder.layers)
         if len(layers) != len(self._hooked_layers) or not all(map(is_, layers, self._hooked_layers)):
             pairs = zip_longest(layers, self._hooked_layers)
             number = next(number for number, (layer, hooked) in enumerate(pairs) if layer is not hooked)
-            raise ValueError(
-                f"layers must be the modules that were routed, got another in the place of layer {number}: remove() "
-                "the routing and apply the policy anew"
-            )
+            raise refusals.REPLACED_LAYER.because(layer_idx=number)
 
     # Inside the language model
 
@@ -326,11 +317,8 @@ class Routing:
         if self._call is None and self._decoder_runs():  # by its `forward`, past its hooks
             raise self._called_alone()
 
-    def _called_alone(self) -> RuntimeError:
-        return RuntimeError(
-            f"{type(self._adapter.decoder).__name__} was called on its own: call the whole model, which knows where "
-            "the visual tokens are, or remove() the routing first"
-        )
+    def _called_alone(self) -> Exception:
+        return refusals.DECODER_ALONE.because(decoder=type(self._adapter.decoder).__name__)
 
     def _read_reduced(
         self, args: tuple, kwargs: dict, answers: Answers, arguments: dict
@@ -347,10 +335,8 @@ class Routing:
         if isinstance(call, Prefill):
             counted, visual = call.forward.prompt.answers, sum(call.forward.prompt.visual_counts)
             if counted["foreign"] or not (counted["dropped"] or vision.kept_all):
-                raise ValueError(
-                    "image features must be computed by this model under this routing, where there is a reducer, got a "
-                    f"prompt of {visual} visual tokens of which {counted['dropped']} were dropped by it and "
-                    f"{counted['foreign']} by another"
+                raise refusals.FOREIGN_FEATURES.because(
+                    visual=visual, dropped=counted["dropped"], foreign=counted["foreign"]
                 )
         if found:
             arguments["inputs_embeds"] = embeds.masked_fill(found[1][:, :, None], 0)
@@ -452,7 +438,7 @@ class Routing:
             return None
         full = call.forward.finish(output)
         call.record()
-        self.trace = Trace.of(call.forward, call.past)
+        self.trace = Trace.of(call.forward, call.past.length if call.past else 0)
         return full
 
 

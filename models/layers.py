@@ -11,6 +11,7 @@ from reroute_kernels.policy import Policy
 
 from .adapter import Adapter
 from .masks import FORMATS, attention_mask, is_flash_attention, mask_format
+from .refusals import ATTENTION_RULES, LAYER_RULES, refuse
 
 _KINDS = ("full_attention", "sliding_attention", "linear_attention")
 
@@ -32,6 +33,8 @@ class RoutedLayers:
         padding_is_hidden: whether the first full-attention layer, whose cache transformers checks for padding, lies
             inside a stage.
         has_states: whether any stage contains recurrent (linear-attention) layers.
+        slides: whether any stage contains sliding-window layers.
+        model_class: name of the model's class.
 
     Raises:
         ValueError: the policy names layers that do not exist.
@@ -40,9 +43,11 @@ class RoutedLayers:
 
     def __init__(self, adapter: Adapter, policy: Policy):
         self._config = adapter.decoder.config
-        self._model_class = type(adapter.model).__name__
+        self.model_class = type(adapter.model).__name__
         self.kinds = adapter.layer_types
-        self._check(policy)
+        self._policy = policy
+        self._able = [layer_idx for layer_idx, kind in enumerate(self.kinds) if kind == "full_attention"]
+        refuse(self, LAYER_RULES)
         layers = policy.stage_layers
         first = layers[0]
         self.stages = [range(*ends) for ends in pairwise((*layers, len(self.kinds)))]
@@ -51,64 +56,89 @@ class RoutedLayers:
         self.length_is_routed = first <= self.attention[0]
         self.padding_is_hidden = first == self.kinds.index("full_attention")
         self.has_states = "linear_attention" in self.kinds[first:]
-        self._slides = "sliding_attention" in self.kinds[first:]
+        self.slides = "sliding_attention" in self.kinds[first:]
         self.check_attention()
 
-    def _check(self, policy: Policy) -> None:
-        if policy.stage_layers[-1] >= len(self.kinds):
-            raise ValueError(
-                f"schedule must stay below layer {len(self.kinds)} of this {self._model_class}, "
-                f"got layer {policy.stage_layers[-1]}"
-            )
-        allowed = [number for number, kind in enumerate(self.kinds) if kind == "full_attention"]
-        for stage in policy.schedule:
-            if stage.layer not in allowed:
-                raise NotImplementedError(
-                    f"schedule must decide at layers with full attention, of this {self._model_class} "
-                    f"{', '.join(map(str, allowed)) or 'none'}; got layer {stage.layer} of {self.kinds[stage.layer]!r}"
-                )
-            if policy.ranks_by_previous_layer and stage.layer - 1 not in allowed:
-                raise NotImplementedError(
-                    f"schedule must decide after layers with full attention where the previous layer ranks, got layer "
-                    f"{stage.layer} after one of {self.kinds[stage.layer - 1]!r}"
-                )
-        for number in range(policy.stage_layers[0], len(self.kinds)):
-            if self.kinds[number] not in _KINDS:
-                raise NotImplementedError(
-                    f"layers from the first decision on must be of type {', '.join(_KINDS)}, got "
-                    f"{self.kinds[number]!r} at layer {number} of this {self._model_class}"
-                )
+    # Facts that refusals.LAYER_RULES and refusals.ATTENTION_RULES read
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def last_decision(self) -> int:
+        return self._policy.stage_layers[-1]
+
+    @property
+    def deciding_layers(self) -> str:
+        """The layers that can decide, as text."""
+        return ", ".join(map(str, self._able)) or "none"
+
+    @property
+    def unable_layer(self) -> int | None:
+        """The first decision layer that cannot decide."""
+        return next((stage.layer for stage in self._policy.schedule if stage.layer not in self._able), None)
+
+    @property
+    def unable_kind(self) -> str:
+        return self.kinds[self.unable_layer]
+
+    @property
+    def unranked_layer(self) -> int | None:
+        """The first decision layer for which the one before cannot rank, though it should."""
+        if not self._policy.ranks_by_previous_layer:
+            return None
+        return next((stage.layer for stage in self._policy.schedule if stage.layer - 1 not in self._able), None)
+
+    @property
+    def unranked_kind(self) -> str:
+        return self.kinds[self.unranked_layer - 1]
+
+    @property
+    def unknown_layer(self) -> int | None:
+        """The first layer of a stage whose kind of attention is not known here."""
+        routed = range(self._policy.stage_layers[0], self.num_layers)
+        return next((layer_idx for layer_idx in routed if self.kinds[layer_idx] not in _KINDS), None)
+
+    @property
+    def unknown_kind(self) -> str:
+        return self.kinds[self.unknown_layer]
+
+    @property
+    def accepted_kinds(self) -> str:
+        return ", ".join(_KINDS)
+
+    @property
+    def kinds_in_words(self) -> str:
+        return ", ".join(sorted(set(self.kinds)))
+
+    @property
+    def implementation(self) -> str:
+        return self._config._attn_implementation
+
+    @property
+    def accepted_formats(self) -> str:
+        return ", ".join(FORMATS)
+
+    @property
+    def mask_format(self) -> str | None:
+        return mask_format(self.implementation)
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        return is_flash_attention(self.implementation)
 
     def check_attention(self) -> None:
-        """Whether masks can be made for the attention implementation, which a user may change at any time.
+        """Check that masks can be made for the attention implementation, which a user may change at any time.
 
         Raises:
             NotImplementedError: they cannot.
         """
-        implementation = self._config._attn_implementation
-        if self._mask_format is None:
-            raise NotImplementedError(
-                f"attn_implementation must be one for which transformers makes masks of the form {', '.join(FORMATS)}, "
-                f"got {implementation!r}"
-            )
-        if self._slides and self.uses_flash_attention:
-            # A window counts rows there, and rows of a compact sequence are not neighbours.
-            raise NotImplementedError(
-                "attn_implementation must not be flash attention for a text model with sliding windows, "
-                f"got {implementation!r}"
-            )
+        refuse(self, ATTENTION_RULES)
 
     def has_windows(self, total: int) -> bool:
         """Whether a layer of a stage sees a part of so many tokens only."""
-        return self._slides and total > self._config.sliding_window
-
-    @property
-    def uses_flash_attention(self) -> bool:
-        return is_flash_attention(self._config._attn_implementation)
-
-    @property
-    def _mask_format(self) -> str | None:
-        return mask_format(self._config._attn_implementation)
+        return self.slides and total > self._config.sliding_window
 
     def mask(
         self,
@@ -133,7 +163,7 @@ class RoutedLayers:
             positions: gives (B or 1, P + M), positions in the full sequence.
             hidden: the layer's input.
         """
-        form = self._mask_format
+        form = self.mask_format
         layers = getattr(cache, "layers", ())
         cached = layers[number] if number < len(layers) else None
         if self.kinds[number] == "sliding_attention" and total > self._config.sliding_window:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from .refusals import HEADS_SPLIT_OTHERWISE, HEADS_SPLIT_UNEVENLY, SHARDED
+
 
 def head_group(model: nn.Module):
     """The process group over which transformers splits the heads of a model, or None where it does not."""
@@ -40,15 +42,9 @@ def check_heads(query: Tensor | None, key: Tensor, config, group) -> None:
     if got == expected:
         return
     if group is None:
-        raise NotImplementedError(
-            f"model must have all {expected[0]} query and {expected[1]} key heads on each process, or be split by "
-            f"transformers (from_pretrained with a tp_plan), got {got[0]} query and {got[1]} key heads"
-        )
+        raise HEADS_SPLIT_OTHERWISE.because(expected=expected, got=got)
     if tuple(heads * group.size() for heads in got) != expected:
-        raise NotImplementedError(
-            f"model must have its {expected[0]} query and {expected[1]} key heads split evenly over {group.size()} "
-            f"tensor-parallel ranks, got {got[0]} query and {got[1]} key heads on this one"
-        )
+        raise HEADS_SPLIT_UNEVENLY.because(expected=expected, got=got, ranks=group.size())
 
 
 def check_not_sharded(*modules: nn.Module) -> None:
@@ -62,10 +58,7 @@ def check_not_sharded(*modules: nn.Module) -> None:
         return
     for module in modules:
         if isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule)):
-            raise NotImplementedError(
-                "model must not be sharded by FSDP, whose weights are not there when a decision is made, got "
-                f"{type(module).__name__}"
-            )
+            raise SHARDED.because(module=type(module).__name__)
 
 
 def all_gather_scores(group, scores: Tensor, reduction: str) -> Tensor:

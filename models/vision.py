@@ -25,6 +25,7 @@ from reroute_kernels.precision import full_precision
 from reroute_kernels.reducers import Reducer, VisionFeatures
 from reroute_kernels.ref.rank import rotate_half
 
+from . import refusals
 from .checkpointing import checkpointed
 from .offload import onloaded
 from .stack import calls_of
@@ -92,10 +93,7 @@ class ReducedVision(ABC):
         """
         owner = _reduced_towers.get(self.tower, lambda: None)()
         if owner is not None and owner is not present:
-            raise ValueError(
-                "reducer must be None on a model whose vision tower belongs to another one, too, that is routed with a "
-                f"reducer, got {self._reducer!r}"
-            )
+            raise refusals.REDUCER_SHARED_TOWER.because(reducer=self._reducer)
 
     def check_arguments(self, arguments: dict) -> None:
         """Whether a call asks for the features that are reduced.
@@ -105,10 +103,7 @@ class ReducedVision(ABC):
         """
         for name, expected in self.fixed_arguments.items():
             if arguments.get(name) not in (None, expected):
-                raise NotImplementedError(
-                    f"{name} must be {expected!r}, as in the configuration, where there is a reducer, got "
-                    f"{arguments[name]!r}"
-                )
+                raise refusals.FIXED_ARGUMENT.because(name=name, expected=expected, got=repr(arguments[name]))
 
     def _check_nesting(self) -> None:
         """Refuse to encode images while this tower encodes others, which a hook in it may ask for."""
@@ -165,8 +160,8 @@ class ReducedVision(ABC):
         if outputs is not None:  # else the layer runs again, for gradients
             outputs.append(_hidden(output))
 
-    def _refuse(self, what: str, got: object) -> NotImplementedError:
-        return NotImplementedError(f"reducer needs a vision tower with {what}, got {got!r}")
+    def _refuse(self, needed: str, got: object) -> Exception:
+        return refusals.REDUCER_TOWER.because(needed=needed, got=got)
 
 
 def _hidden(output: object) -> Tensor:
@@ -242,10 +237,8 @@ class ClipVision(ReducedVision):
         # Held until here: the memory of an output that was freed may be that of the features by now.
         unlike, state.others = state.others, None
         if any(_share_memory(features, output) for output in unlike):
-            raise NotImplementedError(
-                f"vision_feature_layer must be {self.fixed_arguments['vision_feature_layer']}, as in the "
-                "configuration, where there is a reducer, got another"
-            )
+            expected = self.fixed_arguments["vision_feature_layer"]
+            raise refusals.FIXED_ARGUMENT.because(name="vision_feature_layer", expected=expected, got="another")
         side = math.isqrt(features.shape[1])
         if side * side != features.shape[1]:
             raise self._refuse("square images", f"{features.shape[1]} tokens")

@@ -11,7 +11,7 @@ from .budget import solve
 from .cost import Cost, cost
 from .policy import Policy, Stage
 from .presets import Preset, preset, presets, suggest
-from .routing import Trace
+from .trace import Trace
 
 if TYPE_CHECKING:
     from reroute_kernels import models, triton

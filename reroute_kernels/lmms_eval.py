@@ -21,7 +21,7 @@ from .boxes import UNITS, box_text, read_box
 from .notation import parse_policy
 from .policy import Policy
 from .presets import METHODS, MODELS, ORIGINALS, model_of, preset
-from .routing import Trace
+from .trace import Trace
 
 WRAPPED = {
     "llava_hf": ("LlavaHf", ("llava", "llava_next", "llava_onevision")),

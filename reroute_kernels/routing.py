@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from . import ops
 from .attention import Attention
 from .policy import Policy
 from .rankings import Candidates
+from .trace import DecisionScores
 
 # Gives the attention that scores a sequence, from (hidden, tables, key mask or None, places of the queries
 # (B, Q), or None if only the last token asks); with `keys_alone=True` the keys, (B, L, Hkv, D).
@@ -170,28 +171,6 @@ class TokenSequence:
         self.hidden, self.owned = self.hidden + own, True
         if self.parent is not None:
             self.parent.add(addition)
-
-
-@dataclass(eq=False)
-class DecisionScores:
-    """Scores of one decision, (B, S) float32 over a sequence of S tokens, and which of them are candidates.
-
-    pool: (B, S) bool; kept: (B, S) positions in the full sequence, or None where this is the full sequence.
-    """
-
-    scores: Tensor
-    pool: Tensor
-    kept: Tensor | None
-
-    def of_visual(self, visual: Tensor) -> list[Tensor]:
-        """For each sample the scores of its visual tokens, NaN at those that were no candidates; visual: (B, L)."""
-        scores = self.scores.cpu().masked_fill(~self.pool.cpu(), torch.nan)
-        if self.kept is not None:
-            # Rows without a token go to an extra column, which is cut off.
-            places, length = self.kept.cpu(), visual.shape[1]
-            full = scores.new_full((len(scores), length + 1), torch.nan)
-            scores = full.scatter_(1, torch.where(places < 0, length, places), scores)[:, :length]
-        return [row[is_visual] for row, is_visual in zip(scores, visual, strict=True)]
 
 
 class RoutedForward:
@@ -429,207 +408,3 @@ class RoutedForward:
             last_row = full.gather(1, end.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))
             full = torch.where(trailing[:, :, None], last_row, full)
         return full
-
-
-@dataclass(frozen=True, eq=False)
-class StageTrace:
-    """Record of one stage of a routed prefill; nothing is copied from the device before it is read."""
-
-    layer: int
-    """The decision layer; 0 for what a reducer left."""
-    keep: float | None
-    """The share of visual tokens that was asked for; None for what a reducer left."""
-    tokens: int
-    """M, the tokens that each row of this stage's layers holds and caches."""
-    _kept: Tensor = field(repr=False)
-    _visual: Tensor = field(repr=False)
-    _offset: int = field(repr=False)
-    _scored: DecisionScores | None = field(repr=False)
-
-    @cached_property
-    def selected(self) -> list[Tensor]:
-        """For each sample the positions of the visual tokens that ran: int64, ascending, on the CPU.
-
-        They count from the first token of the conversation: what a cache held before stands in front.
-        """
-        kept, visual = self._kept.cpu(), self._visual.cpu()
-        rows = (row[row >= 0] for row in kept)
-        return [row[is_visual[row]] + self._offset for row, is_visual in zip(rows, visual, strict=True)]
-
-    @cached_property
-    def scores(self) -> list[Tensor] | None:
-        """For each sample what the ranking gave its N visual tokens: (N,) float32, in their order, on the CPU.
-
-        To be compared within a sample and a decision; higher runs. NaN at tokens that were no candidates, such as those
-        gone under `remove`. None for what a reducer left, which is not ranked here.
-        """
-        return None if self._scored is None else self._scored.of_visual(self._visual.cpu())
-
-
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """Record of a routed prefill."""
-
-    policy: Policy
-    length: int
-    """L, the tokens of the prompt, padding included."""
-    visual_counts: list[int]
-    """Visual tokens of each sample."""
-    stages: list[StageTrace]
-    """One for each stage of the schedule."""
-    reduction: StageTrace | None = None
-    """The tokens that a reducer left; None without one."""
-
-    @classmethod
-    def of(cls, forward: RoutedForward, past: CacheState | None = None) -> Trace:
-        prompt, policy, offset = forward.prompt, forward.policy, past.length if past else 0
-        keeps = (None,) * (policy.reducer is not None) + tuple(stage.keep for stage in policy.schedule)
-        stages = [
-            StageTrace(layer, keep, length, kept, prompt.visual, offset, scored)
-            for layer, keep, length, kept, scored in zip(
-                policy.stage_layers, keeps, forward.lengths, forward.kept, forward.scored, strict=True
-            )
-        ]
-        reduction = stages.pop(0) if policy.reducer is not None else None
-        return cls(policy, prompt.length, prompt.visual_counts, stages, reduction)
-
-
-@dataclass(eq=False)
-class CacheState:
-    """Contents of a cache before a call. Lists have one entry per stage."""
-
-    length: int
-    """Tokens of the full sequence, padding included."""
-    lengths: list[int]
-    """P, the cached tokens of a stage's layers."""
-    valid: list[Tensor | None]
-    """(B, P) bool, False at cached rows that hold no token; None where all do."""
-    positions: list[Tensor]
-    """(B or 1, P) positions in the full sequence."""
-    visible: list[Tensor | None] | None = None
-    """(B, P) bool, False also at what this call hides, which the next one may show; None where it hides nothing."""
-
-    def seen(self, stage: int) -> Tensor | None:
-        """Which keys of a stage the call sees, (B, P) bool; None for all."""
-        return (self.valid if self.visible is None else self.visible)[stage]
-
-    def extended(self, stage: int, valid: Tensor | None, kept: Tensor, ragged: bool) -> tuple[Tensor | None, Tensor]:
-        """Which keys of a stage count, and their positions, once a prompt's rows are cached behind them.
-
-        Args:
-            stage: number of the stage.
-            valid: (B, P) bool, which of the keys before count; None for all.
-            kept: (B, M) positions in the prompt, -1 at rows that hold no token.
-            ragged: whether there are such rows.
-
-        Returns:
-            (B, P + M) bool, or None where all do; and (B, P + M).
-        """
-        batch, length = kept.shape
-        valid = _joined(valid, self.lengths[stage], kept >= 0 if ragged else None, length, kept, batch)
-        earlier = on_device(kept.device, self.positions[stage]).expand(batch, -1)
-        return valid, torch.cat([earlier, kept + self.length], dim=1)
-
-    @classmethod
-    def unrouted(cls, length: int, visible: Tensor | None, stages: int, device: torch.device) -> CacheState:
-        """Of a cache that no routed prompt filled: all layers hold the same `length` tokens.
-
-        visible: (B, length) bool, what the call sees, or None where it sees all.
-        """
-        positions = torch.arange(length, device=device)[None]
-        return cls(length, [length] * stages, [None] * stages, [positions] * stages, [visible] * stages)
-
-
-@dataclass(eq=False)
-class CachedPrompt:
-    """Record of a cache that a routed prefill filled, for later calls on it. It lives with the cache object."""
-
-    policy: Policy
-    batch: int
-    past: CacheState
-    last_position: Tensor | None
-    """Rotary position of each sample's last token, (..., B, 1), where later positions must be derived from it."""
-    right_padded: bool
-    rows: Tensor
-    """(stages, B), the tokens of each sample that each stage ran."""
-
-    @classmethod
-    def of(cls, forward: RoutedForward, before: CacheState | None, last_position: Tensor | None) -> CachedPrompt:
-        """From a finished forward on a cache that held `before`. Guesses may go again: the prompt ends before."""
-        prompt = forward.prompt
-        lengths, all_valid, positions = [], [], []
-        for stage, kept in enumerate(forward.kept):
-            length, ragged = forward.lengths[stage] - prompt.draft_tokens, forward.is_ragged(stage)
-            kept = kept[:, :length]
-            valid, places = (kept >= 0 if ragged else None), kept
-            if before:
-                valid, places = before.extended(stage, before.valid[stage], kept, ragged)
-                length += before.lengths[stage]
-            lengths.append(length)
-            all_valid.append(valid)
-            positions.append(places)
-        length = (before.length if before else 0) + prompt.length - prompt.draft_tokens
-        past = CacheState(length, lengths, all_valid, positions)
-        rows = forward.rows - prompt.draft_tokens
-        return cls(forward.policy, prompt.visual.shape[0], past, last_position, prompt.right_padded, rows)
-
-    def valid_keys(self, stage: int, batch: int, visible: Tensor | None, count: int) -> Tensor | None:
-        """Which of a stage's keys count for the tokens of a later call.
-
-        Args:
-            stage: number of the stage.
-            batch: samples of the call, B or a multiple of it (each sample repeated in place).
-            visible: (batch, L + count) bool of the prompt and all tokens after it, False at padding and at what the
-                call hides; None if there is neither.
-            count: the tokens after the prompt.
-
-        Returns:
-            (batch, P + count) bool, or None where every key counts.
-        """
-        positions, cached = self.past.positions[stage], _repeated(self.past.valid[stage], batch)
-        added = None
-        if visible is not None:
-            visible = on_device(positions.device, visible)
-            places = _repeated(positions, batch).clamp(min=0).expand(batch, -1)
-            shown = visible[:, : self.past.length].gather(1, places)
-            cached = shown if cached is None else cached & shown
-            added = visible[:, self.past.length :]
-        return _joined(cached, self.past.lengths[stage], added, count, positions, batch)
-
-    def key_positions(self, stage: int, batch: int, count: int) -> Tensor:
-        """Positions in the full sequence, (batch or 1, P + count), of the same keys."""
-        cached = _repeated(self.past.positions[stage], batch)
-        later = torch.arange(self.past.length, self.past.length + count, device=cached.device)
-        return torch.cat([cached, later.expand(cached.shape[0], -1)], dim=1)
-
-    def with_later(self, batch: int, visible: Tensor | None, count: int) -> CacheState:
-        """The cache after `count` more tokens, before a call; arguments as in `valid_keys`."""
-        stages = range(len(self.past.lengths))
-        return CacheState(
-            self.past.length + count,
-            [length + count for length in self.past.lengths],
-            [self.valid_keys(stage, batch, None, count) for stage in stages],
-            [self.key_positions(stage, batch, count) for stage in stages],
-            [self.valid_keys(stage, batch, visible, count) for stage in stages],
-        )
-
-
-def _repeated(rows: Tensor | None, batch: int) -> Tensor | None:
-    if rows is None or rows.shape[0] in (1, batch):
-        return rows
-    return rows.repeat_interleave(batch // rows.shape[0], dim=0)
-
-
-def _joined(
-    first: Tensor | None, first_length: int, second: Tensor | None, second_length: int, like: Tensor, batch: int
-) -> Tensor | None:
-    """(batch, first + second) bool of two masks, each None where it is all True; None where both are."""
-    if first is None and second is None:
-        return None
-    parts = [
-        torch.ones(batch, length, dtype=torch.bool, device=like.device)
-        if mask is None
-        else on_device(like.device, mask).expand(batch, -1)
-        for mask, length in ((first, first_length), (second, second_length))
-    ]
-    return torch.cat(parts, dim=1)

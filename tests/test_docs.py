@@ -88,7 +88,7 @@ def test_guide_replaces_an_eager_router(backend, launches, device):
 
 
 def test_tables_are_those_of_the_records(tmp_path):
-    for path in ("README.md", "docs/kernels.md", "docs/methods.md", "docs/models.md"):
+    for path in ("README.md", "docs/kernels.md", "docs/methods.md", "docs/models.md", "docs/refusals.md"):
         target = tmp_path / Path(path).name
         target.write_text((ROOT / path).read_text())
     records = [report._read(path) for path in sorted((report.RESULTS / "compile").glob("triton-*.json"))]
@@ -105,6 +105,8 @@ def test_tables_are_those_of_the_records(tmp_path):
     report.replace_between(tmp_path / "README.md", "gpus", report.gpu_summary(report.gpu_folders()))
     report.replace_between(tmp_path / "README.md", "grounding", grounding.summary_table(results))
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    report.replace_between(tmp_path / "refusals.md", "refusals", report.refusals_list())
+    assert (tmp_path / "refusals.md").read_text() == (ROOT / "docs" / "refusals.md").read_text()
     report.replace_between(tmp_path / "methods.md", "methods", report.methods_tables())
     assert (tmp_path / "methods.md").read_text() == (ROOT / "docs" / "methods.md").read_text()
     assert "\n".join(grounding.page(results)) + "\n" == (ROOT / "docs" / "grounding.md").read_text()

@@ -25,7 +25,7 @@ from ..boxes import UNITS, Box, overlap, read_box
 from ..notation import parse_policy, parse_preset, policy_text
 from ..policy import Policy
 from ..presets import model_of, preset, presets, suggested
-from ..routing import Trace
+from ..trace import Trace
 from .arguments import first_line
 
 TINY_CHECKPOINT = Path(models.__file__).with_name("tiny_grounding")

@@ -14,7 +14,7 @@ import torch
 
 from ..boxes import Box, overlap
 from ..policy import Policy
-from ..routing import Trace
+from ..trace import Trace
 from .arguments import first_line
 from .demo import DemoError, Subject, answer, answered_box, routed, stage_shares
 from .draw import Row, draw

@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from ..routing import Trace
+from ..trace import Trace
 from .groups import check_groups, split_by_stage
 from .plan import Share, StageLayout, stage_layout
 from .step import RoutedStep

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..routing import Combine, Project, Prompt, RoutedForward, Trace
+from ..routing import Combine, Project, Prompt, RoutedForward
+from ..trace import Trace
 from .plan import Plan, Share
 
 

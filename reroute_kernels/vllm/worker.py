@@ -8,7 +8,7 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ..routing import Trace
+from ..trace import Trace
 from .groups import check_groups, split_by_stage
 from .plan import Share, StageLayout, stage_layout
 from .step import RoutedStep

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import reroute_kernels as rk
-from reroute_kernels.routing import Trace
+from reroute_kernels.trace import Trace
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 IMAGE, VIDEO, VISION_START, VISION_END = 500, 501, 502, 503

@@ -21,7 +21,7 @@ from tests.models.slow_way import decoder_of
 
 FAMILIES = ("glm4v_moe", "llava", "qwen2_5_vl", "qwen3_5", "qwen3_vl_moe")
 RANKINGS = {"this": rk.rankings.LastQuery(), "previous": rk.rankings.LastQuery("previous")}
-HOOKS_ARE_OUTSIDE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+HOOKS_ARE_OUTSIDE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 
 
 def wrap(model, chosen, implementation=CheckpointImpl.NO_REENTRANT):

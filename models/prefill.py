@@ -1,0 +1,197 @@
+"""States of a routed call: a prompt on its way through the layers, and new tokens on a cache that one filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from reroute_kernels.routing import RoutedForward
+
+from .adapter import cache_of
+from .cached import CachedPrompt, CacheState, begin_record, set_record
+from .layers import RoutedLayers
+
+
+class Prefill:
+    """A routed prompt on its way through the layers.
+
+    Args:
+        layers: of the decoder.
+        forward: what is routed.
+        past: what the cache held before, if anything.
+        generates: whether `generate` makes the call.
+    """
+
+    def __init__(self, layers: RoutedLayers, forward: RoutedForward, past: CacheState | None, generates: bool):
+        self.forward = forward
+        self.past = past
+        self.generates = generates
+        self.cache = None
+        self.finished = False
+        self.layer_features: list[Tensor] = []  # (B, L, d), added after the first layers
+        self.position_embeddings: object = None  # of the stage
+        self._layers = layers
+        self._last_position: Tensor | None = None
+        self._masks: dict[tuple[int, str], object] = {}
+
+    @property
+    def stage(self) -> int:
+        """The number of the stage that runs, or of the next one before its decision is made."""
+        return len(self.forward.kept)
+
+    def mask(self, stage: int, number: int, hidden: Tensor, kwargs: dict) -> object:
+        """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
+        key = (stage, self._layers.kinds[number])
+        if key not in self._masks:
+            self._masks[key] = self._new_mask(stage, number, hidden)
+        return self._masks[key]
+
+    def _new_mask(self, stage: int, number: int, hidden: Tensor) -> object:
+        forward, past, layers = self.forward, self.past, self._layers
+        kept, ragged = forward.kept[stage], forward.is_ragged(stage)
+        # Rows without a token that stand after all others are kept out by causality alone.
+        own = kept >= 0 if ragged and forward.pad_left else None
+        if layers.kinds[number] == "linear_attention":
+            return own
+        queries, total = hidden.shape[1], forward.prompt.length
+        if past is None:
+            return layers.mask(number, self.cache, queries, 0, total, own, lambda: kept, hidden)
+        valid, positions = past.extended(stage, past.seen(stage), kept, ragged)
+        before = past.lengths[stage]
+        return layers.mask(number, self.cache, queries, before, past.length + total, valid, lambda: positions, hidden)
+
+    def fill(self, cache) -> None:
+        """Begin a stage, whose layers fill a cache. What a call that failed left there is not mistaken for a prompt."""
+        self.cache = cache
+        if cache is not None:
+            begin_record(cache)
+
+    def note_positions(self, positions: Tensor | None) -> None:
+        """Record the last token's position if later calls cannot infer it.
+
+        They cannot if the cache whose length transformers reads is routed, or if the prompt is right-padded.
+
+        Args:
+            positions: position_ids of the decoder, (..., B or 1, L), or None where they count from its cache on.
+        """
+        prompt = self.forward.prompt
+        if not prompt.right_padded and not self._layers.length_is_routed:
+            return
+        batch, device = prompt.visual.shape[0], prompt.visual.device
+        if positions is None:
+            positions = torch.arange(prompt.length, device=device)[None] + (self.past.length if self.past else 0)
+        positions = positions.expand(*positions.shape[:-2], batch, -1)
+        if prompt.end is None:
+            last = positions[..., -1:]
+        else:
+            index = prompt.end.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
+            last = positions.gather(-1, index)
+        if positions.ndim == 3 and not (self.generates and prompt.right_padded):
+            # Of three axes, later tokens stand behind the furthest one (a fourth counts the tokens); in `generate`,
+            # which adds one to each axis, behind the last token.
+            axes = positions[-3:]
+            if prompt.valid is not None:
+                axes = axes.masked_fill(~prompt.valid, 0)
+            furthest = axes.amax(dim=(0, 2))[None, :, None].expand(3, -1, -1)
+            last = torch.cat([last[:-3], furthest])
+        self._last_position = last
+
+    def record(self) -> None:
+        """Leave with the cache what later calls on it must know."""
+        self.finished = True
+        if self.cache is not None:
+            set_record(self.cache, CachedPrompt.of(self.forward, self.past, self._last_position))
+
+
+class Continuation:
+    """New tokens on a cache that a routed prompt filled.
+
+    Args:
+        layers: of the decoder.
+        prompt: what the cache holds.
+        batch: samples of the call.
+        queries: new tokens of the call.
+        new_tokens: after the prompt, those of the call included.
+        mask: (batch, all tokens), False at padding; None where there is none.
+        has_positions: whether the caller gave position_ids.
+    """
+
+    def __init__(
+        self,
+        layers: RoutedLayers,
+        prompt: CachedPrompt,
+        batch: int,
+        queries: int,
+        new_tokens: int,
+        mask: Tensor | None,
+        has_positions: bool,
+    ):
+        self._layers = layers
+        self._prompt = prompt
+        self._batch = batch
+        self._queries = queries
+        self._new_tokens = new_tokens
+        self._mask = mask
+        self._has_positions = has_positions
+        self._masks: dict[tuple[int, str], object] = {}
+        self._embeddings: dict[int, object] = {}
+
+    @cached_property
+    def _visible(self) -> Tensor | None:
+        """(batch, all tokens) bool, False at padding; None where there is none. Most calls do not need it."""
+        return None if self._mask is None else self._mask.bool()
+
+    def mask(self, stage: int, number: int, hidden: Tensor, kwargs: dict) -> object:
+        """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
+        kind = self._layers.kinds[number]
+        if kind == "linear_attention":
+            return kwargs.get("attention_mask")  # of the new tokens alone
+        key = (stage, kind)
+        if key not in self._masks:
+            if kwargs.get("attention_mask") is None and not self._layers.padding_is_hidden:
+                self._mask = None  # the model looked for padding and found none
+            past = self._prompt.past
+            self._masks[key] = self._layers.mask(
+                number,
+                cache_of(kwargs),
+                self._queries,
+                past.lengths[stage] + self._new_tokens - self._queries,
+                past.length + self._new_tokens,
+                self._prompt.valid_keys(stage, self._batch, self._visible, self._new_tokens),
+                partial(self._prompt.key_positions, stage, self._batch, self._new_tokens),
+                hidden,
+            )
+        return self._masks[key]
+
+    def position_ids(self, given: Tensor | None) -> Tensor | None:
+        """Positions of the new tokens, (..., batch, queries), where those that the model was given must be replaced."""
+        last = self._prompt.last_position
+        if last is None or (self._has_positions and not self._prompt.right_padded):
+            return None
+        last = last.repeat_interleave(self._batch // self._prompt.batch, dim=-2)
+        if given is not None and given.ndim == last.ndim == 3:
+            last = last[last.shape[0] - given.shape[0] :]
+        if last.ndim == 2 and not self._prompt.right_padded:
+            # A model of one axis that is given none counts what its cache holds, padding too.
+            later = self._prompt.past.length + torch.arange(self._new_tokens, device=last.device)
+            return later[None, -self._queries :].expand(self._batch, -1)
+        return last + 1 + self._offsets(last.device)
+
+    def position_embeddings(self, stage: int, embeddings_at: Callable[[Tensor], object]) -> object:
+        """Of a stage whose tokens are numbered from 0; made by `embeddings_at` from positions (batch, queries)."""
+        if stage not in self._embeddings:
+            rows = self._prompt.rows[stage].repeat_interleave(self._batch // self._prompt.batch)
+            self._embeddings[stage] = embeddings_at(rows[:, None] + self._offsets(rows.device))
+        return self._embeddings[stage]
+
+    def _offsets(self, device: torch.device) -> Tensor:
+        """(queries,) or (batch, queries), how many tokens stand between the prompt and each new one."""
+        if self._visible is None:
+            offsets = torch.arange(self._new_tokens, device=device)
+        else:
+            later = self._visible[:, self._prompt.past.length :]
+            offsets = (later.to(device).cumsum(dim=1) - 1).clamp(min=0)
+        return offsets[..., -self._queries :]

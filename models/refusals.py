@@ -1,0 +1,483 @@
+"""Refusals: every reason for which a model, a policy or a call is not routed; docs/refusals.md is written from them.
+
+Rules are checked in order. The first that applies is raised, with the name of the argument, what came and what is
+accepted. The facts `c` that rules read are a `PromptFacts` or a `ContinuationFacts` of calls.py, or the `RoutedLayers`
+of a policy. Refusals without a condition are raised where they are noticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+
+class Refusal(NamedTuple):
+    """One reason: its line in docs/refusals.md, the message of its error, and the condition if it is a rule."""
+
+    summary: str
+    message: str
+    """Format string; a rule reads facts `c`, other refusals the values handed to `because`."""
+    applies: Callable[[Any], object] | None = None
+    error: type[Exception] = NotImplementedError
+
+    def because(self, **values: object) -> Exception:
+        """The error, to be raised."""
+        return self.error(self.message.format(**values))
+
+
+def refuse(facts: object, rules: Iterable[Refusal]) -> None:
+    """Check rules in order.
+
+    Raises:
+        NotImplementedError, ValueError: the first rule that applies.
+    """
+    for rule in rules:
+        if rule.applies is not None and rule.applies(facts):
+            raise rule.because(c=facts)
+
+
+# By `apply`
+
+BIDIRECTIONAL = Refusal(
+    "models whose image tokens attend in both directions (Gemma 3, PaliGemma)",
+    "model must be one whose image tokens attend causally, got {model_type!r}, whose image tokens attend in both "
+    "directions",
+)
+MODEL_TYPE = Refusal(
+    "other model types without an adapter",
+    "model must be of a supported type ({supported}), got {model_type!r}",
+    error=ValueError,
+)
+TEXT_MODEL = Refusal(
+    "text models that an adapter does not know",
+    "model must have a text model of type {accepted}, got {text_model_type!r}",
+)
+DTYPE = Refusal("float64", "model must be of dtype {accepted}, got {dtype}")
+HEADS_SPLIT_OTHERWISE = Refusal(
+    "attention heads split over processes by other means than transformers' `tp_plan`",
+    "model must have all {expected[0]} query and {expected[1]} key heads on each process, or be split by transformers "
+    "(from_pretrained with a tp_plan), got {got[0]} query and {got[1]} key heads",
+)
+HEADS_SPLIT_UNEVENLY = Refusal(
+    "attention heads split over processes unevenly",
+    "model must have its {expected[0]} query and {expected[1]} key heads split evenly over {ranks} tensor-parallel "
+    "ranks, got {got[0]} query and {got[1]} key heads on this one",
+)
+SHARDED = Refusal(
+    "FSDP",
+    "model must not be sharded by FSDP, whose weights are not there when a decision is made, got {module}",
+)
+REDUCER_FAMILY = Refusal(
+    "reducers on other families than LLaVA-1.5, LLaVA-NeXT and Qwen2.5-VL",
+    "reducer must be None on a model of type {model_type!r}, got {reducer!r}; reducers work on llava, llava_next and "
+    "qwen2_5_vl",
+)
+REDUCER_SPLIT_HEADS = Refusal(
+    "reducers under tensor parallelism",
+    "reducer must be None on a model whose heads are split over processes, got {reducer!r}",
+)
+REDUCER_SHARED_TOWER = Refusal(
+    "reducers on a vision tower that another model with a reducer has, too",
+    "reducer must be None on a model whose vision tower belongs to another one, too, that is routed with a reducer, "
+    "got {reducer!r}",
+    error=ValueError,
+)
+REDUCER_TOWER = Refusal(
+    "reducers on vision towers without a class token, of several feature layers, or of images that are not square",
+    "reducer needs a vision tower with {needed}, got {got!r}",
+)
+
+LAYER_RULES = (
+    Refusal(
+        "decisions behind the last layer",
+        "schedule must stay below layer {c.num_layers} of this {c.model_class}, got layer {c.last_decision}",
+        lambda c: c.last_decision >= c.num_layers,
+        ValueError,
+    ),
+    Refusal(
+        "decisions at layers without full attention",
+        "schedule must decide at layers with full attention, of this {c.model_class} {c.deciding_layers}; got layer "
+        "{c.unable_layer} of {c.unable_kind!r}",
+        lambda c: c.unable_layer is not None,
+    ),
+    Refusal(
+        "decisions behind layers without full attention where the previous layer ranks",
+        "schedule must decide after layers with full attention where the previous layer ranks, got layer "
+        "{c.unranked_layer} after one of {c.unranked_kind!r}",
+        lambda c: c.unranked_layer is not None,
+    ),
+    Refusal(
+        "stages with layers that have neither full, sliding-window nor linear attention",
+        "layers from the first decision on must be of type {c.accepted_kinds}, got {c.unknown_kind!r} at layer "
+        "{c.unknown_layer} of this {c.model_class}",
+        lambda c: c.unknown_layer is not None,
+    ),
+)
+ATTENTION_RULES = (
+    Refusal(
+        "attention implementations whose masks transformers does not make",
+        "attn_implementation must be one for which transformers makes masks of the form {c.accepted_formats}, got "
+        "{c.implementation!r}",
+        lambda c: c.mask_format is None,
+    ),
+    # A window counts rows there, and rows of a compact sequence are not neighbours.
+    Refusal(
+        "flash attention with sliding windows",
+        "attn_implementation must not be flash attention for a text model with sliding windows, got "
+        "{c.implementation!r}",
+        lambda c: c.slides and c.uses_flash_attention,
+    ),
+)
+
+# By a call with an image
+
+MASK_SHAPE = Refusal(
+    "an `attention_mask` of another shape than the conversation's",
+    "attention_mask must be None or of shape {c.expected} for a routed prompt, got {c.mask_shape}",
+    lambda c: c.mask is not None and c.valid is None,
+)
+CAUSAL = Refusal(
+    "attention masks of four dimensions that are not causal with padding (packed sequences among them), or in which "
+    "several tokens of padding on the right see themselves",
+    "attention_mask of four dimensions must be causal with padding on a routed model, got one that differs from that "
+    "in {c.unlike_causal} places",
+    lambda c: c.unlike_causal,
+)
+WINDOWS = Refusal(
+    "one mask of four dimensions for layers with and without sliding windows",
+    "attention_mask must have two dimensions, or be a dict of masks by the kind of layer, on a routed model with "
+    "sliding windows, got {c.given_mask_shape} for {c.total} tokens",
+    lambda c: c.has_one_mask_for_windows,
+)
+MASK_RULES = (MASK_SHAPE, CAUSAL)
+
+PROMPT_RULES = (
+    WINDOWS,
+    # Of four dimensions, these layers are not told: what is padding goes into their states.
+    Refusal(
+        "a mask of four dimensions of a padded prompt where layers have recurrent states",
+        "attention_mask must be of shape {c.expected} for a padded prompt on a text model with recurrent states, got "
+        "{c.given_mask_shape}",
+        lambda c: c.mask is not None and not c.tells_padding and c.prompt.padded and c.layers.has_states,
+    ),
+    Refusal(
+        "a routed `assistant_model`",
+        "assistant_model must not be routed for a prompt with images, because transformers hands no image to a model "
+        "that drafts; got a routed {c.layers.model_class}: route the model that it assists alone",
+        lambda c: c.generation.drafts,
+    ),
+    Refusal(
+        "several sequences packed into one row by `cu_seq_lens_*` or `seq_idx`",
+        "{c.packing} must be None for a routed prompt, got {c.packing_shape}",
+        lambda c: c.packing,
+    ),
+    Refusal(
+        "several sequences packed into one row by `position_ids`",
+        "position_ids of a routed prompt must count by one where transformers takes others for several packed "
+        "sequences (without cache and mask, and under flash attention in a batch of one), got {c.position_jumps} that "
+        "do not",
+        lambda c: c.position_jumps and not c.prompt.padded,
+    ),
+    # With a reducer, what it has not marked is refused instead.
+    Refusal(
+        "placeholders without features",
+        "input_ids must hold placeholders of images only beside their features ({c.features}), got {c.visual_tokens} "
+        "and no features",
+        lambda c: c.lacks_features and not c.is_reduced,
+        ValueError,
+    ),
+    Refusal(
+        "answers that begin at or before a visual token (`labels`, `answers_from`)",
+        "answers_from must be positions behind the last visual token of each sample, got ones with {c.early_answers} "
+        "visual tokens at or behind them",
+        lambda c: c.early_answers,
+        ValueError,
+    ),
+    Refusal(
+        "PEFT's activated LoRA called upon before an image",
+        "alora_invocation_tokens must stand behind the last visual token of each sample of a routed prompt, got "
+        "{c.activated_visual} visual tokens behind them",
+        lambda c: c.is_activated and c.activated_visual,
+    ),
+    Refusal(
+        "PEFT's activated LoRA with padding on the right",
+        "attention_mask must put padding on the left under activated LoRA (alora_invocation_tokens), which counts "
+        "tokens from the end of a row, got padding on the right",
+        lambda c: c.is_activated and c.prompt.right_padded,
+    ),
+    Refusal(
+        "quantized caches, and static ones where layers have sliding windows or recurrent states, under flash "
+        "attention, and where a decision is made at the first attention layer",
+        "{c.cache_name} must be a {c.accepted_caches}, got {c.cache_class}{c.static_hint}",
+        lambda c: not c.cache_is_accepted,
+    ),
+    Refusal(
+        "a new image on a filled cache where the previous layer ranks or positions are contiguous",
+        "{c.cache_name} must be empty where a prompt brings images and the previous layer ranks or positions are "
+        "contiguous, got one with tokens and {c.policy}",
+        lambda c: c.past and (c.policy.ranks_by_previous_layer or c.policy.positions == "contiguous"),
+    ),
+    Refusal(
+        "a new image on a filled cache with a decision at the first attention layer, or a reducer",
+        "{c.cache_name} must be empty where a prompt brings images and the first decision is at layer {c.first_layer}, "
+        "by whose cache transformers counts tokens; got one with tokens",
+        lambda c: c.past and c.layers.length_is_routed,
+    ),
+    Refusal(
+        "a new image on a filled cache that is offloaded",
+        "{c.cache_name} must not be offloaded where a prompt brings images to a filled cache, got offloading",
+        lambda c: c.past and getattr(c.cache, "offloading", False),
+    ),
+    Refusal(
+        "a new image on a filled cache that holds prompts padded on the right",
+        "{c.cache_name} must hold prompts padded on the left where a prompt brings images to a filled cache, got one "
+        "padded on the right",
+        lambda c: c.past and c.before is not None and c.before.right_padded,
+    ),
+    Refusal(
+        "with a reducer, a prompt that ends with an image",
+        "input_ids must end with text where there is a reducer, and so must what stands before an answer, got a "
+        "dropped visual token at the end",
+        lambda c: c.prompt.answers.get("last_dropped"),
+        ValueError,
+    ),
+    Refusal(
+        "assisted decoding with a decision at the first attention layer, or a reducer",
+        "schedule must begin after the first attention layer for assisted decoding, which cuts the cache by that "
+        "layer's length; got a decision at layer {c.first_layer}",
+        lambda c: c.generation.assisted and c.layers.length_is_routed,
+    ),
+    Refusal(
+        "padding on the right beside a sample without a token",
+        "attention_mask must put padding on the left where a sample sits a prompt out, got padding on the right "
+        "beside a sample without a token",
+        lambda c: c.prompt.right_padded and c.prompt.has_empty_rows,
+    ),
+    Refusal(
+        "padding on the right where layers have sliding windows or recurrent states",
+        "attention_mask must put padding on the left for a text model with layers of {c.layers.kinds_in_words}, got "
+        "padding on the right",
+        lambda c: c.prompt.right_padded and c.layers.pad_left,
+    ),
+    Refusal(
+        "in `generate`, padding on the right where position ids have several axes and a prompt ends with an image",
+        "attention_mask must put padding on the left in generate where position_ids have several axes and a prompt "
+        "ends with an image, behind which generate and the model count on in two ways; got padding on the right and "
+        "such a prompt",
+        lambda c: (
+            c.generation.generates
+            and c.cache is not None
+            and c.prompt.right_padded
+            and c.prompt.ends_in_image
+            and c.adapter.position_axes > 1
+        ),
+    ),
+    Refusal(
+        "tokens hidden between others where layers have recurrent states",
+        "attention_mask must hide no tokens between others on a text model with recurrent states, which count them, "
+        "got {c.gaps} that it hides",
+        lambda c: c.gaps,
+    ),
+    Refusal(
+        "`output_hidden_states` and `output_attentions`",
+        "{c.asked_output} must be off for a routed prompt, got {c.asked_output_value}",
+        lambda c: c.asked_output,
+    ),
+    Refusal(
+        "transformers' gradient checkpointing before transformers 5.23, and layers wrapped for checkpointing after "
+        "`apply`",
+        "gradient checkpointing must be off for a routed prompt before transformers 5.23, got it on: torch's "
+        "checkpoint_wrapper may be put around the layers before apply",
+        lambda c: c.recomputes_hooks,
+    ),
+    Refusal(
+        "a new image on a cache with recurrent states, of samples that keep different numbers of tokens",
+        "input_ids that follow on a cache with recurrent states must keep equally many tokens of each sample, got "
+        "{c.uneven_rows} at layer {c.uneven_layer}",
+        lambda c: c.past and c.layers.has_states and c.uneven_stage is not None,
+    ),
+)
+
+CHUNKED = Refusal(
+    "a prompt prefilled in chunks by `generate` (`prefill_chunk_size`)",
+    "prefill_chunk_size must be None for a routed prompt, or not below its length, because a chunk without the "
+    "prompt's last token cannot rank by it; got {size} for {tokens} tokens",
+)
+PAGED_GRAPH = Refusal(
+    "CUDA graphs in continuous batching",
+    "use_cuda_graph must be False for continuous batching on a routed model, because a graph hides whether later "
+    "requests bring images; got it on",
+)
+PAGED = Refusal(
+    "images in continuous batching (`generate_batch`)",
+    "inputs must be text in continuous batching (generate_batch, init_continuous_batching, transformers serve) on a "
+    "routed model, because transformers takes no images there; got {count} visual tokens and a {cache}",
+)
+EXPORTED = Refusal(
+    "an export of a prompt with images (`torch.export`, `torch.onnx.export`, `torch.jit.trace`)",
+    "a routed model can be exported (torch.export, torch.onnx.export, torch.jit.trace) with input_ids of text alone, "
+    "because how many tokens of a prompt with images run depends on input_ids; got one with images, embeddings or a "
+    "routed cache: remove() the routing first",
+)
+EMBEDS_ALONE = Refusal(
+    "`inputs_embeds` without `input_ids` or features",
+    "input_ids must be given to a routed model, or image features beside inputs_embeds, as visual tokens cannot be "
+    "told from text in them; got inputs_embeds of shape {shape} alone",
+    error=ValueError,
+)
+FOREIGN_FEATURES = Refusal(
+    "with a reducer, image features that were computed without it",
+    "image features must be computed by this model under this routing, where there is a reducer, got a prompt of "
+    "{visual} visual tokens of which {dropped} were dropped by it and {foreign} by another",
+    error=ValueError,
+)
+FIXED_ARGUMENT = Refusal(
+    "with a reducer, features of another layer of the vision tower than the configuration's",
+    "{name} must be {expected!r}, as in the configuration, where there is a reducer, got {got}",
+)
+REPLACED_DECODER = Refusal(
+    "a decoder that was replaced after `apply`",
+    "{name} must be the module that was routed, got another in its place: remove() the routing and apply the policy "
+    "anew",
+    error=ValueError,
+)
+REPLACED_LAYER = Refusal(
+    "layers that were replaced after `apply`",
+    "layers must be the modules that were routed, got another in the place of layer {layer_idx}: remove() the routing "
+    "and apply the policy anew",
+    error=ValueError,
+)
+DECODER_ALONE = Refusal(
+    "calls of the decoder without the model around it",
+    "{decoder} was called on its own: call the whole model, which knows where the visual tokens are, or remove() the "
+    "routing first",
+    error=RuntimeError,
+)
+
+# By a call that follows on a cache
+
+EMBEDS_ON_CACHE = Refusal(
+    "several `inputs_embeds` without `input_ids` or features",
+    "input_ids must be given to a routed model, because visual tokens cannot be told from text in inputs_embeds; got "
+    "{count} of these on a cache",
+    error=ValueError,
+)
+UNFINISHED = Refusal(
+    "a cache that a failed call filled",
+    "{cache} must come from a finished call, got one that a call which failed filled",
+    error=ValueError,
+)
+UNFINISHED_UNROUTED = Refusal(
+    "a cache whose layers hold different numbers of tokens without a record of the routed prompt",
+    "{cache} must come from a finished call, got layers of {lengths} cached tokens and no record of the routed prompt "
+    "that filled them",
+    error=ValueError,
+)
+HALF_RESET = Refusal(
+    "a cache of which some layers were reset",
+    "{cache} must hold the whole routed prompt or nothing, got layers of {lengths} cached tokens",
+    error=ValueError,
+)
+CROPPED = Refusal(
+    "a cache that was cropped into its routed prompt",
+    "{cache} must hold the whole routed prompt, got {count} of its tokens cropped",
+    error=ValueError,
+)
+UNEVEN = Refusal(
+    "a cache whose layers hold different numbers of tokens behind the routed prompt",
+    "{cache} must hold the same tokens in all layers after the routed prompt, got {counts} of them: a call on it "
+    "failed",
+    error=ValueError,
+)
+CONTINUATION_RULES = (
+    Refusal(
+        "a cache that another policy filled",
+        "{c.cache_name} must have been filled under this policy, {c.policy}, got a cache filled under "
+        "{c.prompt.policy}",
+        lambda c: c.prompt.policy != c.policy,
+        ValueError,
+    ),
+    Refusal(
+        "a number of samples that is no multiple of the prompt's, as when single samples of a cache were taken "
+        "(`batch_select_indices`)",
+        "input_ids must hold {c.prompt.batch} samples or a multiple of it, as the cached prompt, got {c.batch}",
+        lambda c: c.batch % c.prompt.batch,
+        ValueError,
+    ),
+)
+CONTINUATION_MASK_RULES = (
+    CAUSAL,
+    WINDOWS,
+    Refusal(
+        "an `attention_mask` of another shape than the prompt with all tokens after it",
+        "attention_mask must be None or of shape {c.expected}, the {c.length} tokens of the prompt and {c.new_tokens} "
+        "after it, got {c.mask_shape}",
+        lambda c: c.mask is not None and not c.is_padding_mask,
+        ValueError,
+    ),
+    # The length of the first attention layer, by which `generate` cuts off what is cached, is not the prompt's.
+    Refusal(
+        "a later turn without an `attention_mask` of the whole conversation, after a decision at the first attention "
+        "layer or a reducer",
+        "attention_mask of the whole conversation must be given, and input_ids of the new tokens alone, on a cache in "
+        "which layer {c.first_layer} lacks tokens; got {c.queries} tokens and no mask",
+        lambda c: c.mask is None and c.layers.length_is_routed and c.queries > 1 and not c.generation.uncut,
+    ),
+)
+
+PAGE: dict[str, tuple[Refusal, ...]] = {
+    "By `apply`": (
+        MODEL_TYPE,
+        BIDIRECTIONAL,
+        TEXT_MODEL,
+        DTYPE,
+        *LAYER_RULES,
+        *ATTENTION_RULES,
+        HEADS_SPLIT_OTHERWISE,
+        HEADS_SPLIT_UNEVENLY,
+        SHARDED,
+        REDUCER_FAMILY,
+        REDUCER_TOWER,
+        REDUCER_SPLIT_HEADS,
+        REDUCER_SHARED_TOWER,
+    ),
+    "By a call with an image": (
+        *MASK_RULES,
+        *PROMPT_RULES,
+        EMBEDS_ALONE,
+        CHUNKED,
+        PAGED,
+        PAGED_GRAPH,
+        EXPORTED,
+        FOREIGN_FEATURES,
+        FIXED_ARGUMENT,
+        REPLACED_DECODER,
+        REPLACED_LAYER,
+        DECODER_ALONE,
+    ),
+    "By a call on a cache that a routed prompt filled": (
+        *CONTINUATION_RULES,
+        *(rule for rule in CONTINUATION_MASK_RULES if rule not in (CAUSAL, WINDOWS)),
+        EMBEDS_ON_CACHE,
+        UNFINISHED,
+        UNFINISHED_UNROUTED,
+        HALF_RESET,
+        CROPPED,
+        UNEVEN,
+    ),
+}
+"""The refusals as docs/refusals.md lists them."""
+
+SILENT = (
+    "a prompt that a caller other than `generate` prefills in chunks, or ends with draft tokens",
+    "a cache whose rows are put in another order across prompts with different numbers of kept tokens "
+    "(`cache.reorder_cache`, `batch_select_indices`; beam search stays within each), or which is rebuilt from its "
+    "tensors",
+    "a mask of four dimensions in which one token of padding on the right sees itself, as the last token of a prompt "
+    "does",
+    "a later mask that shows tokens which the prompt's own mask hid: they were not cached in the stages",
+    "image features of which a reducer saw some images only, or none after it once left an image whole",
+    "another model that shares the vision tower of one with a reducer: its features are reduced too",
+    "decoding outside the `with` block: the masks of a routed cache come from the hooks",
+)
+"""Limits that cannot be noticed, because nothing in the call tells them."""
