@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -175,8 +175,8 @@ class Prefill:
             tables = all_tables
             for number, layer in enumerate(self.layers):
                 if number in decision_layers:
-                    hidden = forward.decide(hidden, all_tables, partial(self._project, layer))
-                    tables = forward.tables
+                    hidden = forward.decide(hidden, all_tables, self._projection(layer))
+                    tables = forward.rotary
                 hidden = self._run(layer, hidden, tables, cache)
             call.kept = forward.kept
             return self._logits(forward.finish(hidden))
@@ -216,8 +216,11 @@ class Prefill:
 
         return call
 
-    def _project(self, layer, hidden, tables, valid, places):
-        return self.adapter.ranking(layer, hidden, *tables, valid, places)
+    def _projection(self, layer):
+        def attention(hidden, rotary, key_mask, positions):
+            return self.adapter.ranking(layer, hidden, *rotary, key_mask, positions)
+
+        return SimpleNamespace(attention=attention)
 
     def _run(self, layer: nn.Module, hidden: Tensor, tables: tuple[Tensor, ...], cache) -> Tensor:
         output = layer(

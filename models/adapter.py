@@ -163,9 +163,9 @@ class Adapter:
             kinds = ["sliding_attention" if sliding else "full_attention"] * len(self.layers)
         return list(kinds)[: len(self.layers)]
 
-    def cached_keys(self, cache, number: int) -> Tensor:
+    def cached_keys(self, cache, layer_idx: int) -> Tensor:
         """(B, Hkv, at least P, D), the rotated keys that a cache holds for a layer."""
-        return cache.layers[number].keys
+        return cache.layers[layer_idx].keys
 
     def queries(self, attention: nn.Module, states: Tensor) -> Tensor:
         """(B, Q, Hq, D), as projected, of normalized states (B, Q, d)."""
@@ -208,7 +208,7 @@ class Adapter:
         cos: Tensor,
         sin: Tensor,
         valid: Tensor | None,
-        places: Tensor | None,
+        positions: Tensor | None,
     ) -> Attention:
         """Attention that tokens would pay to others in this layer.
 
@@ -217,24 +217,24 @@ class Adapter:
             hidden: (B, L, d), its input.
             cos, sin: (B or 1, L, R).
             valid: (B, L) bool, or None where every token counts.
-            places: (B, Q) of the tokens that ask, -1 for none; or None where the last of each row asks.
+            positions: (B, Q) of the queries in the sequence, -1 for none; None for the last of each row.
 
         Returns:
             The argument of the operations that rank.
         """
         attention = layer.self_attn
         states = layer.input_layernorm(hidden)
-        if places is None:
+        if positions is None:
             query_states = states[:, -1:]
         else:
-            query_states = states.gather(1, places.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
+            query_states = states.gather(1, positions.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2]))
         return Attention(
             self.queries(attention, query_states),
             self.keys(attention, states),
             cos,
             sin,
             key_mask=valid,
-            query_index=places,
+            query_index=positions,
             scale=attention.scaling,
             rotary_style=self.rotary_style,
         )

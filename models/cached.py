@@ -63,7 +63,7 @@ class CacheState:
         """Which keys of a stage count, and their positions, once a prompt's rows are cached behind them.
 
         Args:
-            stage: number of the stage.
+            stage: index of the stage.
             valid: (B, P) bool, which of the keys before count; None for all.
             kept: (B, M) positions in the prompt, -1 at rows that hold no token.
             ragged: whether there are such rows.
@@ -123,7 +123,7 @@ class CachedPrompt:
         """Which of a stage's keys count for the tokens of a later call.
 
         Args:
-            stage: number of the stage.
+            stage: index of the stage.
             batch: samples of the call, B or a multiple of it (each sample repeated in place).
             visible: (batch, L + count) bool of the prompt and all tokens after it, False at padding and at what the
                 call hides; None if there is neither.

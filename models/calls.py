@@ -552,11 +552,11 @@ class CallReader:
     def _tokens_after(self, cache, prompt: CachedPrompt) -> int:
         """Tokens that a cache holds after its routed prompt."""
         layers = self._layers
-        counted = {numbers[0]: length for numbers, length in zip(layers.stages, prompt.past.lengths, strict=True)}
+        counted = {stage[0]: length for stage, length in zip(layers.stages, prompt.past.lengths, strict=True)}
         counted[layers.attention[-1]] = prompt.past.lengths[-1]
         counted.setdefault(layers.attention[0], prompt.past.length)
-        numbers = sorted(counted)
-        after = [held - counted[layer] for layer, held in zip(numbers, _cached_tokens(cache, numbers), strict=True)]
+        checked = sorted(counted)
+        after = [held - counted[layer] for layer, held in zip(checked, _cached_tokens(cache, checked), strict=True)]
         if min(after) < 0:
             raise refusals.CROPPED.because(cache=self._cache_name, count=-min(after))
         if len(set(after)) == 1:
@@ -564,9 +564,9 @@ class CallReader:
         if not layers.length_is_routed and after[0] == min(after):
             # Cropped to a length for all layers, as assisted decoding does: those of the stages kept what it cut off.
             for stage, length in zip(layers.stages, prompt.past.lengths, strict=True):
-                for number in stage:
-                    if number in layers.attention:
-                        cache.layers[number].crop(length + after[0])
+                for layer_idx in stage:
+                    if layer_idx in layers.attention:
+                        cache.layers[layer_idx].crop(length + after[0])
             return self._tokens_after(cache, prompt)
         raise refusals.UNEVEN.because(cache=self._cache_name, counts=sorted(set(after)))
 

@@ -36,15 +36,15 @@ def with_tokens(router_logits: tuple[Tensor, ...], layers: nn.ModuleList, starts
     Raises:
         RuntimeError: it cannot be told which layers they are of.
     """
-    numbers = [number for number, layer in enumerate(layers) if hasattr(checkpointed(layer.mlp), "gate")]
-    if len(numbers) != len(router_logits):
+    sparse = [layer_idx for layer_idx, layer in enumerate(layers) if hasattr(checkpointed(layer.mlp), "gate")]
+    if len(sparse) != len(router_logits):
         raise RuntimeError(
-            f"router logits of a routed prompt must be of all {len(numbers)} layers with experts, got "
+            f"router logits of a routed prompt must be of all {len(sparse)} layers with experts, got "
             f"{len(router_logits)} of them"
         )
     found = []
-    for number, logits in zip(numbers, router_logits, strict=True):
-        stage = sum(start <= number for start in starts) - 1
+    for layer_idx, logits in zip(sparse, router_logits, strict=True):
+        stage = sum(start <= layer_idx for start in starts) - 1
         if stage < 0:
             valid, counts = forward.prompt.valid, forward.prompt.valid_counts
         else:
@@ -64,6 +64,6 @@ def without_padding(router_logits: tuple[Tensor, ...], mask: object) -> tuple[Te
 
 
 def _rows(logits: Tensor, valid: Tensor, count: int) -> Tensor:
-    """The rows at `count` places of `valid`, whose number is known without asking the device."""
-    places = valid.flatten().to(logits.device).to(torch.int8).argsort(descending=True, stable=True)[:count]
-    return logits.index_select(0, places)
+    """The rows at `count` positions of `valid`, a count that is known without asking the device."""
+    rows = valid.flatten().to(logits.device).to(torch.int8).argsort(descending=True, stable=True)[:count]
+    return logits.index_select(0, rows)

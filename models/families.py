@@ -86,9 +86,9 @@ class Qwen3VLAdapter(Adapter):
         mask = arguments["visual_pos_masks"]
         embeds = arguments["inputs_embeds"]
         arguments["deepstack_visual_embeds"] = None
-        places = mask[:, :, None].to(embeds.device)
+        positions = mask[:, :, None].to(embeds.device)
         return [
-            torch.zeros_like(embeds).masked_scatter_(places, feature.to(embeds.device, embeds.dtype))
+            torch.zeros_like(embeds).masked_scatter_(positions, feature.to(embeds.device, embeds.dtype))
             for feature in features
         ]
 
@@ -104,8 +104,8 @@ class Qwen3_5Adapter(Adapter):
     position_axes = 3
     cache_types = ("Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")  # of transformers before 5.6
 
-    def cached_keys(self, cache, number: int) -> Tensor:
-        return cache.key_cache[number] if hasattr(cache, "key_cache") else super().cached_keys(cache, number)
+    def cached_keys(self, cache, layer_idx: int) -> Tensor:
+        return cache.key_cache[layer_idx] if hasattr(cache, "key_cache") else super().cached_keys(cache, layer_idx)
 
     def queries(self, attention: nn.Module, states: Tensor) -> Tensor:
         query, _gate = attention.q_proj(states).unflatten(-1, (-1, 2 * attention.head_dim)).chunk(2, dim=-1)

@@ -51,6 +51,41 @@ class _Call:
     mask: object = None
 
 
+@dataclass(eq=False)
+class _Projection:
+    """Queries and keys of one layer, and the keys that its cache holds, as rankings ask for them."""
+
+    adapter: Adapter
+    head_group: object
+    call: Prefill
+    layer_idx: int
+    layer: nn.Module
+
+    @torch.no_grad()
+    def attention(
+        self, hidden: Tensor, rotary: tuple[Tensor, ...], key_mask: Tensor | None, positions: Tensor | None
+    ) -> Attention:
+        with onloaded(self.layer, self.layer.self_attn):
+            attention = self.adapter.ranking(self.layer, hidden, *rotary, key_mask, positions)
+        check_heads(attention.query, attention.key, self.adapter.decoder.config, self.head_group)
+        call, past = self.call, self.call.past
+        if past is None:
+            return attention
+        keys = self.adapter.cached_keys(call.cache, self.layer_idx)[:, :, : past.lengths[call.stage]]
+        valid = past.seen(call.stage)
+        return attention._replace(
+            past_key=on_device(hidden.device, keys).transpose(1, 2),
+            past_mask=None if valid is None else on_device(hidden.device, valid).expand(hidden.shape[0], -1),
+        )
+
+    @torch.no_grad()
+    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        with onloaded(self.layer, self.layer.self_attn):
+            key = self.adapter.unnormalized_keys(self.layer.self_attn, self.layer.input_layernorm(hidden))
+        check_heads(None, key, self.adapter.decoder.config, self.head_group)
+        return key
+
+
 class _Calls(threading.local):
     """The calls of the model that run in a thread, each inside the one before, and what the next one was told."""
 
@@ -143,17 +178,17 @@ class Routing:
         first = self._layers.stages[0].start
         if first - 1 in self._ranks_ahead:
             add(adapter.layers[first - 1].register_forward_pre_hook(self._enter_last_unrouted_layer, with_kwargs=True))
-        for stage, numbers in enumerate(self._layers.stages):
-            for number in numbers:
-                hook = partial(self._enter_layer, stage, number)
-                layer = adapter.layers[number]
+        for stage, layer_indices in enumerate(self._layers.stages):
+            for layer_idx in layer_indices:
+                hook = partial(self._enter_layer, stage, layer_idx)
+                layer = adapter.layers[layer_idx]
                 add(layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=runs_first(layer)))
         if self._vision is not None:
             self._vision.install(add)
         # Features of layers before the first decision are added by the model itself.
         self._routes_features = adapter.feature_layers > first
-        for number in range(adapter.feature_layers if self._routes_features else 0):
-            add(adapter.layers[number].register_forward_hook(partial(self._add_layer_features, number)))
+        for layer_idx in range(adapter.feature_layers if self._routes_features else 0):
+            add(adapter.layers[layer_idx].register_forward_hook(partial(self._add_layer_features, layer_idx)))
         add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
         _routings[adapter.core] = _routings[adapter.decoder] = weakref.ref(self)
         _forget_compiled_code()
@@ -283,8 +318,8 @@ class Routing:
         layers = list(adapter.decoder.layers)
         if len(layers) != len(self._hooked_layers) or not all(map(is_, layers, self._hooked_layers)):
             pairs = zip_longest(layers, self._hooked_layers)
-            number = next(number for number, (layer, hooked) in enumerate(pairs) if layer is not hooked)
-            raise refusals.REPLACED_LAYER.because(layer_idx=number)
+            layer_idx = next(layer_idx for layer_idx, (layer, hooked) in enumerate(pairs) if layer is not hooked)
+            raise refusals.REPLACED_LAYER.because(layer_idx=layer_idx)
 
     # Inside the language model
 
@@ -342,7 +377,7 @@ class Routing:
             arguments["inputs_embeds"] = embeds.masked_fill(found[1][:, :, None], 0)
         return call
 
-    def _enter_layer(self, stage: int, number: int, layer: nn.Module, args: tuple, kwargs: dict):
+    def _enter_layer(self, stage: int, layer_idx: int, layer: nn.Module, args: tuple, kwargs: dict):
         call = self._routed
         if call is None:
             return None
@@ -350,46 +385,46 @@ class Routing:
         if isinstance(call, Prefill):
             given = kwargs["position_embeddings"]  # of the full sequence
             if call.stage == stage:
-                hidden = self._decide(call, number, layer, hidden, kwargs)
-            if number in self._ranks_ahead:
-                self._rank_ahead(call, number, layer, hidden, given)
+                hidden = self._decide(call, layer_idx, layer, hidden, kwargs)
+            if layer_idx in self._ranks_ahead:
+                self._rank_ahead(call, layer_idx, layer, hidden, given)
             kwargs["position_embeddings"] = call.position_embeddings
             kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
         elif self.policy.positions == "contiguous":
             kwargs["position_embeddings"] = call.position_embeddings(stage, partial(self._embeddings_at, hidden))
-        kwargs["attention_mask"] = call.mask(stage, number, hidden, kwargs)
+        kwargs["attention_mask"] = call.mask(stage, layer_idx, hidden, kwargs)
         return (hidden, *others), kwargs
 
     def _enter_last_unrouted_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         call = self._routed
         if isinstance(call, Prefill):
-            number = self._layers.stages[0].start - 1
-            self._rank_ahead(call, number, layer, args[0], kwargs["position_embeddings"])
+            layer_idx = self._layers.stages[0].start - 1
+            self._rank_ahead(call, layer_idx, layer, args[0], kwargs["position_embeddings"])
 
-    def _decide(self, call: Prefill, number: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
+    def _decide(self, call: Prefill, layer_idx: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
         call.fill(cache_of(kwargs))
         hidden = to_execution_device(layer, hidden)
-        tables = self._tables(layer, hidden, kwargs["position_embeddings"])
-        hidden = call.forward.decide(hidden, tables, partial(self._project, call, number, layer))
+        rotary = self._rotary(layer, hidden, kwargs["position_embeddings"])
+        hidden = call.forward.decide(hidden, rotary, self._projection(call, layer_idx, layer))
         if self.policy.positions == "contiguous":
-            call.position_embeddings = self._embeddings_at(hidden, call.forward.numbers(hidden.device))
-            call.forward.tables = self._tables(layer, hidden, call.position_embeddings)
+            call.position_embeddings = self._embeddings_at(hidden, call.forward.position_ids(hidden.device))
+            call.forward.rotary = self._rotary(layer, hidden, call.position_embeddings)
         else:
-            call.position_embeddings = self._adapter.position_embeddings(*call.forward.tables)
+            call.position_embeddings = self._adapter.position_embeddings(*call.forward.rotary)
         return hidden
 
     def _rank_ahead(
-        self, call: Prefill, number: int, layer: nn.Module, hidden: Tensor, position_embeddings: object
+        self, call: Prefill, layer_idx: int, layer: nn.Module, hidden: Tensor, position_embeddings: object
     ) -> None:
         """Rank for the decision in the next layer; position_embeddings are those of the full sequence."""
         hidden = to_execution_device(layer, hidden)
-        tables = self._tables(layer, hidden, position_embeddings)
-        call.forward.score(hidden, tables, partial(self._project, call, number, layer))
+        rotary = self._rotary(layer, hidden, position_embeddings)
+        call.forward.score(hidden, rotary, self._projection(call, layer_idx, layer))
 
-    def _tables(self, layer: nn.Module, hidden: Tensor, position_embeddings: object) -> tuple[Tensor, ...]:
+    def _rotary(self, layer: nn.Module, hidden: Tensor, position_embeddings: object) -> tuple[Tensor, ...]:
         """cos and sin, (B, L, R), of what layers are handed."""
-        tables = self._adapter.rotary(layer, position_embeddings)
-        return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in tables)
+        cos_and_sin = self._adapter.rotary(layer, position_embeddings)
+        return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in cos_and_sin)
 
     def _embeddings_at(self, hidden: Tensor, positions: Tensor) -> object:
         """Position embeddings of layers at positions (B, M) that count tokens."""
@@ -397,40 +432,14 @@ class Routing:
         positions = positions if axes == 1 else positions.expand(axes, -1, -1)
         return self._adapter.decoder.rotary_emb(hidden, positions)
 
-    @torch.no_grad()
-    def _project(
-        self,
-        call: Prefill,
-        number: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        tables: tuple,
-        valid: Tensor | None,
-        places: Tensor | None = None,
-        keys_alone: bool = False,
-    ) -> Attention | Tensor:
-        config, group = self._adapter.decoder.config, self._head_group
-        with onloaded(layer, layer.self_attn):
-            if keys_alone:
-                key = self._adapter.unnormalized_keys(layer.self_attn, layer.input_layernorm(hidden))
-                check_heads(None, key, config, group)
-                return key
-            attention = self._adapter.ranking(layer, hidden, *tables, valid, places)
-        check_heads(attention.query, attention.key, config, group)
-        if call.past is None:
-            return attention
-        keys = self._adapter.cached_keys(call.cache, number)[:, :, : call.past.lengths[call.stage]]
-        valid = call.past.seen(call.stage)
-        return attention._replace(
-            past_key=on_device(hidden.device, keys).transpose(1, 2),
-            past_mask=None if valid is None else on_device(hidden.device, valid).expand(hidden.shape[0], -1),
-        )
+    def _projection(self, call: Prefill, layer_idx: int, layer: nn.Module) -> _Projection:
+        return _Projection(self._adapter, self._head_group, call, layer_idx, layer)
 
-    def _add_layer_features(self, number: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _add_layer_features(self, layer_idx: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         call = self._routed
-        if not isinstance(call, Prefill) or number >= len(call.layer_features):
+        if not isinstance(call, Prefill) or layer_idx >= len(call.layer_features):
             return None
-        return call.forward.add(output, call.layer_features[number])
+        return call.forward.add(output, call.layer_features[layer_idx])
 
     def _leave_last_layer(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         call = self._routed

@@ -51,7 +51,7 @@ class RoutedLayers:
         layers = policy.stage_layers
         first = layers[0]
         self.stages = [range(*ends) for ends in pairwise((*layers, len(self.kinds)))]
-        self.attention = [number for number, kind in enumerate(self.kinds) if kind != "linear_attention"]
+        self.attention = [layer_idx for layer_idx, kind in enumerate(self.kinds) if kind != "linear_attention"]
         self.pad_left = any(kind != "full_attention" for kind in self.kinds[first:])
         self.length_is_routed = first <= self.attention[0]
         self.padding_is_hidden = first == self.kinds.index("full_attention")
@@ -142,7 +142,7 @@ class RoutedLayers:
 
     def mask(
         self,
-        number: int,
+        layer_idx: int,
         cache,
         queries: int,
         past: int,
@@ -154,7 +154,7 @@ class RoutedLayers:
         """The attention mask of a layer.
 
         Args:
-            number: the layer.
+            layer_idx: the layer.
             cache: of the call, or None.
             queries: M, its tokens that run.
             past: P, the keys that the layer has cached.
@@ -165,8 +165,8 @@ class RoutedLayers:
         """
         form = self.mask_format
         layers = getattr(cache, "layers", ())
-        cached = layers[number] if number < len(layers) else None
-        if self.kinds[number] == "sliding_attention" and total > self._config.sliding_window:
+        cached = layers[layer_idx] if layer_idx < len(layers) else None
+        if self.kinds[layer_idx] == "sliding_attention" and total > self._config.sliding_window:
             # The window is one of positions, not of rows, and the cache of such a layer may hold the last rows only.
             window = self._config.sliding_window
             if getattr(cached, "is_sliding", False):

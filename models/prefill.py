@@ -39,29 +39,31 @@ class Prefill:
 
     @property
     def stage(self) -> int:
-        """The number of the stage that runs, or of the next one before its decision is made."""
+        """Index of the stage that runs, or of the next one before its decision is made."""
         return len(self.forward.kept)
 
-    def mask(self, stage: int, number: int, hidden: Tensor, kwargs: dict) -> object:
+    def mask(self, stage: int, layer_idx: int, hidden: Tensor, kwargs: dict) -> object:
         """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
-        key = (stage, self._layers.kinds[number])
+        key = (stage, self._layers.kinds[layer_idx])
         if key not in self._masks:
-            self._masks[key] = self._new_mask(stage, number, hidden)
+            self._masks[key] = self._new_mask(stage, layer_idx, hidden)
         return self._masks[key]
 
-    def _new_mask(self, stage: int, number: int, hidden: Tensor) -> object:
+    def _new_mask(self, stage: int, layer_idx: int, hidden: Tensor) -> object:
         forward, past, layers = self.forward, self.past, self._layers
         kept, ragged = forward.kept[stage], forward.is_ragged(stage)
         # Rows without a token that stand after all others are kept out by causality alone.
         own = kept >= 0 if ragged and forward.pad_left else None
-        if layers.kinds[number] == "linear_attention":
+        if layers.kinds[layer_idx] == "linear_attention":
             return own
         queries, total = hidden.shape[1], forward.prompt.length
         if past is None:
-            return layers.mask(number, self.cache, queries, 0, total, own, lambda: kept, hidden)
+            return layers.mask(layer_idx, self.cache, queries, 0, total, own, lambda: kept, hidden)
         valid, positions = past.extended(stage, past.seen(stage), kept, ragged)
         before = past.lengths[stage]
-        return layers.mask(number, self.cache, queries, before, past.length + total, valid, lambda: positions, hidden)
+        return layers.mask(
+            layer_idx, self.cache, queries, before, past.length + total, valid, lambda: positions, hidden
+        )
 
     def fill(self, cache) -> None:
         """Begin a stage, whose layers fill a cache. What a call that failed left there is not mistaken for a prompt."""
@@ -144,9 +146,9 @@ class Continuation:
         """(batch, all tokens) bool, False at padding; None where there is none. Most calls do not need it."""
         return None if self._mask is None else self._mask.bool()
 
-    def mask(self, stage: int, number: int, hidden: Tensor, kwargs: dict) -> object:
+    def mask(self, stage: int, layer_idx: int, hidden: Tensor, kwargs: dict) -> object:
         """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
-        kind = self._layers.kinds[number]
+        kind = self._layers.kinds[layer_idx]
         if kind == "linear_attention":
             return kwargs.get("attention_mask")  # of the new tokens alone
         key = (stage, kind)
@@ -155,7 +157,7 @@ class Continuation:
                 self._mask = None  # the model looked for padding and found none
             past = self._prompt.past
             self._masks[key] = self._layers.mask(
-                number,
+                layer_idx,
                 cache_of(kwargs),
                 self._queries,
                 past.lengths[stage] + self._new_tokens - self._queries,

@@ -197,10 +197,10 @@ class ClipVision(ReducedVision):
         tower = self.tower
         self._layers = getattr(tower, "vision_model", tower).encoder.layers  # transformers before 5.17 wraps it
         depth = len(self._layers)
-        number = output if output >= 0 else output + depth + 1
-        if not 1 <= number <= depth:
+        layer_idx = output if output >= 0 else output + depth + 1
+        if not 1 <= layer_idx <= depth:
             raise self._refuse(f"a vision_feature_layer of 1 to {depth}", output)
-        self._salient_layer = self._layers[number - 1]
+        self._salient_layer = self._layers[layer_idx - 1]
         # Outputs 16 to 24 of 24 layers in Nüwa.
         self._compared_layers = self._layers[max(0, depth * 2 // 3 - 1) :]
         self._other_layers = [layer for layer in self._layers if layer is not self._salient_layer]

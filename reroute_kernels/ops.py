@@ -269,8 +269,8 @@ def route_tokens(
     `key_mask`, where `query_index` is None, takes a few more. Differentiable in `tensors`.
 
     Args:
-        query, key, cos, sin, key_mask, query_index, past_key, past_mask, scale, query_reduction, head_reduction,
-            rotary_style: as in `rank_tokens`.
+        query, key, cos, sin, key_mask, query_index, past_key, past_mask: as in `rank_tokens`.
+        scale, query_reduction, head_reduction, rotary_style: as in `rank_tokens`.
         pool, pinned, keep, length: as in `select_tokens`.
         tensors: each (B, L, ...), as in `gather_tokens`; may be none.
         return_scores: also return what `rank_tokens` does. It is computed anyway, and costs nothing.

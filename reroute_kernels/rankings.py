@@ -8,8 +8,8 @@ selection. The scores of tokens outside the pool are ignored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -20,7 +20,26 @@ from .ref.rank import last_queries
 LAYERS = ("this", "previous")
 
 
-@dataclass(frozen=True, eq=False)
+class Projection(Protocol):
+    """Queries and keys of the layer that ranks, for the tokens of a sequence."""
+
+    def attention(
+        self, hidden: Tensor, rotary: tuple[Tensor, ...], key_mask: Tensor | None, positions: Tensor | None
+    ) -> Attention:
+        """Attention that some tokens would pay to all.
+
+        Args:
+            hidden: (B, L, d), the input of the layer.
+            rotary: per-token tensors of the rotary embedding, (B, L, ...).
+            key_mask: (B, L) bool, False at tokens that no query sees; None if there are none.
+            positions: (B, Q) of the queries in the sequence, -1 for none; None for the last of each row.
+        """
+
+    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        """(B, L, Hkv, D), the keys of all tokens, before a norm of keys."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Candidates:
     """Input of a ranking at one decision: the candidates, and the other tokens of the sequence.
 
@@ -37,15 +56,16 @@ class Candidates:
     valid: Tensor | None
     """(B, L) bool, False at what the ranking token does not see, such as padding; None where it sees everything."""
     last: Tensor | None
-    """(B,) int64, the place of the last token of each sample's prompt, before an answer; None where it is the last of
-    the row."""
+    """(B,) int64, position of the last token of each sample's prompt, before an answer; None if it is the last of the
+    row."""
     keep: Tensor
     """(B,) int64, how many will be selected."""
     most_text: int
     """The text tokens of the sample that has most."""
     decision: int
     """The number of the decision, from 0."""
-    _project: Callable[..., Attention | Tensor] = field(repr=False)
+    _rotary: tuple[Tensor, ...] = field(repr=False)
+    _projection: Projection = field(repr=False)
 
     @property
     def ordinals(self) -> Tensor:
@@ -55,7 +75,9 @@ class Candidates:
         """
         return self.pool.cumsum(dim=1) - 1
 
-    def attention(self, queries: int | str = 1, query_reduction: str = "mean", head_reduction: str = "mean"):
+    def attention(
+        self, queries: int | str = 1, query_reduction: str = "mean", head_reduction: str = "mean"
+    ) -> Attention:
         """Attention that some queries pay to each token in the layer that ranks.
 
         Args:
@@ -67,19 +89,21 @@ class Candidates:
             `Attention`, to be returned as it is, or to be asked for its `scores()`.
         """
         length = self.pool.shape[1]
-        if queries == "text":
+        positions: Tensor | None
+        if isinstance(queries, str):
+            expect_one_of(queries=(queries, ("text",)))
             text = self.text if self.valid is None else self.text & self.valid
-            places = last_queries(self.hidden, text, min(self.most_text, length))
+            positions = last_queries(self.hidden, text, min(self.most_text, length))
         elif queries == 1:
-            places = None if self.last is None else self.last[:, None]
+            positions = None if self.last is None else self.last[:, None]
         else:
-            places = last_queries(self.hidden, self.valid, min(queries, length))
-        attention = self._project(places)
+            positions = last_queries(self.hidden, self.valid, min(queries, length))
+        attention = self._projection.attention(self.hidden, self._rotary, self.valid, positions)
         return attention._replace(query_reduction=query_reduction, head_reduction=head_reduction)
 
     def keys(self) -> Tensor:
         """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected, before a norm of keys."""
-        return self._project(keys_alone=True)
+        return self._projection.keys(self.hidden, self._rotary)
 
 
 class Ranking(ABC):
@@ -108,6 +132,9 @@ class Ranking(ABC):
 
 
 class _ByAttention(Ranking):
+    query_reduction: str
+    head_reduction: str
+
     def __post_init__(self):
         expect_one_of(
             layer=(self.layer, LAYERS),

@@ -6,9 +6,9 @@ Nothing here knows a model: tensors come in, a ranking is a callable, and the ke
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -16,15 +16,19 @@ from torch import Tensor
 from . import ops
 from .attention import Attention
 from .policy import Policy
-from .rankings import Candidates
+from .rankings import Candidates, Projection
 from .trace import DecisionScores
-
-# Gives the attention that scores a sequence, from (hidden, tables, key mask or None, places of the queries
-# (B, Q), or None if only the last token asks); with `keys_alone=True` the keys, (B, L, Hkv, D).
-Project = Callable[..., "Attention | Tensor"]
 
 # Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
 Combine = Callable[[Tensor, str], Tensor]
+
+
+@overload
+def on_device(device: torch.device, tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def on_device(device: torch.device, tensor: None) -> None: ...
 
 
 def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None:
@@ -62,15 +66,15 @@ class Prompt:
         asked = asked or {}
         self.length = visual.shape[1]
         self.draft_tokens = draft_tokens
-        places = torch.arange(self.length, device=visual.device)
+        positions = torch.arange(self.length, device=visual.device)
         if valid is None:
             valid = torch.ones_like(visual)
-        end = torch.where(valid, places, -1).amax(dim=1)  # [B]
+        end = torch.where(valid, positions, -1).amax(dim=1)  # [B]
         last = end - draft_tokens  # of the prompt itself
         if starts is not None:
             last = torch.minimum(last, starts - 1)
-        visual = visual & valid & (places <= last[:, None])
-        is_last = places == last[:, None]
+        visual = visual & valid & (positions <= last[:, None])
+        is_last = positions == last[:, None]
         # The next token is predicted from the last one, so it runs whatever it is.
         self.pinned = (valid & ~visual) | is_last
         self.pool = visual & ~is_last
@@ -78,16 +82,16 @@ class Prompt:
         if marks is not None:
             dropped, foreign = marks[0] & visual, (marks[1] & ~marks[0]) & visual
             self.pool = self.pool & ~dropped
-            counts = {"dropped": dropped, "last_dropped": dropped & is_last, "foreign": foreign}
-            asked = {**asked, **{name: tokens.sum() for name, tokens in counts.items()}}
-        behind = [] if starts is None else [(valid & (places > last[:, None])).sum(1)]
-        counts = torch.stack(
+            marked = {"dropped": dropped, "last_dropped": dropped & is_last, "foreign": foreign}
+            asked = {**asked, **{name: tokens.sum() for name, tokens in marked.items()}}
+        behind = [] if starts is None else [(valid & (positions > last[:, None])).sum(1)]
+        counts: list[list[int]] = torch.stack(
             [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end, *behind]
-            + [number.to(end.device, end.dtype).expand_as(end) for number in asked.values()]
+            + [count.to(end.device, end.dtype).expand_as(end) for count in asked.values()]
         ).tolist()
         self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *answers = counts
         self.unranked_counts = answers.pop(0) if behind else [draft_tokens] * len(trailing)
-        self.answers = {name: numbers[0] for name, numbers in zip(asked, answers, strict=True)}
+        self.answers = {name: rows[0] for name, rows in zip(asked, answers, strict=True)}
         self.padded = min(self.valid_counts) < self.length
         # A sample without a token sits this prompt out: it is padded on neither side.
         self.right_padded = any(after and tokens for after, tokens in zip(trailing, self.valid_counts, strict=True))
@@ -96,7 +100,7 @@ class Prompt:
         self.end = end if self.padded else None
         # The token that ranks, and the tokens it sees: the prompt without draft tokens and answers.
         self.last = last if self.padded or self.ranks_within else None
-        self.ranked = valid & (places <= last[:, None]) if self.ranks_within else self.valid
+        self.visible = valid & (positions <= last[:, None]) if self.ranks_within else self.valid
 
     @property
     def ranks_within(self) -> bool:
@@ -125,21 +129,22 @@ class TokenSequence:
     Unless it is the full sequence, its hidden states go back to the places of a parent. A write to hidden states copies
     them first where others may hold them: hooks of the model, or a ranking.
 
-    hidden: (B, L, d); tables: tensors (B, L, ...); pool, pinned: (B, L) bool; ranked: (B, L) bool, what the ranking
-    token sees, or None where that is all; last: (B,) place of each sample's ranking token, or None where it is the last
-    of the row; kept: (B, L) positions in the full sequence, or None where this is the full sequence; parent: the
-    sequence that the hidden states go back to; places: (B, L) where there; owned: whether no one else holds `hidden`.
+    hidden: (B, L, d); rotary: tensors (B, L, ...); pool, pinned: (B, L) bool; visible: (B, L) bool, the tokens that the
+    ranking token sees, or None if it sees all; last: (B,) position of each sample's ranking token in the row, or None
+    if it is the last of the row; kept: (B, L) positions in the full sequence, or None if this is the full sequence;
+    parent: the sequence that the hidden states go back to; index: (B, L) positions there; owned: whether no one else
+    holds `hidden`.
     """
 
     hidden: Tensor
-    tables: tuple[Tensor, ...]
+    rotary: tuple[Tensor, ...]
     pool: Tensor
     pinned: Tensor
-    ranked: Tensor | None
+    visible: Tensor | None
     last: Tensor | None
     kept: Tensor | None = None
     parent: TokenSequence | None = None
-    places: Tensor | None = None
+    index: Tensor | None = None
     owned: bool = False
 
     def take(self, hidden: Tensor) -> None:
@@ -151,19 +156,22 @@ class TokenSequence:
         """Bring everything to a device, parents included."""
         if self.hidden.device != device:
             self.hidden, self.owned = self.hidden.to(device), True
-        self.tables = tuple(on_device(device, table) for table in self.tables)
+        self.rotary = tuple(on_device(device, table) for table in self.rotary)
         self.pool, self.pinned = on_device(device, self.pool), on_device(device, self.pinned)
-        self.ranked, self.last = on_device(device, self.ranked), on_device(device, self.last)
-        self.kept, self.places = on_device(device, self.kept), on_device(device, self.places)
+        self.visible, self.last = on_device(device, self.visible), on_device(device, self.last)
+        self.kept, self.index = on_device(device, self.kept), on_device(device, self.index)
         if self.parent is not None:
             self.parent.move(device)
 
-    def write_back(self) -> None:
-        """Put the hidden states at their places in the parent."""
-        parent = self.parent
+    def write_back(self) -> TokenSequence:
+        """Put the hidden states at their positions in the parent, which is returned."""
+        parent, index = self.parent, self.index
+        assert parent is not None
+        assert index is not None
         if not parent.owned:
             parent.hidden, parent.owned = parent.hidden.clone(), True
-        parent.hidden = ops.scatter_tokens_(parent.hidden, self.places, self.hidden)
+        parent.hidden = ops.scatter_tokens_(parent.hidden, index, self.hidden)
+        return parent
 
     def add(self, addition: Tensor) -> None:
         """Add (B, L, d) of the full sequence to the hidden states, parents included."""
@@ -182,8 +190,8 @@ class RoutedForward:
     Args:
         policy: what to route.
         prompt: the batch that is prefilled.
-        pad_left: rows of shorter samples are filled up at their front, for layers in which what stands last counts
-            (sliding windows, recurrent states); otherwise at their end, where causality alone keeps the fill out.
+        pad_left: whether compact rows are left-padded, for layers in which the last rows count (sliding windows,
+            recurrent states); otherwise they are right-padded, and causality alone keeps the padding out.
         combine: completes the scores where heads are split over processes; None where each has all heads.
     """
 
@@ -194,7 +202,7 @@ class RoutedForward:
         self.combine = combine
         self._reduces = policy.reducer is not None
         per_sample = [
-            ((pool,) if self._reduces else ()) + policy.selected_counts(visual, pool)
+            (*([pool] if self._reduces else []), *policy.selected_counts(visual, pool))
             for visual, pool in zip(prompt.visual_counts, prompt.pool_counts, strict=True)
         ]
         self.selected_counts = list(zip(*per_sample, strict=True))  # [stage][sample]
@@ -214,110 +222,126 @@ class RoutedForward:
         self.scored: list[DecisionScores | None] = []
 
     @property
-    def tables(self) -> tuple[Tensor, ...]:
-        """The per-token tensors of the tokens that run in this stage."""
-        return self._active.tables
+    def active(self) -> TokenSequence:
+        """The tokens that run in this stage.
 
-    @tables.setter
-    def tables(self, tables: tuple[Tensor, ...]) -> None:
-        self._active.tables = tables
+        Raises:
+            RuntimeError: no stage has begun.
+        """
+        if self._active is None:
+            raise RuntimeError("a routed forward must make its first decision before its tokens are asked for")
+        return self._active
+
+    @property
+    def rotary(self) -> tuple[Tensor, ...]:
+        """Per-token tensors of the rotary embedding, of the tokens that run in this stage."""
+        return self.active.rotary
+
+    @rotary.setter
+    def rotary(self, rotary: tuple[Tensor, ...]) -> None:
+        self.active.rotary = rotary
 
     def is_ragged(self, stage: int) -> bool:
         """Whether some sample fills its row of this stage up with rows that hold no token."""
         return min(self.row_lengths[stage]) < self.lengths[stage]
 
-    def numbers(self, device: torch.device) -> Tensor:
-        """(B, M) int64: the tokens of this stage's rows numbered from 0, in rows that hold none any number."""
+    def position_ids(self, device: torch.device) -> Tensor:
+        """(B, M) int64, contiguous positions of the tokens of this stage from 0; padding has any."""
         stage = len(self.kept) - 1
-        numbers = torch.arange(self.lengths[stage], device=device).expand(len(self.row_lengths[stage]), -1)
+        positions = torch.arange(self.lengths[stage], device=device).expand(len(self.row_lengths[stage]), -1)
         if self.pad_left and self.is_ragged(stage):
-            numbers = (numbers - (self.lengths[stage] - on_device(device, self.rows[stage]))[:, None]).clamp(min=0)
-        return numbers
+            padding = self.lengths[stage] - on_device(device, self.rows[stage])
+            positions = (positions - padding[:, None]).clamp(min=0)
+        return positions
 
-    def score(self, hidden: Tensor, tables: tuple[Tensor, ...], project: Project) -> None:
+    def score(self, hidden: Tensor, rotary: tuple[Tensor, ...], projection: Projection) -> None:
         """Rank for the next decision in the layer before it; arguments as in `decide`."""
-        source = self._source(hidden, tables)
-        ranked = self._ranked(source, project)
+        source = self._source(hidden, rotary)
+        ranked = self._rank(source, projection)
         self._scores = self._all_scores(ranked) if isinstance(ranked, Attention) else ranked
 
-    def decide(self, hidden: Tensor, tables: tuple[Tensor, ...], project: Project) -> Tensor:
+    def decide(self, hidden: Tensor, rotary: tuple[Tensor, ...], projection: Projection) -> Tensor:
         """Start the next stage: rank, select and compact.
 
         Args:
             hidden: (B, L, d) of the full sequence at the first stage, then (B, M, d) as the last stage left it.
-            tables: per-token tensors of the full sequence, (B, L, ...).
-            project: gives the queries and keys that score the candidates.
+            rotary: per-token tensors of the rotary embedding of the full sequence, (B, L, ...): cos and sin, or
+                positions.
+            projection: queries and keys of the layer that ranks.
 
         Returns:
             (B, M, d), the hidden states of the tokens that run.
         """
         stage = len(self.kept)
         reduces = self._reduces and stage == 0
-        source = self._source(hidden, tables)
-        # A token that is dropped for good is no candidate later: its flags leave with it. Places are counted in the
-        # full sequence.
+        source = self._source(hidden, rotary)
+        # A token that is dropped for good is no candidate later: its flags leave with it. Positions count in the full
+        # sequence.
         for_good = self._drops(stage)
-        carried = (source.pool, source.pinned) if for_good else ()
+        carried: tuple[Tensor, ...] = (source.pool, source.pinned) if for_good else ()
         if source.kept is not None:
             carried += (source.kept,)
+        ranked: Attention | Tensor
         if reduces:
             ranked = torch.zeros(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
         elif self._scores is not None:
             ranked, self._scores = on_device(hidden.device, self._scores), None
         else:
-            ranked = self._ranked(source, project)
+            ranked = self._rank(source, projection)
         index, rows, scores = self._route(
             ranked,
             pool=source.pool,
             pinned=source.pinned,
             keep=on_device(hidden.device, self._keep[stage]),
             length=self.lengths[stage],
-            tensors=(source.hidden, *source.tables, *carried),
+            tensors=(source.hidden, *source.rotary, *carried),
         )
         self.scored.append(None if reduces else DecisionScores(scores, source.pool, source.kept))
         ragged = self.is_ragged(stage)
         if ragged and self.pad_left:
-            index, rows = self._move_to_end(index, rows, on_device(index.device, self.rows[stage]))
-        compact, carried = rows[0], rows[1 + len(source.tables) :]
-        # One operation made all rows, which have gradients for that: layers are handed tables without, as the model's.
-        tables = tuple(
-            row if table.requires_grad else row.detach() for row, table in zip(rows[1:], source.tables, strict=False)
+            index, rows = self._left_padded(index, rows, on_device(index.device, self.rows[stage]))
+        compact, carried = rows[0], rows[1 + len(source.rotary) :]
+        # One operation made all rows, which have gradients for that: layers are handed cos and sin without, as ever.
+        rotary = tuple(
+            row if table.requires_grad else row.detach() for row, table in zip(rows[1:], source.rotary, strict=False)
         )
         pool, pinned = carried[:2] if for_good else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
-        ranked, last = None, None
+        visible: Tensor | None = None
+        last: Tensor | None = None
         if self.prompt.ranks_within:
             last = on_device(kept.device, self._last[stage])
-            ranked = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
+            visible = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
             if ragged and self.pad_left:
-                ranked = ranked & (kept >= 0)
+                visible = visible & (kept >= 0)
         elif ragged:
-            last, ranked = None if self.pad_left else on_device(kept.device, self._last[stage]), kept >= 0
-        parent, places = source, index
+            last, visible = None if self.pad_left else on_device(kept.device, self._last[stage]), kept >= 0
+        parent = source
         if self.policy.action == "remove" and source.parent is not None:
-            parent, places = source.parent, kept  # the survivors' own sequence is needed no more
-        self._active = TokenSequence(compact, tables, pool, pinned, ranked, last, kept, parent, places)
+            parent, index = source.parent, kept  # the survivors' own sequence is needed no more
+        self._active = TokenSequence(compact, rotary, pool, pinned, visible, last, kept, parent, index)
         return compact
 
     def _drops(self, stage: int) -> bool:
         """Whether what a stage does not run is no candidate of later decisions."""
         return self.policy.action == "remove" or (self._reduces and stage == 0)
 
-    def _ranked(self, source: TokenSequence, project: Project) -> Attention | Tensor:
+    def _rank(self, source: TokenSequence, projection: Projection) -> Attention | Tensor:
         """Rank the candidates of the next decision by the policy's rule."""
         stage = len(self.kept)
         source.owned = False  # the ranking and the hooks of the norm before it may hold the hidden states
         candidates = Candidates(
-            source.hidden,
-            source.pool,
-            source.pinned,
-            source.ranked,
-            source.last,
-            on_device(source.hidden.device, self._keep[stage]),
-            self.prompt.most_text,
-            stage - self._reduces,
-            partial(project, source.hidden, source.tables, source.ranked),
+            hidden=source.hidden,
+            pool=source.pool,
+            text=source.pinned,
+            valid=source.visible,
+            last=source.last,
+            keep=on_device(source.hidden.device, self._keep[stage]),
+            most_text=self.prompt.most_text,
+            decision=stage - self._reduces,
+            _rotary=source.rotary,
+            _projection=projection,
         )
         with torch.no_grad():
             ranked = self.policy.ranking.rank(candidates)
@@ -339,7 +363,15 @@ class RoutedForward:
         """Scores by all heads; on every process the same."""
         return scores if self.combine is None else self.combine(scores, reduction)
 
-    def _route(self, ranked: Attention | Tensor, pool, pinned, keep, length, tensors):
+    def _route(
+        self,
+        ranked: Attention | Tensor,
+        pool: Tensor,
+        pinned: Tensor,
+        keep: Tensor,
+        length: int,
+        tensors: tuple[Tensor, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """`ops.route_tokens`, in steps where there are scores, or where they must be combined."""
         if isinstance(ranked, Attention) and self.combine is None:
             selection = {"pool": pool, "pinned": pinned, "keep": keep, "length": length, "tensors": tensors}
@@ -350,28 +382,28 @@ class RoutedForward:
         return index, ops.gather_tokens(index, *tensors), ranked
 
     @staticmethod
-    def _move_to_end(index: Tensor, rows: list[Tensor], lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The same rows with their fill in front: index (B, M), rows (B, M, ...), lengths (B,) without the fill."""
+    def _left_padded(index: Tensor, rows: Sequence[Tensor], lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The same rows, left-padded: index (B, M), rows (B, M, ...), lengths (B,) without padding."""
         length = index.shape[1]
-        places = torch.arange(length, device=index.device) - (length - lengths)[:, None]
-        places = places.clamp(min=-1)
-        moved = torch.where(places < 0, places, index.gather(1, places.clamp(min=0)))
-        return moved, ops.gather_tokens(places, *rows)
+        shifted = torch.arange(length, device=index.device) - (length - lengths)[:, None]
+        shifted = shifted.clamp(min=-1)
+        moved = torch.where(shifted < 0, shifted, index.gather(1, shifted.clamp(min=0)))
+        return moved, ops.gather_tokens(shifted, *rows)
 
-    def _source(self, hidden: Tensor, tables: tuple[Tensor, ...]) -> TokenSequence:
+    def _source(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> TokenSequence:
         """The sequence to select from: under `reroute` all tokens, or all that a reducer left, else the survivors."""
         active = self._active
         if active is None:
             prompt = self.prompt
-            full = TokenSequence(hidden, tables, prompt.pool, prompt.pinned, prompt.ranked, prompt.last)
+            full = TokenSequence(hidden, rotary, prompt.pool, prompt.pinned, prompt.visible, prompt.last)
             full.move(hidden.device)
             return full
         active.take(hidden)
-        drops = self._drops(len(self.kept) - 1)
-        # The tokens that a reducer left are written back once, at the end.
-        if not drops or self.policy.action == "remove":
+        if not self._drops(len(self.kept) - 1):
+            return active.write_back()
+        if self.policy.action == "remove":  # the tokens that a reducer left are written back once, at the end
             active.write_back()
-        return active if drops else active.parent
+        return active
 
     def add(self, hidden: Tensor, addition: Tensor) -> Tensor:
         """Add to the tokens between two layers, to deferred ones too.
@@ -396,13 +428,12 @@ class RoutedForward:
         Trailing padding shows its sample's last token, so that reading the last position of a row is right whatever
         the padding side.
         """
-        sequence = self._active
+        sequence = self.active
         sequence.take(hidden)
         while sequence.parent is not None:
-            sequence.write_back()
-            sequence = sequence.parent
+            sequence = sequence.write_back()
         full, prompt = sequence.hidden, self.prompt
-        if prompt.right_padded:
+        if prompt.right_padded and prompt.end is not None:
             end = on_device(full.device, prompt.end)
             trailing = torch.arange(prompt.length, device=full.device) > end[:, None]
             last_row = full.gather(1, end.clamp(min=0)[:, None, None].expand(-1, 1, full.shape[2]))

@@ -99,8 +99,6 @@ def test_tables_are_those_of_the_records(tmp_path):
     assert {record["versions"]["transformers"] for record in records} == {"5.4.0", "5.17.0", "5.23.0", "5.24.0"}
     report.replace_between(tmp_path / "models.md", "support", report.support_tables(records))
     assert (tmp_path / "models.md").read_text() == (ROOT / "docs" / "models.md").read_text()
-    cpu = report.cpu_tables(report._read(report.RESULTS / "cpu" / "benchmarks.json"))
-    report.replace_between(tmp_path / "README.md", "benchmarks", cpu)
     results = report._read(report.RESULTS / "grounding" / "results.json")
     report.replace_between(tmp_path / "README.md", "gpus", report.gpu_summary(report.gpu_folders()))
     report.replace_between(tmp_path / "README.md", "grounding", grounding.summary_table(results))
@@ -147,7 +145,45 @@ def test_no_kernel_spills_in_any_record():
         assert not [row for row in report._read(path)["kernels"] if row["spills"] or row["stack"]]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page):
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
-        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), (link, anchor)
+
+
+def test_every_page_is_in_the_index_and_the_navigation():
+    index, navigation = (ROOT / "docs" / "index.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"]({page.name})" in index
+        assert page.name in navigation
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["policies.md"])
+def test_code_blocks_of_a_page_run(page, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+@pytest.mark.parametrize("name", re.findall(r"reroute_kernels[\w.]*", (ROOT / "docs" / "api.md").read_text()))
+def test_reference_names_what_exists(name):
+    import pkgutil
+
+    assert pkgutil.resolve_name(name) is not None

@@ -42,7 +42,7 @@ def run(forward, stages, hidden, tables, change):
     """Hidden states through the stages; `change` is what the layers of a stage do."""
     seen = []
     for _ in range(stages):
-        compact = forward.decide(hidden, tables, dict)
+        compact = forward.decide(hidden, tables, None)
         seen.append(compact)
         hidden = change(compact)
     return forward.finish(hidden), seen
@@ -99,10 +99,10 @@ def test_what_is_added_reaches_tokens_that_wait(action, reduces):
     routed = forward(action, reduces)
     hidden, addition = torch.zeros(1, 11, 4), torch.arange(11.0)[None, :, None].expand(1, 11, 4)
     held = hidden.clone()
-    compact = routed.decide(hidden, (), dict)
+    compact = routed.decide(hidden, (), None)
     compact = routed.add(compact, addition)
     for _ in range(len(STAGES) + reduces - 1):
-        compact = routed.decide(compact, (), dict)
+        compact = routed.decide(compact, (), None)
         compact = routed.add(compact, addition)
     full = routed.finish(compact)
     times = 2 + reduces

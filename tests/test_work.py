@@ -133,11 +133,11 @@ class Forward:
         self.query = torch.randn(len(lefts), 1, 4, 8, device=device)
         self.key = torch.randn(len(lefts), length, 2, 8, device=device)
 
-    def ranking(self, hidden, tables, valid, places):
-        return Attention(self.query, self.key[:, : hidden.shape[1]], *tables, key_mask=valid, query_index=places)
+    def attention(self, hidden, rotary, key_mask, positions):
+        return Attention(self.query, self.key[:, : hidden.shape[1]], *rotary, key_mask=key_mask, query_index=positions)
 
     def decide(self):
-        self.hidden = self.routed.decide(self.hidden, self.tables, self.ranking)
+        self.hidden = self.routed.decide(self.hidden, self.tables, self)
 
     def finish(self):
         self.hidden = self.routed.finish(self.hidden)

@@ -151,7 +151,7 @@ def page(results: dict) -> list[str]:
         "# Grounding: deferring against deleting",
         "",
         "What routing does to answers, measured on the tiny model that ships in `models/tiny_grounding` "
-        "([its card](../models/tiny_grounding/README.md)). It is a LLaVA of 16 decoder layers with "
+        "(its card is `models/tiny_grounding/README.md`). It is a LLaVA of 16 decoder layers with "
         f"{results['visual_tokens']} visual tokens, trained from scratch on synthetic scenes: its figures say how the "
         "policies compare on it, not what they cost a model of billions of parameters. "
         "[evaluation.md](evaluation.md) tells how to measure those.",

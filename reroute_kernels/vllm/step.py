@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..routing import Combine, Project, Prompt, RoutedForward
+from ..rankings import Projection
+from ..routing import Combine, Prompt, RoutedForward
 from ..trace import Trace
 from .plan import Plan, Share
 
@@ -28,7 +29,7 @@ class RoutedStep:
         self._plan = plan
         self._tokens = [share.scheduled for share in shares]
         self._prompts: dict[int, Prompt] = {}
-        self._tables: dict[int, tuple[Tensor, ...]] = {}  # of the full sequences
+        self._positions: dict[int, tuple[Tensor, ...]] = {}  # of the full sequences
         self._forwards: dict[int, RoutedForward] = {}
         for number, (share, stretches) in enumerate(zip(shares, visual, strict=True)):
             if share.starts and share.is_routed:
@@ -48,26 +49,26 @@ class RoutedStep:
         return self._plan.policy.stage_layers
 
     def decide(
-        self, hidden: Tensor, tables: Tensor, project: Project, combine: Combine | None
+        self, hidden: Tensor, positions: Tensor, projection: Projection, combine: Combine | None
     ) -> tuple[Tensor, Tensor]:
         """Start the next stage for every prompt of the step; all other tokens go on as they are.
 
         Args:
             hidden: (T, d), as the last stage left it.
-            tables: (T, ...), what is per token beside it.
-            project, combine: as in `RoutedForward`.
+            positions: (T, ...), rotary positions.
+            projection, combine: as in `RoutedForward`.
 
         Returns:
             Both, of the tokens that run in this stage; never the tensors that came.
         """
-        hiddens, rows = list(hidden.split(self._tokens)), list(tables.split(self._tokens))
+        hiddens, rows = list(hidden.split(self._tokens)), list(positions.split(self._tokens))
         for number, prompt in self._prompts.items():
             if number not in self._forwards:
                 self._forwards[number] = RoutedForward(self._plan.policy, prompt, combine=combine)
-                self._tables[number] = (rows[number][None],)
+                self._positions[number] = (rows[number][None],)
             forward = self._forwards[number]
-            hiddens[number] = forward.decide(hiddens[number][None], self._tables[number], project)[0]
-            rows[number] = forward.tables[0][0]
+            hiddens[number] = forward.decide(hiddens[number][None], self._positions[number], projection)[0]
+            rows[number] = forward.rotary[0][0]
         self._tokens = [len(each) for each in hiddens]
         return torch.cat(hiddens), torch.cat(rows)
 

@@ -46,5 +46,5 @@ def test_first_rule_that_applies_is_raised():
         Refusal("third", "not reached {c}", lambda c: c > 0),
     )
     refuse(0, rules)
-    with pytest.raises(ValueError, match="^must be 0, got 1$"):
+    with pytest.raises(ValueError, match=r"^must be 0, got 1$"):
         refuse(1, rules)

@@ -65,14 +65,16 @@ def test_a_part_of_a_prompt(share):
     assert stage_layout([text], 0).seq_lens.tolist() == [share.computed + share.scheduled]
 
 
-def scores_of(hidden, tables, mask=None, places=None, keys_alone=False):
-    """The first channel is what is attended to; positions come along."""
-    length = hidden.shape[1]
-    assert tables[0].shape[:2] == (1, length)
-    key = hidden[:, :, None, :4]
-    query = torch.tensor([1.0, 0, 0, 0]).expand(1, 1, 1, 4)
-    places = torch.full((1, 1), length - 1) if places is None else places
-    return Attention(query, key, key_mask=mask, query_index=places, scale=1.0)
+class FirstChannel:
+    """Attends to the first channel; positions come along."""
+
+    def attention(self, hidden, rotary, key_mask, positions):
+        length = hidden.shape[1]
+        assert rotary[0].shape[:2] == (1, length)
+        key = hidden[:, :, None, :4]
+        query = torch.tensor([1.0, 0, 0, 0]).expand(1, 1, 1, 4)
+        positions = torch.full((1, 1), length - 1) if positions is None else positions
+        return Attention(query, key, key_mask=key_mask, query_index=positions, scale=1.0)
 
 
 @pytest.mark.parametrize("action", ["reroute", "remove"])
@@ -91,13 +93,13 @@ def test_step(action):
     step = RoutedStep(plan, shares, visual, hidden.device)
     assert step.decision_layers == (0, 1)
 
-    ran, tables = step.decide(hidden, positions, scores_of, None)
+    ran, tables = step.decide(hidden, positions, FirstChannel(), None)
     layout = stage_layout(shares, 0)
     assert len(ran) == len(tables) == len(layout.rows) == 1 + 8 + 5 + 7
     assert torch.equal(ran, before[tables]), "a position came apart from its token"
     ran = ran + 100 * torch.ones(4)  # a layer
     first = tables
-    ran, tables = step.decide(ran, tables, scores_of, None)
+    ran, tables = step.decide(ran, tables, FirstChannel(), None)
     assert len(ran) == len(stage_layout(shares, 1).rows) == 1 + 6 + 5 + 6
     again = torch.isin(tables, first)
     assert torch.equal(ran, before[tables] + 100 * again[:, None])
