@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from reroute_kernels import flops  # noqa: F401 (registers what the operations count for)
@@ -97,18 +99,18 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
         raise TypeError(f"policy must be a Policy or its text, got {type(policy).__name__}")
     if not isinstance(replace, bool):
         raise TypeError(f"replace must be a bool, got {replace!r}")
-    model = _unwrapped(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if not isinstance(model, nn.Module) or model_type is None:
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    inside = _unwrapped(model)
+    model_type = getattr(getattr(inside, "config", None), "model_type", None)
+    if not isinstance(inside, nn.Module) or model_type is None:
+        raise TypeError(f"model must be a transformers model, got {type(inside).__name__}")
     if model_type in _BIDIRECTIONAL and model_type not in ADAPTERS:
         raise BIDIRECTIONAL.because(model_type=model_type)
     if model_type not in ADAPTERS:
         raise MODEL_TYPE.because(supported=", ".join(ADAPTERS), model_type=model_type)
     check_transformers()
     if isinstance(policy, str):
-        policy = Policy.parse(policy, model)
-    return Routing(ADAPTERS[model_type](model), policy, replace)
+        policy = Policy.parse(policy, inside)
+    return Routing(ADAPTERS[model_type](inside), policy, replace)
 
 
 def routing_of(model: nn.Module) -> Routing | None:
@@ -147,11 +149,11 @@ def remove(model: nn.Module) -> None:
         routing.remove()
 
 
-def _unwrapped(model: object) -> object:
+def _unwrapped(model: Any) -> Any:
     """The transformers model inside what PEFT, `torch.compile` and `DistributedDataParallel` wrap around it."""
     while isinstance(model, nn.Module):
         if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+            model = model.get_base_model()  # type: ignore[operator]
         elif "_orig_mod" in model._modules:
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):

@@ -12,6 +12,7 @@ from reroute_kernels.attention import Attention
 from reroute_kernels.versions import SUPPORTED
 
 from .checkpointing import checkpointed
+from .modules import Module, uncompiled
 from .tensor_parallel import check_not_sharded
 from .vision import ReducedVision
 
@@ -29,11 +30,6 @@ def cache_name(model: nn.Module) -> str:
     """The argument of a model that holds the KV cache."""
     parameters = inspect.signature(uncompiled(model).forward).parameters
     return next(name for name in CACHE_NAMES if name in parameters)
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` puts around it."""
-    return module._modules.get("_orig_mod", module)
 
 
 def visual_token_ids(config) -> list[int]:
@@ -109,14 +105,14 @@ class Adapter:
     """Arguments of its layers, passed by name behind the hidden states."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model: Module = model
         if not isinstance(getattr(model, "model", None), nn.Module):
             raise AttributeError(
                 f"model must be a whole one with its head, such as LlavaForConditionalGeneration, got "
                 f"{type(model).__name__}, which has no attribute 'model'"
             )
-        self.core: nn.Module = uncompiled(model.model)
-        self.decoder: nn.Module = uncompiled(self._require(self.core, self.decoder_name))
+        self.core: Module = uncompiled(model.model)
+        self.decoder: Module = uncompiled(self._require(self.core, self.decoder_name))
         self.layers: nn.ModuleList = self._require(self.decoder, "layers")
         check_not_sharded(model, self.core, self.decoder, *self.layers)
         self.layer_types: list[str] = self._layer_types()
@@ -167,21 +163,21 @@ class Adapter:
         """(B, Hkv, at least P, D), the rotated keys that a cache holds for a layer."""
         return cache.layers[layer_idx].keys
 
-    def queries(self, attention: nn.Module, states: Tensor) -> Tensor:
+    def queries(self, attention: Module, states: Tensor) -> Tensor:
         """(B, Q, Hq, D), as projected, of normalized states (B, Q, d)."""
         query = attention.q_proj(states).unflatten(-1, (-1, attention.head_dim))
         return attention.q_norm(query) if hasattr(attention, "q_norm") else query
 
-    def keys(self, attention: nn.Module, states: Tensor) -> Tensor:
+    def keys(self, attention: Module, states: Tensor) -> Tensor:
         """(B, L, Hkv, D), as projected, of normalized states (B, L, d)."""
         key = self.unnormalized_keys(attention, states)
         return attention.k_norm(key) if hasattr(attention, "k_norm") else key
 
-    def unnormalized_keys(self, attention: nn.Module, states: Tensor) -> Tensor:
+    def unnormalized_keys(self, attention: Module, states: Tensor) -> Tensor:
         """(B, L, Hkv, D), before the norm of keys, if the layer has one."""
         return attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
 
-    def rotary(self, layer: nn.Module, position_embeddings) -> tuple[Tensor, Tensor]:
+    def rotary(self, layer: Module, position_embeddings) -> tuple[Tensor, Tensor]:
         """cos and sin as (B or 1, L, R), from what the model hands its layers."""
         cos, sin = position_embeddings
         return cos, sin
@@ -203,7 +199,7 @@ class Adapter:
 
     def ranking(
         self,
-        layer: nn.Module,
+        layer: Module,
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,

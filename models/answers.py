@@ -39,7 +39,7 @@ class Answers:
         if self._answers_from is not None:
             starts = self._given(visual)
         elif isinstance(self._labels, Tensor):
-            starts = self._labelled(visual, valid)
+            starts = self._labelled(self._labels, visual, valid)
         else:
             return None
         # Nothing is ranked where there is no visual token.
@@ -57,18 +57,19 @@ class Answers:
             raise ValueError(f"answers_from must hold a position for each of {batch} samples, got {len(starts)}")
         return starts.expand(batch).clamp(max=length)
 
-    def _labelled(self, visual: Tensor, valid: Tensor | None) -> Tensor:
+    @staticmethod
+    def _labelled(labels: Tensor, visual: Tensor, valid: Tensor | None) -> Tensor:
         """From labels: the answer begins at the first one behind the last visual token.
 
         A row that is scored from before its images on, up to and behind them, has no answer: its text is scored as a
         whole.
         """
         batch, length = visual.shape
-        if tuple(self._labels.shape) != (batch, length):
+        if tuple(labels.shape) != (batch, length):
             raise ValueError(
-                f"labels must be of shape {(batch, length)} as the routed prompt, got {tuple(self._labels.shape)}"
+                f"labels must be of shape {(batch, length)} as the routed prompt, got {tuple(labels.shape)}"
             )
-        scored = self._labels.to(visual.device) != _UNSCORED
+        scored = labels.to(visual.device) != _UNSCORED
         if valid is not None:
             scored = scored & valid
         places = torch.arange(length, device=visual.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -158,6 +159,18 @@ class CachedPrompt:
             [self.key_positions(stage, batch, count) for stage in stages],
             [self.valid_keys(stage, batch, visible, count) for stage in stages],
         )
+
+
+@overload
+def _repeated(rows: Tensor, batch: int) -> Tensor: ...
+
+
+@overload
+def _repeated(rows: None, batch: int) -> None: ...
+
+
+@overload
+def _repeated(rows: Tensor | None, batch: int) -> Tensor | None: ...
 
 
 def _repeated(rows: Tensor | None, batch: int) -> Tensor | None:

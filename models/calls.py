@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,11 @@ class CallFacts:
     total: int
 
     @cached_property
-    def _read_mask(self) -> tuple[object, Tensor | None]:
+    def _read_mask(self) -> tuple[Any, Tensor | None]:
         return _padding_mask(self.arguments.get("attention_mask"), self.queries, self.total)
 
     @property
-    def mask(self) -> object:
+    def mask(self) -> Any:
         """The (batch, total) mask behind the attention mask; what was given if there is none behind it."""
         return self._read_mask[0]
 
@@ -158,8 +159,8 @@ class PromptFacts(CallFacts):
             "early_answers": None if starts is None else answers.too_early(self.visual, starts),
             "activated": None if self.activated is None else activated_visual(self.visual, self.activated),
         }
-        asked = {name: count for name, count in asked.items() if count is not None}
-        return Prompt(self.visual, self.valid, self.generation.draft_tokens, self.marks, asked, starts)
+        given = {name: count for name, count in asked.items() if count is not None}
+        return Prompt(self.visual, self.valid, self.generation.draft_tokens, self.marks, given, starts)
 
     def _jumps(self) -> Tensor | None:
         """How often positions do not count by one, in a call in which transformers takes that for packed sequences.
@@ -294,11 +295,11 @@ class PromptFacts(CallFacts):
 
     @property
     def uneven_rows(self) -> str:
-        return ", ".join(map(str, self._forward.row_lengths[self.uneven_stage]))
+        return ", ".join(map(str, self._forward.row_lengths[self.uneven_stage or 0]))
 
     @property
     def uneven_layer(self) -> int:
-        return self.policy.stage_layers[self.uneven_stage]
+        return self.policy.stage_layers[self.uneven_stage or 0]
 
     @cached_property
     def _forward(self) -> RoutedForward:
@@ -355,7 +356,7 @@ class CallReader:
         self._policy = policy
         self._layers = layers
         self._vision = vision
-        self._routing = {"adapter": adapter, "policy": policy, "layers": layers}
+        self._routing: dict[str, Any] = {"adapter": adapter, "policy": policy, "layers": layers}
         self._cache_name = cache_name(adapter.core)
         self._combine = None if head_group is None else partial(all_gather_scores, head_group)
         self._signature = inspect.signature(adapter.core.forward)
@@ -466,7 +467,7 @@ class CallReader:
             queries=queries,
             total=queries + (past.length if past else 0),
             visual=visual,
-            marks=None if marks is None else tuple(tokens.to(visual.device) for tokens in marks()),
+            marks=None if marks is None else _on_device_of(visual, *marks()),
             past=past,
             tower=None if self._vision is None else self._vision.tower,
         )
@@ -574,6 +575,10 @@ class CallReader:
 def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
     """All arguments of a call by name."""
     return {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+
+
+def _on_device_of(visual: Tensor, dropped: Tensor, dropped_by_any: Tensor) -> tuple[Tensor, Tensor]:
+    return dropped.to(visual.device), dropped_by_any.to(visual.device)
 
 
 def brings_features(adapter: Adapter, arguments: dict) -> bool:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from torch import nn
 
+from .modules import Module
+
 _WRAPPED = "_checkpoint_wrapped_module"  # in torch.distributed.algorithms._checkpoint.checkpoint_wrapper
 _COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
 
 
-def checkpointed(module: nn.Module) -> nn.Module:
+def checkpointed(module: Module) -> Module:
     """The module inside what torch's `checkpoint_wrapper` put around it."""
-    while _WRAPPED in module._modules:
-        module = module._modules[_WRAPPED]
+    while (inside := module._modules.get(_WRAPPED)) is not None:
+        module = inside
     return module
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from reroute_kernels.attention import Attention
 
 from .adapter import Adapter
+from .modules import Module
 from .vision import ClipVision, QwenVision
 
 
@@ -42,7 +43,7 @@ class Qwen2VLAdapter(Adapter):
         super().__init__(model)
         self._axes_apart = False
 
-    def rotary(self, layer: nn.Module, position_embeddings) -> tuple[Tensor, Tensor]:
+    def rotary(self, layer: Module, position_embeddings) -> tuple[Tensor, Tensor]:
         cos, sin = position_embeddings
         self._axes_apart = cos.ndim == 4
         if self._axes_apart:  # before transformers 5.17 the layers mix the axes, not the model
@@ -107,7 +108,7 @@ class Qwen3_5Adapter(Adapter):
     def cached_keys(self, cache, layer_idx: int) -> Tensor:
         return cache.key_cache[layer_idx] if hasattr(cache, "key_cache") else super().cached_keys(cache, layer_idx)
 
-    def queries(self, attention: nn.Module, states: Tensor) -> Tensor:
+    def queries(self, attention: Module, states: Tensor) -> Tensor:
         query, _gate = attention.q_proj(states).unflatten(-1, (-1, 2 * attention.head_dim)).chunk(2, dim=-1)
         return attention.q_norm(query)
 
@@ -124,7 +125,7 @@ class Glm4vAdapter(Adapter):
         # Before transformers 5.17 the layers put the entries of a table in the order of the channels, not the model.
         self._in_halves = not hasattr(self.decoder.rotary_emb, "recomposition_frequencies")
 
-    def rotary(self, layer: nn.Module, position_embeddings) -> tuple[Tensor, Tensor]:
+    def rotary(self, layer: Module, position_embeddings) -> tuple[Tensor, Tensor]:
         cos, sin = position_embeddings
         if self._in_halves:
             cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))

@@ -53,7 +53,7 @@ def prompt_call(core: nn.Module) -> PromptCall:
             nested |= module in running
             running.add(module)
         callee, frame = frame, frame.f_back
-    if frame is None or nested or not _is_model_call(callee, frame.f_locals["self"]):
+    if frame is None or callee is None or nested or not _is_model_call(callee, frame.f_locals["self"]):
         return PromptCall()
     values = frame.f_locals
     if frame.f_code.co_name == "_assisted_decoding":
@@ -62,7 +62,7 @@ def prompt_call(core: nn.Module) -> PromptCall:
         return PromptCall(generates=True)
     config, ids = values.get("generation_config"), values.get("input_ids")
     drafts, chunk = bool(getattr(config, "is_assistant", False)), getattr(config, "prefill_chunk_size", None)
-    if chunk is not None and ids.shape[1] > chunk:
+    if chunk is not None and ids is not None and ids.shape[1] > chunk:
         return PromptCall(generates=True, drafts=drafts, chunked_ids=ids, chunk_size=chunk)
     return PromptCall(generates=True, drafts=drafts, uncut=values.get("next_sequence_length", 0) is None)
 

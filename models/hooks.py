@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,13 @@ from reroute_kernels.routing import on_device
 from reroute_kernels.trace import Trace
 
 from . import refusals
-from .adapter import Adapter, cache_of, uncompiled
+from .adapter import Adapter, cache_of
 from .answers import Answers, checked
 from .calls import CallReader, by_name
 from .checkpointing import runs_first
 from .experts import asks_for_router_logits, with_tokens, without_padding
 from .layers import RoutedLayers
+from .modules import Module, uncompiled
 from .offload import onloaded, to_execution_device
 from .prefill import Continuation, Prefill
 from .stack import calls_of, forwards_of
@@ -46,7 +48,7 @@ class _Call:
     """
 
     routed: Prefill | Continuation | None = None
-    unread: tuple[tuple, dict, Answers] | None = None
+    unread: Any = None
     awaits_decoder: bool = False
     mask: object = None
 
@@ -56,17 +58,18 @@ class _Projection:
     """Queries and keys of one layer, and the keys that its cache holds, as rankings ask for them."""
 
     adapter: Adapter
-    head_group: object
+    head_group: Any
     call: Prefill
     layer_idx: int
-    layer: nn.Module
+    layer: Module
 
     @torch.no_grad()
     def attention(
         self, hidden: Tensor, rotary: tuple[Tensor, ...], key_mask: Tensor | None, positions: Tensor | None
     ) -> Attention:
+        cos, sin = rotary
         with onloaded(self.layer, self.layer.self_attn):
-            attention = self.adapter.ranking(self.layer, hidden, *rotary, key_mask, positions)
+            attention = self.adapter.ranking(self.layer, hidden, cos, sin, key_mask, positions)
         check_heads(attention.query, attention.key, self.adapter.decoder.config, self.head_group)
         call, past = self.call, self.call.past
         if past is None:
@@ -118,7 +121,7 @@ class Routing:
         self._check_model()
         self._layers = RoutedLayers(adapter, policy)
         self._head_group = head_group(adapter.model)
-        self._vision = None if policy.reducer is None else self._reduced_vision()
+        self._vision: Any = None if policy.reducer is None else self._reduced_vision()  # a ReducedVision
         self._ranks_ahead = {stage.layer - 1 for stage in policy.schedule if policy.ranks_by_previous_layer}
         self._calls = CallReader(adapter, policy, self._layers, self._head_group, self._vision)
         self._running = _Calls()
@@ -147,6 +150,7 @@ class Routing:
             raise refusals.REDUCER_FAMILY.because(model_type=model_type, reducer=self.policy.reducer)
         if self._head_group is not None:
             raise refusals.REDUCER_SPLIT_HEADS.because(reducer=self.policy.reducer)
+        assert self.policy.reducer is not None
         vision = adapter.vision(adapter, self.policy.reducer)
         present = _routing_on(adapter)
         vision.check_tower(None if present is None else present._vision)
@@ -332,8 +336,8 @@ class Routing:
             return None
         arguments = by_name(self._decoder_signature, args, kwargs)
         if self._vision is not None:
-            unread, state.unread = state.unread, None
-            state.routed = self._read_reduced(*unread, arguments)
+            (args, kwargs, answers), state.unread = state.unread, None
+            state.routed = self._read_reduced(args, kwargs, answers, arguments)
             if state.routed is not None:
                 self._check_parts()
         call = state.routed
@@ -348,7 +352,7 @@ class Routing:
         positions = call.position_ids(given)
         return None if positions is None else ((), {**arguments, "position_ids": positions})
 
-    def _enter_first_layer(self, layer: nn.Module, args: tuple) -> None:
+    def _enter_first_layer(self, layer: Module, args: tuple) -> None:
         if self._call is None and self._decoder_runs():  # by its `forward`, past its hooks
             raise self._called_alone()
 
@@ -360,11 +364,11 @@ class Routing:
     ) -> Prefill | Continuation | None:
         """Read a call of the model; the marks of what was dropped are taken out of what its decoder is handed."""
         vision, embeds = self._vision, arguments["inputs_embeds"]
-        found: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor]] = []
 
         def marks() -> tuple[Tensor, Tensor]:
-            found.extend(vision.marks(embeds))
-            return tuple(found)
+            found.append(vision.marks(embeds))
+            return found[-1]
 
         call = self._calls.read(args, kwargs, marks, answers)
         if isinstance(call, Prefill):
@@ -374,10 +378,10 @@ class Routing:
                     visual=visual, dropped=counted["dropped"], foreign=counted["foreign"]
                 )
         if found:
-            arguments["inputs_embeds"] = embeds.masked_fill(found[1][:, :, None], 0)
+            arguments["inputs_embeds"] = embeds.masked_fill(found[-1][1][:, :, None], 0)
         return call
 
-    def _enter_layer(self, stage: int, layer_idx: int, layer: nn.Module, args: tuple, kwargs: dict):
+    def _enter_layer(self, stage: int, layer_idx: int, layer: Module, args: tuple, kwargs: dict):
         call = self._routed
         if call is None:
             return None
@@ -395,13 +399,13 @@ class Routing:
         kwargs["attention_mask"] = call.mask(stage, layer_idx, hidden, kwargs)
         return (hidden, *others), kwargs
 
-    def _enter_last_unrouted_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter_last_unrouted_layer(self, layer: Module, args: tuple, kwargs: dict) -> None:
         call = self._routed
         if isinstance(call, Prefill):
             layer_idx = self._layers.stages[0].start - 1
             self._rank_ahead(call, layer_idx, layer, args[0], kwargs["position_embeddings"])
 
-    def _decide(self, call: Prefill, layer_idx: int, layer: nn.Module, hidden: Tensor, kwargs: dict) -> Tensor:
+    def _decide(self, call: Prefill, layer_idx: int, layer: Module, hidden: Tensor, kwargs: dict) -> Tensor:
         call.fill(cache_of(kwargs))
         hidden = to_execution_device(layer, hidden)
         rotary = self._rotary(layer, hidden, kwargs["position_embeddings"])
@@ -414,14 +418,14 @@ class Routing:
         return hidden
 
     def _rank_ahead(
-        self, call: Prefill, layer_idx: int, layer: nn.Module, hidden: Tensor, position_embeddings: object
+        self, call: Prefill, layer_idx: int, layer: Module, hidden: Tensor, position_embeddings: object
     ) -> None:
         """Rank for the decision in the next layer; position_embeddings are those of the full sequence."""
         hidden = to_execution_device(layer, hidden)
         rotary = self._rotary(layer, hidden, position_embeddings)
         call.forward.score(hidden, rotary, self._projection(call, layer_idx, layer))
 
-    def _rotary(self, layer: nn.Module, hidden: Tensor, position_embeddings: object) -> tuple[Tensor, ...]:
+    def _rotary(self, layer: Module, hidden: Tensor, position_embeddings: object) -> tuple[Tensor, ...]:
         """cos and sin, (B, L, R), of what layers are handed."""
         cos_and_sin = self._adapter.rotary(layer, position_embeddings)
         return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in cos_and_sin)
@@ -432,16 +436,16 @@ class Routing:
         positions = positions if axes == 1 else positions.expand(axes, -1, -1)
         return self._adapter.decoder.rotary_emb(hidden, positions)
 
-    def _projection(self, call: Prefill, layer_idx: int, layer: nn.Module) -> _Projection:
+    def _projection(self, call: Prefill, layer_idx: int, layer: Module) -> _Projection:
         return _Projection(self._adapter, self._head_group, call, layer_idx, layer)
 
-    def _add_layer_features(self, layer_idx: int, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _add_layer_features(self, layer_idx: int, layer: Module, args: tuple, output: Tensor) -> Tensor | None:
         call = self._routed
         if not isinstance(call, Prefill) or layer_idx >= len(call.layer_features):
             return None
         return call.forward.add(output, call.layer_features[layer_idx])
 
-    def _leave_last_layer(self, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _leave_last_layer(self, layer: Module, args: tuple, output: Tensor) -> Tensor | None:
         call = self._routed
         if not isinstance(call, Prefill):
             return None

@@ -80,8 +80,8 @@ class RoutedLayers:
         return next((stage.layer for stage in self._policy.schedule if stage.layer not in self._able), None)
 
     @property
-    def unable_kind(self) -> str:
-        return self.kinds[self.unable_layer]
+    def unable_kind(self) -> str | None:
+        return None if self.unable_layer is None else self.kinds[self.unable_layer]
 
     @property
     def unranked_layer(self) -> int | None:
@@ -91,8 +91,8 @@ class RoutedLayers:
         return next((stage.layer for stage in self._policy.schedule if stage.layer - 1 not in self._able), None)
 
     @property
-    def unranked_kind(self) -> str:
-        return self.kinds[self.unranked_layer - 1]
+    def unranked_kind(self) -> str | None:
+        return None if self.unranked_layer is None else self.kinds[self.unranked_layer - 1]
 
     @property
     def unknown_layer(self) -> int | None:
@@ -101,8 +101,8 @@ class RoutedLayers:
         return next((layer_idx for layer_idx in routed if self.kinds[layer_idx] not in _KINDS), None)
 
     @property
-    def unknown_kind(self) -> str:
-        return self.kinds[self.unknown_layer]
+    def unknown_kind(self) -> str | None:
+        return None if self.unknown_layer is None else self.kinds[self.unknown_layer]
 
     @property
     def accepted_kinds(self) -> str:
@@ -164,6 +164,7 @@ class RoutedLayers:
             hidden: the layer's input.
         """
         form = self.mask_format
+        assert form is not None  # checked at the start of the call
         layers = getattr(cache, "layers", ())
         cached = layers[layer_idx] if layer_idx < len(layers) else None
         if self.kinds[layer_idx] == "sliding_attention" and total > self._config.sliding_window:
@@ -172,8 +173,8 @@ class RoutedLayers:
             if getattr(cached, "is_sliding", False):
                 past = min(past, window - 1)
             keys = past + queries
-            places = positions()[:, -keys:]
+            seen = positions()[:, -keys:]
             valid = valid[:, -keys:] if valid is not None else None
-            return attention_mask(form, queries, past, keys, hidden, valid, places, window)
+            return attention_mask(form, queries, past, keys, hidden, valid, seen, window)
         keys = getattr(cached, "max_cache_len", past + queries)
         return attention_mask(form, queries, past, keys, hidden, valid)

@@ -36,6 +36,13 @@ def mask_format(implementation: str) -> str | None:
     return None
 
 
+def _with_room(rows: Tensor | None, keys: int) -> Tensor | None:
+    """Rows of a cache with room left, padded to so many keys."""
+    if rows is None or rows.shape[1] == keys:
+        return rows
+    return torch.nn.functional.pad(rows, (0, keys - rows.shape[1]))
+
+
 def attention_mask(
     form: str,
     queries: int,
@@ -72,17 +79,14 @@ def attention_mask(
     if sees_all and (queries == 1 or (form == "sdpa" and past == 0)):
         return None
     valid, positions = on_device(like.device, valid), on_device(like.device, positions)
-    if keys > past + queries:
-        room = (0, keys - past - queries)
-        valid = torch.nn.functional.pad(valid, room) if valid is not None else None
-        positions = torch.nn.functional.pad(positions, room) if positions is not None else None
+    valid, positions = (_with_room(rows, keys) for rows in (valid, positions))
 
     def row(table: Tensor, sample: Tensor) -> Tensor:
         return sample if table.shape[0] > 1 else torch.zeros_like(sample)
 
     def allowed(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = key <= query + past
-        if window is not None:
+        if window is not None and positions is not None:
             place = row(positions, sample)
             seen = seen & (positions[place, query + past] - positions[place, key] < window)
         if valid is not None:

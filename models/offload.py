@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 
-def _accelerate_hooks(module: nn.Module) -> Iterator[object]:
+def _accelerate_hooks(module: nn.Module) -> Iterator[Any]:
     hooks = [vars(module).get("_hf_hook")]  # found or not without a search through parameters and submodules
     while hooks:
         hook = hooks.pop(0)

@@ -76,7 +76,7 @@ def all_gather_scores(group, scores: Tensor, reduction: str) -> Tensor:
         (B, L) float32, the same on every rank.
     """
     scores = scores.contiguous()
-    of_ranks = [torch.empty_like(scores) for _ in range(group.size())]
-    torch.distributed.all_gather(of_ranks, scores, group=group)
-    of_ranks = torch.stack(of_ranks)
+    parts = [torch.empty_like(scores) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, scores, group=group)
+    of_ranks = torch.stack(parts)
     return of_ranks.amax(dim=0) if reduction == "max" else of_ranks.mean(dim=0)

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from reroute_kernels import ops
 from reroute_kernels.precision import full_precision
-from reroute_kernels.reducers import Reducer, VisionFeatures
+from reroute_kernels.reducers import ReducerLike, VisionFeatures
 from reroute_kernels.ref.rank import rotate_half
 
 from . import refusals
 from .checkpointing import checkpointed
+from .modules import Module
 from .offload import onloaded
 from .stack import calls_of
 
@@ -56,7 +57,7 @@ class ReducedVision(ABC):
         NotImplementedError: this vision tower cannot be reduced.
     """
 
-    def __init__(self, adapter, reducer: Reducer):
+    def __init__(self, adapter, reducer: ReducerLike):
         self.kept_all = False
         self.fixed_arguments: dict[str, object] = {}
         self._adapter = adapter
@@ -66,7 +67,7 @@ class ReducedVision(ABC):
 
     @property
     @abstractmethod
-    def tower(self) -> nn.Module:
+    def tower(self) -> Module:
         """The module that encodes images."""
 
     @abstractmethod
@@ -155,7 +156,7 @@ class ReducedVision(ABC):
         self.kept_all |= index.shape[1] == tokens
         return features.scatter(1, places, made), dropped
 
-    def _note_output(self, layer: nn.Module, args: tuple, output: object) -> None:
+    def _note_output(self, layer: Module, args: tuple, output: Tensor | tuple) -> None:
         outputs = getattr(self._state, "outputs", None)
         if outputs is not None:  # else the layer runs again, for gradients
             outputs.append(_hidden(output))
@@ -164,7 +165,7 @@ class ReducedVision(ABC):
         return refusals.REDUCER_TOWER.because(needed=needed, got=got)
 
 
-def _hidden(output: object) -> Tensor:
+def _hidden(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -179,7 +180,7 @@ def _described(value: object) -> str:
 class ClipVision(ReducedVision):
     """CLIP towers, whose class token says what is salient, before a projector (LLaVA-1.5, LLaVA-NeXT)."""
 
-    def __init__(self, adapter, reducer: Reducer):
+    def __init__(self, adapter, reducer: ReducerLike):
         super().__init__(adapter, reducer)
         config = adapter.model.config
         kind = config.vision_config.model_type
@@ -194,8 +195,8 @@ class ClipVision(ReducedVision):
         if not isinstance(output, int):
             raise self._refuse("one vision_feature_layer", output)
         self.fixed_arguments = {"vision_feature_layer": output, "vision_feature_select_strategy": "default"}
-        tower = self.tower
-        self._layers = getattr(tower, "vision_model", tower).encoder.layers  # transformers before 5.17 wraps it
+        wrapped: Module = getattr(self.tower, "vision_model", self.tower)  # transformers before 5.17 wraps it
+        self._layers = wrapped.encoder.layers
         depth = len(self._layers)
         layer_idx = output if output >= 0 else output + depth + 1
         if not 1 <= layer_idx <= depth:
@@ -206,7 +207,7 @@ class ClipVision(ReducedVision):
         self._other_layers = [layer for layer in self._layers if layer is not self._salient_layer]
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Module:
         return self._adapter.core.vision_tower
 
     def _install(self, add) -> None:
@@ -220,18 +221,18 @@ class ClipVision(ReducedVision):
         add(projector.register_forward_pre_hook(self._reduce))
         add(projector.register_forward_hook(self._mark_dropped))
 
-    def _begin(self, layer: nn.Module, args: tuple) -> None:
+    def _begin(self, layer: Module, args: tuple) -> None:
         self._check_nesting()
         self._state.outputs, self._state.others = [], []
 
-    def _note_input(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _note_input(self, layer: Module, args: tuple, kwargs: dict) -> None:
         self._state.input = args[0] if args else kwargs["hidden_states"]
 
-    def _note_other_output(self, layer: nn.Module, args: tuple, output: object) -> None:
+    def _note_other_output(self, layer: Module, args: tuple, output: Tensor | tuple) -> None:
         if getattr(self._state, "outputs", None) is not None:
             self._state.others.append(_hidden(output))
 
-    def _reduce(self, projector: nn.Module, args: tuple) -> tuple:
+    def _reduce(self, projector: Module, args: tuple) -> tuple:
         features, *others = args
         state = self._state
         # Held until here: the memory of an output that was freed may be that of the features by now.
@@ -252,7 +253,7 @@ class ClipVision(ReducedVision):
         state.input = state.outputs = None
         return features, *others
 
-    def _mark_dropped(self, projector: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _mark_dropped(self, projector: Module, args: tuple, output: Tensor) -> Tensor:
         dropped, self._state.dropped = self._state.dropped, None
         return self._marked(output, dropped)
 
@@ -278,7 +279,7 @@ class ClipVision(ReducedVision):
 class QwenVision(ReducedVision):
     """The tower of Qwen2.5-VL, which sorts patches by windows and merges 2 x 2 of them at its end."""
 
-    def __init__(self, adapter, reducer: Reducer):
+    def __init__(self, adapter, reducer: ReducerLike):
         super().__init__(adapter, reducer)
         tower = self.tower
         self._signature = inspect.signature(tower.forward)
@@ -289,7 +290,7 @@ class QwenVision(ReducedVision):
         self._compared_blocks = tower.blocks[depth * 7 // 32 : depth * 23 // 32 + 1]
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Module:
         return self._adapter.core.visual
 
     def _install(self, add) -> None:
@@ -300,16 +301,16 @@ class QwenVision(ReducedVision):
             add(block.register_forward_hook(self._note_output))
         add(tower.register_forward_hook(self._reduce))
 
-    def _begin(self, tower: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _begin(self, tower: Module, args: tuple, kwargs: dict) -> None:
         self._check_nesting()
         self._state.grids = self._signature.bind(*args, **kwargs).arguments["grid_thw"]
         self._state.outputs = []
 
-    def _note_input(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _note_input(self, block: Module, args: tuple, kwargs: dict) -> None:
         arguments = inspect.signature(checkpointed(block).forward).bind(*args, **kwargs).arguments
         self._state.input = [arguments[name] for name in ("hidden_states", "cu_seqlens", "position_embeddings")]
 
-    def _reduce(self, tower: nn.Module, args: tuple, output):
+    def _reduce(self, tower: Module, args: tuple, output):
         state = self._state
         features = output.pooler_output
         grids = [
@@ -317,8 +318,9 @@ class QwenVision(ReducedVision):
         ]
         order = self._window_order(grids).to(features.device)
         back = order.argsort()
+        hidden, cu_seqlens, embeddings = state.input
         # Computed once for all images, if at all.
-        saliency = _once(partial(self._saliency, *state.input, back))
+        saliency = _once(partial(self._saliency, hidden, cu_seqlens, embeddings, back))
         similarity_features = _once(partial(self._similarity_features, state.outputs, back))
         reduced, start = [], 0
         for frames, height, width in grids:
@@ -331,8 +333,8 @@ class QwenVision(ReducedVision):
             image = VisionFeatures(
                 of_frames(features),
                 (height, width),
-                lambda of_frames=of_frames: of_frames(saliency()),
-                lambda of_frames=of_frames: of_frames(similarity_features()),
+                partial(_applied, of_frames, saliency),
+                partial(_applied, of_frames, similarity_features),
             )
             reduced.append(self._marked(*self._reduced(image)).flatten(0, 1))
         state.input = state.outputs = None
@@ -372,6 +374,10 @@ class QwenVision(ReducedVision):
     @torch.no_grad()
     def _similarity_features(self, outputs: list[Tensor], back: Tensor) -> Tensor:
         return self.tower.merger(torch.stack(outputs).mean(dim=0))[back]
+
+
+def _applied(function: Callable[[Tensor], Tensor], value: Callable[[], Tensor]) -> Tensor:
+    return function(value())
 
 
 def _once(function: Callable[[], Tensor]) -> Callable[[], Tensor]:

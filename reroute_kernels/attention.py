@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -31,12 +31,14 @@ class Attention(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The fields that hold a tensor, by name."""
-        return dict(zip(TENSORS, self, strict=False))
+        return {name: getattr(self, name) for name in TENSORS}
 
     def samples(self, part: slice) -> Attention:
         """Attention in some samples of the batch; a table of one sample serves all."""
-        parts = (x if x is None or x.shape[0] == 1 else x[part] for x in self[: len(TENSORS)])
-        return Attention(*parts, *self[len(TENSORS) :])
+        tensors: dict[str, Any] = {
+            name: x if x is None or x.shape[0] == 1 else x[part] for name, x in self.tensors().items()
+        }
+        return self._replace(**tensors)
 
     def scores(self) -> Tensor:
         """Compute the scores, (B, L) float32."""
@@ -68,5 +70,5 @@ def takes_attention(function: Callable) -> Callable:
         )
         for parameter in (*inspect.signature(Attention).parameters.values(), *others)
     ]
-    call.__signature__ = own.replace(parameters=flat)
+    call.__signature__ = own.replace(parameters=flat)  # type: ignore[attr-defined]
     return call

@@ -15,9 +15,9 @@ import torch
 
 from .checks import expect_one_of
 from .cost import Decoder, cost, surviving_tokens
-from .policy import ACTIONS, Budget, Policy, Stage
-from .rankings import Ranking
-from .reducers import Reducer
+from .policy import ACTIONS, LAST_QUERY, Budget, Policy, Stage
+from .rankings import RankingLike
+from .reducers import ReducerLike
 
 SHAPES = ("uniform", "pyramid")
 
@@ -46,9 +46,9 @@ def solve(
     batch: int = 1,
     dtype: str | torch.dtype = "float16",
     action: str = "reroute",
-    ranking: Ranking | str = "last_query",
+    ranking: RankingLike = LAST_QUERY,
     positions: str = "original",
-    reducer: Reducer | None = None,
+    reducer: ReducerLike | None = None,
 ) -> Policy:
     """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
 

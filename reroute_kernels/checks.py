@@ -66,49 +66,70 @@ def check_ranking(attention: Attention) -> None:
     Raises:
         ValueError: a shape, dtype, device or name does not fit.
     """
-    query, key, cos, sin, key_mask, query_index, past_key, past_mask, _scale, *_names = attention
     expect_one_of(
         query_reduction=(attention.query_reduction, REDUCTIONS),
         head_reduction=(attention.head_reduction, REDUCTIONS),
         rotary_style=(attention.rotary_style, ROTARY_STYLES),
     )
+    _check_query_and_key(attention.query, attention.key)
+    _check_rotary(attention)
+    _check_visibility(attention)
+    _check_past(attention)
+
+
+def _check_query_and_key(query: Tensor, key: Tensor) -> None:
     if query.ndim != 4 or query.dtype not in FLOATING:
         raise _refused("query", query, "(B, Q, Hq, D) float32, float16 or bfloat16")
     if key.ndim != 4 or key.dtype != query.dtype:
         raise _refused("key", key, f"(B, L, Hkv, D) {query.dtype}, as query is")
     batch, queries, heads, head_dim = query.shape
-    length, kv_heads = key.shape[1:3]
-    device = query.device
+    kv_heads, device = key.shape[2], query.device
     if key.shape[0] != batch or key.shape[3] != head_dim or key.device != device:
         raise _refused("key", key, f"(B, L, Hkv, D) with B = {batch} and D = {head_dim} on {device}, as query is")
     if queries == 0 or head_dim == 0 or kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise _refused("query", query, f"(B, Q, Hq, D) with Q and D above 0 and Hq a multiple of Hkv = {kv_heads}")
+
+
+def _check_rotary(attention: Attention) -> None:
+    cos, sin = attention.cos, attention.sin
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must be given together, got only one of them")
-    if cos is not None:
-        _check_table("cos", cos, batch, length, head_dim, device)
-        _check_table("sin", sin, batch, length, head_dim, device)
+    if cos is not None and sin is not None:
+        batch, length, _, head_dim = attention.key.shape
+        _check_table("cos", cos, batch, length, head_dim, attention.key.device)
+        _check_table("sin", sin, batch, length, head_dim, attention.key.device)
         if sin.shape != cos.shape:
             raise _refused("sin", sin, f"{tuple(cos.shape)}, as cos is")
-    if key_mask is not None:
-        check_flags("key_mask", key_mask, (batch, length), device)
+
+
+def _check_visibility(attention: Attention) -> None:
+    batch, queries = attention.query.shape[:2]
+    length, device, query_index = attention.key.shape[1], attention.key.device, attention.query_index
+    if attention.key_mask is not None:
+        check_flags("key_mask", attention.key_mask, (batch, length), device)
     if query_index is not None:
         if query_index.shape != (batch, queries) or query_index.dtype != torch.int64 or query_index.device != device:
             raise _refused("query_index", query_index, f"({batch}, {queries}) int64 on {device}")
     elif queries > length:
         raise ValueError(f"query must have at most L = {length} queries where query_index is None, got {queries}")
+
+
+def _check_past(attention: Attention) -> None:
+    key, past_key = attention.key, attention.past_key
+    batch, _, kv_heads, head_dim = key.shape
     if past_key is not None and (
         past_key.ndim != 4
         or past_key.shape[0] != batch
         or past_key.shape[2:] != key.shape[2:]
         or past_key.dtype != key.dtype
-        or past_key.device != device
+        or past_key.device != key.device
     ):
-        raise _refused("past_key", past_key, f"({batch}, P, {kv_heads}, {head_dim}) {key.dtype} on {device}, as key is")
-    if past_mask is not None:
+        accepted = f"({batch}, P, {kv_heads}, {head_dim}) {key.dtype} on {key.device}, as key is"
+        raise _refused("past_key", past_key, accepted)
+    if attention.past_mask is not None:
         if past_key is None:
             raise ValueError("past_mask must come with past_key, got it alone")
-        check_flags("past_mask", past_mask, (batch, past_key.shape[1]), device)
+        check_flags("past_mask", attention.past_mask, (batch, past_key.shape[1]), key.device)
 
 
 def _check_table(name: str, table: Tensor, batch: int, length: int, head_dim: int, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .policy import Policy
-from .reducers import Reducer
+from .reducers import ReducerLike
 
 
 @dataclass(frozen=True)
@@ -332,9 +332,7 @@ def cost(
                 projections=2 * batch * layers * tokens * _projection_weights(decoder),
                 attention=4 * batch * layers * tokens * tokens * decoder.heads * decoder.head_dim,
                 mlp=2 * batch * tokens * sum(decoder.mlp_weights[span.first : span.end]),
-                ranking=batch * _method(policy.ranking, "ranking", "flops")(decoder, ranked, text_tokens)
-                if ranked
-                else 0,
+                ranking=batch * _ranking_flops(policy, decoder, ranked, text_tokens),
                 kv_bytes=layers * tokens * kv_width,
                 visual_kv_bytes=layers * span.visual_tokens * kv_width,
             )
@@ -368,7 +366,7 @@ def average_visual_tokens(policy: Policy, num_layers: int, visual_tokens: int) -
     return sum(visual_tokens_per_layer(policy, num_layers, visual_tokens)) / num_layers
 
 
-def surviving_tokens(reducer: Reducer | None, visual_tokens: int) -> int:
+def surviving_tokens(reducer: ReducerLike | None, visual_tokens: int) -> int:
     """Visual tokens of an image that a reducer leaves; all where there is none.
 
     Raises:
@@ -380,8 +378,8 @@ def surviving_tokens(reducer: Reducer | None, visual_tokens: int) -> int:
 
 
 # `reroute_kernels.cost` is the function, and these were reached by that name when it was this module.
-cost.average_visual_tokens = average_visual_tokens
-cost.visual_tokens_per_layer = visual_tokens_per_layer
+cost.average_visual_tokens = average_visual_tokens  # type: ignore[attr-defined]
+cost.visual_tokens_per_layer = visual_tokens_per_layer  # type: ignore[attr-defined]
 
 
 class _Span(NamedTuple):
@@ -402,13 +400,19 @@ def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_
     candidates = surviving_tokens(None if policy is None else policy.reducer, visual_tokens)
     ends = [*(stage.layer for stage in schedule), num_layers]
     spans = [_Span(0, ends[0], candidates)] if ends[0] else []
-    if schedule:
+    if policy is not None and schedule:
         counts = policy.selected_counts(visual_tokens, candidates)
         for (first, end), selected in zip(pairwise(ends), counts, strict=True):
             spans.append(_Span(first, end, selected, candidates))
             if policy.action == "remove":
                 candidates = selected
     return spans
+
+
+def _ranking_flops(policy: Policy | None, decoder: Decoder, tokens: int, text_tokens: int) -> int:
+    if policy is None or not tokens:
+        return 0
+    return _method(policy.ranking, "ranking", "flops")(decoder, tokens, text_tokens)
 
 
 def _method(owner: object, name: str, method: str):

@@ -26,7 +26,8 @@ def route_tokens_by(rank_tokens: Callable, select_tokens: Callable, gather_token
         """See `reroute_kernels.ops.route_tokens`."""
         scores = rank_tokens(attention)
         index = select_tokens(scores, pool, pinned, keep, length)
-        check_rows(tensors[:1], *scores.shape, scores.device)  # the others beside it
+        batch, total = scores.shape
+        check_rows(tensors[:1], batch, total, scores.device)  # the others beside it
         result = index, gather_tokens(index, *tensors) if tensors else ()
         return (*result, scores) if return_scores else result
 

@@ -64,7 +64,8 @@ def _route_fake(*arguments):
     *operands, pool, pinned, keep, length, tensors = arguments
     scores = _rank_fake(*operands)
     index = _select_fake(scores, pool, pinned, keep, length)
-    checks.check_rows(tensors[:1], *scores.shape, scores.device)
+    batch, total = scores.shape
+    checks.check_rows(tensors[:1], batch, total, scores.device)
     return index, _gather_fake(index, tensors), scores
 
 

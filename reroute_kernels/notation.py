@@ -54,7 +54,7 @@ def parse_policy(text: str, model: object = None) -> Policy:
     known = published_model(model)
     try:
         if ":" not in text:
-            name = parse_preset(text, known and known.name)
+            name = parse_preset(text, None if known is None else known.name)
             policy = preset(*name)
             _check_layers(name, model)
             return policy

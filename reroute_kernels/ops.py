@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from operator import index as as_integer
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def _counts(keep: object, batch: int, device: torch.device) -> Tensor:
     if isinstance(keep, Tensor):
         return keep
     is_several = isinstance(keep, Iterable) and not isinstance(keep, (Mapping, Set))
-    values = list(keep) if is_several else [keep] * batch
+    values: list[Any] = list(keep) if is_several else [keep] * batch  # type: ignore[call-overload]
     try:
         counts = [as_integer(k) for k in values if not isinstance(k, bool)]
     except TypeError:

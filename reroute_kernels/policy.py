@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
@@ -11,11 +11,14 @@ from operator import index as as_integer
 from typing import NamedTuple
 
 from .checks import expect_one_of
-from .rankings import LastQuery, Ranking
-from .reducers import Reducer
+from .rankings import LastQuery, RankingLike
+from .reducers import ReducerLike
 
 ACTIONS = ("reroute", "remove")
 POSITIONS = ("original", "contiguous")
+
+LAST_QUERY = LastQuery()
+"""The default ranking."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ class Policy:
         schedule: stages in ascending order of their decision layers; may be empty where there is a reducer.
         action: `"reroute"` defers what is not selected, so that it is a candidate again at the next decision layer
             (arXiv 2606.12412); `"remove"` drops it for good, as FastV and PyramidDrop do.
-        ranking: one of `reroute_kernels.rankings`, or an object with such a method `rank`. `"last_query"`, the default,
-            is `LastQuery()`: a token counts by the attention that the last prompt token pays to it in the decision
-            layer, averaged over heads.
+        ranking: one of `reroute_kernels.rankings`, or an object with such a method `rank`. The default, `LastQuery()`
+            or its name `"last_query"`, ranks a token by the attention that the last prompt token pays to it in the
+            decision layer, averaged over heads.
         positions: `"original"` keeps every token's rotary position; `"contiguous"` numbers the tokens that run in a
             stage from 0 on, and so what is decoded after them.
         reducer: one of `reroute_kernels.reducers`, or an object with such a method `reduce`; it drops visual tokens
@@ -90,14 +93,23 @@ class Policy:
             ranking by the previous layer; or a name is unknown.
     """
 
-    schedule: tuple[Stage, ...]
+    schedule: Sequence[Stage]
     action: str = "reroute"
-    ranking: Ranking | str = "last_query"
+    ranking: RankingLike = LAST_QUERY
     positions: str = "original"
-    reducer: Reducer | None = None
+    reducer: ReducerLike | None = None
     budget: Budget | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
+        if self.ranking == "last_query":
+            object.__setattr__(self, "ranking", LAST_QUERY)
+        self._check_schedule()
+        self._check_rules()
+        expect_one_of(action=(self.action, ACTIONS), positions=(self.positions, POSITIONS))
+        if self.schedule and self.schedule[0].layer == 0:
+            self._check_first_layer()
+
+    def _check_schedule(self) -> None:
         if not isinstance(self.schedule, Iterable):
             raise TypeError(f"schedule must be a sequence of Stage, got {self.schedule!r}")
         object.__setattr__(self, "schedule", tuple(self.schedule))
@@ -109,8 +121,8 @@ class Policy:
         layers = [stage.layer for stage in self.schedule]
         if any(later <= earlier for earlier, later in pairwise(layers)):
             raise ValueError(f"schedule must have strictly ascending layers, got {layers}")
-        if self.ranking == "last_query":
-            object.__setattr__(self, "ranking", LastQuery())
+
+    def _check_rules(self) -> None:
         if isinstance(self.ranking, str):
             raise ValueError(
                 "ranking must be 'last_query' or an object such as those of reroute_kernels.rankings, got "
@@ -121,10 +133,11 @@ class Policy:
             is_object = not isinstance(value, type) and callable(getattr(value, method, None))
             if not is_object and (name, value) != ("reducer", None):
                 raise TypeError(f"{name} must be an object with a method {method!r}, got {value!r}")
-        expect_one_of(action=(self.action, ACTIONS), positions=(self.positions, POSITIONS))
-        if layers[:1] == [0] and self.reducer is not None:
+
+    def _check_first_layer(self) -> None:
+        if self.reducer is not None:
             raise ValueError("schedule must begin after layer 0 where there is a reducer, got a decision at layer 0")
-        if layers[:1] == [0] and self.ranks_by_previous_layer:
+        if self.ranks_by_previous_layer:
             raise ValueError(
                 f"schedule must begin after layer 0 where the previous layer ranks, got a decision at layer 0 and "
                 f"{self.ranking!r}"

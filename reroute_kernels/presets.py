@@ -74,23 +74,22 @@ _QWEN = PublishedModel(
 MODELS: dict[str, PublishedModel] = {model.name: model for model in (_LLAVA, _QWEN)}
 """The published models by name."""
 
-_KEEPS = {
-    192: {
-        "fastv": 0.2644,
-        "pdrop": (0.5965, 0.3558, 0.2123, 0.1266),
-        "reroute-pdrop": (0.4502, 0.4502, 0.2251, 0.1126),
+_FASTV = {192: 0.2644, 128: 0.1418, 64: 0.01916}
+"""Keep ratio of FastV's one decision, and of each decision of `reroute-fastv`, by tier."""
+
+_PYRAMIDS = {
+    "pdrop": {
+        192: (0.5965, 0.3558, 0.2123, 0.1266),
+        128: (0.4570, 0.2088, 0.0954, 0.0436),
+        64: (0.2789, 0.0937, 0.0315, 0.0106),
     },
-    128: {
-        "fastv": 0.1418,
-        "pdrop": (0.4570, 0.2088, 0.0954, 0.0436),
-        "reroute-pdrop": (0.2655, 0.2655, 0.1328, 0.0664),
-    },
-    64: {
-        "fastv": 0.01916,
-        "pdrop": (0.2789, 0.0937, 0.0315, 0.0106),
-        "reroute-pdrop": (0.1392, 0.1392, 0.0696, 0.0348),
+    "reroute-pdrop": {
+        192: (0.4502, 0.4502, 0.2251, 0.1126),
+        128: (0.2655, 0.2655, 0.1328, 0.0664),
+        64: (0.1392, 0.1392, 0.0696, 0.0348),
     },
 }
+"""Keep ratios of the decisions, by method and tier."""
 
 METHODS = (
     "fastv",
@@ -105,7 +104,7 @@ METHODS = (
 ORIGINALS = ("fastv-original", "pdrop-original", "nuwa", "reroute-nuwa")
 """FastV, PyramidDrop and Nüwa as their own authors run them, and Nüwa under `reroute`."""
 
-TIERS = tuple(_KEEPS)
+TIERS = tuple(_FASTV)
 
 
 class Preset(NamedTuple):
@@ -177,10 +176,11 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
     policy = _published(MODELS[model], method.removesuffix("-stagewise"), avg_tokens)
     if not matched:
         return policy
-    limit = avg_tokens
+    limit: float = avg_tokens
     if policy.action == "reroute":
         partner = method.removeprefix("reroute-").removesuffix("-stagewise")
-        limit = preset(model, partner, avg_tokens, matched=True).budget.reached
+        budget = preset(model, partner, avg_tokens, matched=True).budget
+        limit = avg_tokens if budget is None else budget.reached
     return solve_like(model, policy, avg_tokens=limit, visual_tokens=VISUAL_TOKENS)
 
 
@@ -250,16 +250,15 @@ def _published(model: PublishedModel, method: str, tier: int) -> Policy:
         stages = _stages(model.nuwa_layers[:decisions], (keep_ratio(selected, VISUAL_TOKENS),) * decisions)
         action = "remove" if method == "nuwa" else "reroute"
         return Policy(stages, action, model.nuwa_ranking, reducer=reducer)
-    keeps = _KEEPS[tier]
     if method == "fastv-original":
-        keep = keep_ratio(round(VISUAL_TOKENS * keeps["fastv"]), VISUAL_TOKENS)
+        keep = keep_ratio(round(VISUAL_TOKENS * _FASTV[tier]), VISUAL_TOKENS)
         return Policy(_stages((3,), (keep,)), "remove", LastQuery(layer="previous"))
     if method == "fastv":
-        return Policy(_stages((3,), (keeps["fastv"],)), "remove")
+        return Policy(_stages((3,), (_FASTV[tier],)), "remove")
     if method == "reroute-fastv":
-        return Policy(_stages((3, *model.later_layers), (keeps["fastv"],) * 4))
+        return Policy(_stages((3, *model.later_layers), (_FASTV[tier],) * 4))
     action = "remove" if method == "pdrop" else "reroute"
-    return Policy(_stages((2, *model.later_layers), keeps[method]), action)
+    return Policy(_stages((2, *model.later_layers), _PYRAMIDS[method][tier]), action)
 
 
 def _stages(layers: tuple[int, ...], keeps: tuple[float, ...]) -> list[Stage]:

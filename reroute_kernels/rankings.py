@@ -106,6 +106,13 @@ class Candidates:
         return self._projection.keys(self.hidden, self._rotary)
 
 
+class RankingLike(Protocol):
+    """Anything that ranks: `Policy.ranking` needs no base class."""
+
+    def rank(self, candidates: Candidates) -> Tensor | Attention:
+        """Scores (B, L) float32, or what `candidates.attention` returns."""
+
+
 class Ranking(ABC):
     """Base of the rankings here. One's own needs no base, only `rank`; and `flops`, to be costed.
 

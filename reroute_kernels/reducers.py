@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from . import ops
 from .precision import full_precision
 
 
@@ -48,6 +48,13 @@ class VisionFeatures:
     def similarity_features(self) -> Tensor:
         """(T, N, d'), the mean of hidden states over many layers, to tell which tokens show the same."""
         return self._similarity_features()
+
+
+class ReducerLike(Protocol):
+    """Anything that reduces: `Policy.reducer` needs no base class."""
+
+    def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
+        """(T, K) int64, the tokens that stay, and (T, K, d), their features."""
 
 
 class Reducer(ABC):
@@ -100,6 +107,8 @@ def nuwa_anchors(
         (T, K) int64 anchors, ascending, and (T, K, d), their features in the dtype of `features`. Ties go to the
         smaller position.
     """
+    from . import ops  # a policy that names a reducer needs no kernels
+
     height, width = grid
     count = min(count, _proposals(grid, per_cell))
     anchors = ops.select_tokens(

@@ -31,6 +31,10 @@ def on_device(device: torch.device, tensor: Tensor) -> Tensor: ...
 def on_device(device: torch.device, tensor: None) -> None: ...
 
 
+@overload
+def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None: ...
+
+
 def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     """The tensor on a device; nothing is called where it is there already."""
     return tensor if tensor is None or tensor.device == device else tensor.to(device)
@@ -374,8 +378,15 @@ class RoutedForward:
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """`ops.route_tokens`, in steps where there are scores, or where they must be combined."""
         if isinstance(ranked, Attention) and self.combine is None:
-            selection = {"pool": pool, "pinned": pinned, "keep": keep, "length": length, "tensors": tensors}
-            return ops.route_tokens(**ranked._asdict(), **selection, return_scores=True)
+            return ops.route_tokens(  # type: ignore[return-value]
+                **ranked._asdict(),
+                pool=pool,
+                pinned=pinned,
+                keep=keep,
+                length=length,
+                tensors=tensors,
+                return_scores=True,
+            )
         if isinstance(ranked, Attention):
             ranked = self._all_scores(ranked)
         index = ops.select_tokens(ranked, pool, pinned, keep, length)

@@ -90,7 +90,9 @@ class Trace:
     def of(cls, forward: RoutedForward, offset: int = 0) -> Trace:
         """Record of a finished forward; offset: the tokens that its cache held before."""
         prompt, policy = forward.prompt, forward.policy
-        keeps = (None,) * (policy.reducer is not None) + tuple(stage.keep for stage in policy.schedule)
+        keeps: list[float | None] = [stage.keep for stage in policy.schedule]
+        if policy.reducer is not None:
+            keeps.insert(0, None)
         stages = [
             StageTrace(layer, keep, length, kept, prompt.visual, offset, scored)
             for layer, keep, length, kept, scored in zip(

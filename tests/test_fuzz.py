@@ -88,10 +88,20 @@ class Case:
             "head_reduction": self.random.choice(checks.REDUCTIONS),
             "rotary_style": self.random.choice(checks.ROTARY_STYLES),
         }
+        arguments |= self.options(arguments["query"], arguments["key"], normal)
+        if arguments["key"].numel() and arguments["key"].stride()[0] and self.chance(0.15):
+            key = arguments["key"] = arguments["key"].clone(memory_format=torch.contiguous_format)
+            key.view(-1)[self.random.randrange(key.numel())] = self.random.choice(SPECIAL[:5])
+        return arguments
+
+    def options(self, query, key, normal):
+        """Tables, masks, places of the queries and keys of a cache, or not."""
+        (batch, queries), (length, kv_heads, head_dim) = query.shape[:2], key.shape[1:]
+        arguments = {}
         if self.chance(0.7):
             rotary = 2 * self.random.randint(1, head_dim // 2)
             samples = self.random.choice([1, batch]) or 1
-            table_dtype = self.random.choice([dtype, torch.float32])
+            table_dtype = self.random.choice([query.dtype, torch.float32])
             for name in ("cos", "sin"):
                 arguments[name] = self.laid_out(normal(samples, length, rotary, dtype=table_dtype))
         if self.chance(0.5):
@@ -104,9 +114,6 @@ class Case:
             arguments["past_key"] = self.laid_out(normal(batch, past, kv_heads, head_dim))
             if self.chance(0.5):
                 arguments["past_mask"] = self.flags(batch, past)
-        if arguments["key"].numel() and arguments["key"].stride()[0] and self.chance(0.15):
-            key = arguments["key"] = arguments["key"].clone(memory_format=torch.contiguous_format)
-            key.view(-1)[self.random.randrange(key.numel())] = self.random.choice(SPECIAL[:5])
         return arguments
 
     def scores(self, batch, length):

@@ -194,22 +194,77 @@ def learning_rate(step: int, steps: int, warmup: int = 100) -> float:
     return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
+def machine_of(model: nn.Module, device: torch.device) -> dict[str, object]:
+    """Size of the model and the machine, for the log."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+    }
+
+
+class Log:
+    """The training log, a line of JSON for each entry."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.lines = sum(1 for _ in file.open()) if file.exists() else 0
+
+    def shorten(self, lines: int) -> None:
+        """Cut the log back to the lines that it had when the state was kept."""
+        kept = [line for line in self.file.read_text().splitlines() if json.loads(line).get("at", 0) <= lines]
+        self.file.write_text("".join(line + "\n" for line in kept))
+        self.lines = len(kept)
+
+    def __call__(self, **values: object) -> None:
+        self.lines += 1
+        with self.file.open("a") as file:
+            file.write(json.dumps({"at": self.lines, **values}) + "\n")
+
+
+def step_of(trainee: Trainee, phase: str, batch: Batch, seed: int, step: int, total: int, now: dict) -> dict:
+    """Forward and backward of one step; what was measured."""
+    if phase == "vision":
+        return vision_step(trainee, batch)
+    drop = dropping(step, total, len(trainee.layers))
+    random = np.random.default_rng([seed, len(DRAW), step])
+    kept = [layer for layer in range(len(trainee.layers)) if random.random() >= drop[layer]]
+    return language_step(trainee, batch, kept, now)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Set the rates to a share of their peaks."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def optimizers_of(trainee: Trainee) -> dict[str, torch.optim.Optimizer]:
+    """The optimizer of each phase."""
+    seeing = [*trainee.tower.parameters(), *trainee.sight.parameters()]
+    ids = {id(parameter) for parameter in seeing}
+    talking = [parameter for parameter in trainee.model.parameters() if id(parameter) not in ids]
+    adamw = partial(torch.optim.AdamW, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    return {
+        "vision": adamw([{"params": seeing, "peak": 1e-3}]),
+        "language": adamw([{"params": talking, "peak": 1e-3}, {"params": seeing, "peak": 3e-4}]),
+    }
+
+
 def train(
     work: Path, device: torch.device, seed: int, vision_steps: int, steps: int, *, compiled: bool = True
 ) -> Trainee:
     """Train, or go on training, and keep the state and the log in a folder."""
     work.mkdir(parents=True, exist_ok=True)
-    state_file, log_file = work / "state.pt", work / "training.jsonl"
+    state_file, log = work / "state.pt", Log(work / "training.jsonl")
     trainee = Trainee(seed, device, compiled)
     model, sight = trainee.model, trainee.sight
-    seeing = [*trainee.tower.parameters(), *sight.parameters()]
-    ids = {id(parameter) for parameter in seeing}
-    talking = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    adamw = partial(torch.optim.AdamW, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    optimizers = {
-        "vision": adamw([{"params": seeing, "peak": 1e-3}]),
-        "language": adamw([{"params": talking, "peak": 1e-3}, {"params": seeing, "peak": 3e-4}]),
-    }
+    optimizers = optimizers_of(trainee)
     # `drawn` is what `objects` was when the scenes of the next step were drawn, one step ahead.
     now = {"phase": "vision", "step": 0, "objects": 1, "drawn": 1, "running": 0.0, "since": 0, "seconds": 0.0}
     if state_file.exists():
@@ -219,35 +274,17 @@ def train(
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state[name])
         now = state["progress"]
-        kept = [line for line in log_file.read_text().splitlines() if json.loads(line).get("at", 0) <= state["lines"]]
-        log_file.write_text("".join(line + "\n" for line in kept))
-    lines = sum(1 for _ in log_file.open()) if log_file.exists() else 0
-
-    def log(**values):
-        nonlocal lines
-        lines += 1
-        with log_file.open("a") as file:
-            file.write(json.dumps({"at": lines, **values}) + "\n")
+        log.shorten(state["lines"])
 
     def keep():
         temporary = state_file.with_suffix(".tmp")
-        state = {"model": model.state_dict(), "sight": sight.state_dict(), "progress": now, "lines": lines}
+        state = {"model": model.state_dict(), "sight": sight.state_dict(), "progress": now, "lines": log.lines}
         state |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
         torch.save(state, temporary)
         os.replace(temporary, state_file)
 
-    if not lines:
-        log(
-            event="start",
-            seed=seed,
-            vision_steps=vision_steps,
-            steps=steps,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            device=device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-            threads=torch.get_num_threads(),
-            machine=platform.machine(),
-            torch=torch.__version__,
-        )
+    if not log.lines:
+        log(event="start", seed=seed, vision_steps=vision_steps, steps=steps, **machine_of(model, device))
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), "{task.fields[note]}")
     with Progress(*columns) as progress, ThreadPoolExecutor(1) as ahead:
         for phase, total in (("vision", vision_steps), ("language", steps)):
@@ -261,27 +298,21 @@ def train(
                 here = to_device(batch.result(), device)
                 now["drawn"] = now["objects"]
                 batch = ahead.submit(draw, seed, step + 1, now["drawn"])
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * learning_rate(step, total)
+                set_learning_rate(optimizer, learning_rate(step, total))
                 optimizer.zero_grad()
-                if phase == "vision":
-                    measured = vision_step(trainee, here)
-                else:
-                    drop = dropping(step, total, len(trainee.layers))
-                    random = np.random.default_rng([seed, len(DRAW), step])
-                    kept = [layer for layer in range(len(trainee.layers)) if random.random() >= drop[layer]]
-                    measured = language_step(trainee, here, kept, now)
-                norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+                measured = step_of(trainee, phase, here, seed, step, total, now)
+                norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), 1.0)
                 optimizer.step()
                 now["step"], now["seconds"] = step + 1, now["seconds"] + time.perf_counter() - started
                 progress.update(task, advance=1, note=" ".join(f"{k} {v:.3f}" for k, v in list(measured.items())[:3]))
                 if (step + 1) % 50 == 0:
                     values = {name: round(value, 4) for name, value in measured.items() if np.isfinite(value)}
                     log(phase=phase, step=step + 1, seconds=round(now["seconds"]), norm=round(norm.item(), 3), **values)
-                if phase == "language" and ((step + 1) % 500 == 0 or step + 1 == total):
+                is_last = step + 1 == total
+                if phase == "language" and (is_last or (step + 1) % 500 == 0):
                     found = {kind: round(share, 4) for kind, share in trainee.evaluate(EVALUATED).items()}
                     log(event="held out", phase=phase, step=step + 1, scenes=EVALUATED, **found)
-                if (step + 1) % 200 == 0 or step + 1 == total:
+                if is_last or (step + 1) % 200 == 0:
                     keep()
             now |= {"phase": "language" if phase == "vision" else "done", "step": 0}
             keep()

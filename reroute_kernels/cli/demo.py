@@ -177,40 +177,17 @@ def load(
         chat: put the prompt into the model's chat template, which adds the image token; None: where it lacks the token.
         device, dtype: where and in what precision to run.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     source = str(TINY_CHECKPOINT if model is None else model)
-    accepted = f"a checkpoint folder or hub id of a supported type ({', '.join(ADAPTERS)})"
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise DemoError(f"model must be {accepted}, got {source}: {first_line(error)}") from None
-    if config.model_type not in ADAPTERS:
-        raise DemoError(f"model must be {accepted}, got {source} of type {config.model_type!r}")
+    config = _config(source)
     names, policies = zip(*parse_policies(policies, config), strict=True)
-
     # The weights come last: they take longest, and nothing that is wrong with the prompt needs them.
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-    except Exception as error:
-        raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
-    if chat is None:
-        chat = processor.image_token not in prompt
-    if chat and not processor.chat_template:
-        raise DemoError(
-            f"prompt must hold the image token {processor.image_token!r} for {source}, which has no chat template, "
-            f"got {prompt!r}"
-        )
-    if chat:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    if prompt.count(processor.image_token) != 1:
-        raise DemoError(
-            f"prompt must hold the image token {processor.image_token!r} once (--chat adds it), got {prompt!r}"
-        )
+    processor = _processor(source)
+    prompt = _prompt(prompt, processor, source, chat)
     try:
         inputs = processor(images=image, text=prompt, return_tensors="pt")
         network = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
@@ -226,6 +203,47 @@ def load(
             f"{grid[0]} x {grid[1]} patches"
         )
     return subject
+
+
+def _config(source: str):
+    from transformers import AutoConfig
+
+    accepted = f"a checkpoint folder or hub id of a supported type ({', '.join(ADAPTERS)})"
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise DemoError(f"model must be {accepted}, got {source}: {first_line(error)}") from None
+    if config.model_type not in ADAPTERS:
+        raise DemoError(f"model must be {accepted}, got {source} of type {config.model_type!r}")
+    return config
+
+
+def _processor(source: str):
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except Exception as error:
+        raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
+
+
+def _prompt(prompt: str, processor, source: str, chat: bool | None) -> str:
+    """The prompt as the processor takes it, with the image token once."""
+    if chat is None:
+        chat = processor.image_token not in prompt
+    if chat and not processor.chat_template:
+        raise DemoError(
+            f"prompt must hold the image token {processor.image_token!r} for {source}, which has no chat template, "
+            f"got {prompt!r}"
+        )
+    if chat:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    if prompt.count(processor.image_token) != 1:
+        raise DemoError(
+            f"prompt must hold the image token {processor.image_token!r} once (--chat adds it), got {prompt!r}"
+        )
+    return prompt
 
 
 def seen_picture(config, processor, inputs, image):

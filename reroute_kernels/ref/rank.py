@@ -48,6 +48,21 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: slice, second: slice) ->
 ROTATIONS = {"rotate_half": rotate_half, "interleaved": rotate_interleaved}
 
 
+def visible_keys(
+    query_index: Tensor, length: int, key_mask: Tensor | None, past_key: Tensor | None, past_mask: Tensor | None
+) -> Tensor:
+    """(B, Q, L + P) bool, the keys that each query sees: those up to its own, and those of the past."""
+    visible = torch.arange(length, device=query_index.device) <= query_index[:, :, None]
+    if key_mask is not None:
+        visible = visible & key_mask[:, None]
+    if past_key is None:
+        return visible
+    past_visible = query_index[:, :, None].expand(-1, -1, past_key.shape[1]) >= 0
+    if past_mask is not None:
+        past_visible = past_visible & past_mask[:, None]
+    return torch.cat([visible, past_visible], dim=-1)
+
+
 @takes_attention
 def rank_tokens(attention: Attention) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
@@ -64,7 +79,7 @@ def rank_tokens(attention: Attention) -> Tensor:
 
     rotate = ROTATIONS[attention.rotary_style]
     query = query.float()
-    if cos is not None:
+    if cos is not None and sin is not None:
         cos, sin = (table.expand(batch, -1, -1)[:, :, None] for table in (cos, sin))  # [B, L, 1, R]
         rows = query_index.clamp(0, length - 1)[:, :, None, None].expand(-1, -1, 1, cos.shape[-1])
         query = rotate(query, cos.gather(1, rows).float(), sin.gather(1, rows).float())
@@ -79,19 +94,13 @@ def rank_tokens(attention: Attention) -> Tensor:
     for start in range(0, length, TILE):
         tile = slice(start, start + TILE)
         tile_key = key[:, tile].float()
-        if cos is not None:
+        if cos is not None and sin is not None:
             tile_key = rotate(tile_key, cos[:, tile].float(), sin[:, tile].float())
         tiles.append(tile_logits(tile_key))
-    visible = torch.arange(length, device=key.device) <= query_index[:, :, None]  # [B, Q, L]
-    if key_mask is not None:
-        visible = visible & key_mask[:, None]
     if past_key is not None:
         past = past_key.shape[1]
         tiles += [tile_logits(past_key[:, start : start + TILE].float()) for start in range(0, past, TILE)]
-        past_visible = query_index[:, :, None].expand(-1, -1, past) >= 0
-        if past_mask is not None:
-            past_visible = past_visible & past_mask[:, None]
-        visible = torch.cat([visible, past_visible], dim=-1)
+    visible = visible_keys(query_index, length, key_mask, past_key, past_mask)
 
     logits = torch.cat(tiles, dim=-1).flatten(2, 3) * scale  # [B, Q, Hq, L + P]
     hidden = ~visible[:, :, None] | (logits == -torch.inf)

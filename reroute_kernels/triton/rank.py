@@ -265,7 +265,7 @@ def attention_logits(
         past_split = split - tl.cdiv(length, SPLIT)
         is_past = past_split >= 0
     else:
-        is_past: tl.constexpr = False
+        is_past: tl.constexpr = False  # type: ignore[no-redef]
     if is_past:
         if HAS_PAST_MASK:
             past_mask += sample * stride_past_mask_b
@@ -432,7 +432,8 @@ def rank_tokens(attention: Attention) -> Tensor:
         past_key = past_mask = None
     past_length = 0 if past_key is None else past_key.shape[1]
 
-    query, key, past_key, cos, sin = (x if x is None else _as_read(x) for x in (query, key, past_key, cos, sin))
+    query, key = _as_read(query), _as_read(key)
+    past_key, cos, sin = (x if x is None else _as_read(x) for x in (past_key, cos, sin))
     half = 0 if cos is None else cos.shape[-1] // 2
     rest = head_dim - 2 * half
     rows = heads // kv_heads * queries

@@ -936,7 +936,19 @@ def judge(talk: Talk) -> str:
     if failed is not None:
         check_refusal(case, failed)
     unrouted = unrouted[: len(routed)]
+    routes = check_traces(talk, unrouted, routed)
+    if routes:
+        check_all_kept(talk, unrouted, routed)
+        check_alone(talk, unrouted, routed)
+    if failed is not None:
+        return "refused"
+    if not_offered is not None:
+        return "not offered"
+    return "equal" if routes else "text only"
 
+
+def check_traces(talk: Talk, unrouted: list[Answer], routed: list[Answer]) -> bool:
+    """Turns with images are routed, and text before them is left alone; whether any was routed."""
     routes = False
     for number, answer in enumerate(routed):
         if routes or talk.visual(number).any():
@@ -949,14 +961,7 @@ def judge(talk: Talk) -> str:
         routes = True
         assert answer.trace is not None, "unrouted in silence"
         check_counts(talk, number, answer.trace)
-    if routes:
-        check_all_kept(talk, unrouted, routed)
-        check_alone(talk, unrouted, routed)
-    if failed is not None:
-        return "refused"
-    if not_offered is not None:
-        return "not offered"
-    return "equal" if routes else "text only"
+    return routes
 
 
 def check_all_kept(talk: Talk, unrouted: list[Answer], routed: list[Answer]) -> None:
@@ -1002,14 +1007,9 @@ def check_alone(talk: Talk, unrouted: list[Answer], routed: list[Answer]) -> Non
         else:
             alone.generates(len(routed))
         for number, answer in enumerate(routed):
-            begin, visual = talk.begin(number), talk.visual(number)[row]
+            begin = talk.begin(number)
             if answer.trace is not None:
-                last = talk.valid[number][row].nonzero().flatten()[-1:]
-                ends_in_image = case.mode != "no cache" and len(last) and bool(visual[last])
-                place = row * (len(answer.trace.visual_counts) // talk.batch)
-                if case.reduces and visual.any():
-                    check_survivors(alone, answer.trace.reduction.selected[place].tolist())
-                check_selection(case, alone, number, answer.trace, place, begin + int(last) if ends_in_image else None)
+                check_trace(talk, alone, number, row, answer.trace)
             if case.mode != "call":
                 check_generated(answer, row, alone, number, len(answer.logits) // talk.batch)
             elif alone.logits[number] is not None:
@@ -1018,6 +1018,17 @@ def check_alone(talk: Talk, unrouted: list[Answer], routed: list[Answer]) -> Non
                     near(actual, expected)
                 elif (actual - expected).abs().max() > 1e-4:  # states that are carried along amplify rounding
                     near(actual, expected, 2 * rounding_of_batch(talk, unrouted, positions, row, number))
+
+
+def check_trace(talk: Talk, alone: Alone, number: int, row: int, trace: rk.Trace) -> None:
+    """A sample selects what it selects alone."""
+    case, visual = talk.case, talk.visual(number)[row]
+    last = talk.valid[number][row].nonzero().flatten()[-1:]
+    ends_in_image = case.mode != "no cache" and len(last) and bool(visual[last])
+    sample = row * (len(trace.visual_counts) // talk.batch)
+    if case.reduces and visual.any():
+        check_survivors(alone, trace.reduction.selected[sample].tolist())
+    check_selection(case, alone, number, trace, sample, talk.begin(number) + int(last) if ends_in_image else None)
 
 
 @torch.no_grad()
