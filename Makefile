@@ -14,7 +14,7 @@ NEWEST_TESTS := $(addprefix tests/models/test_,$(addsuffix .py,golden families g
 
 .PHONY: help browser test test-oldest test-newest test-install test-lmms-eval test-vllm test-matrix test-triton fuzz \
   compile-matrix gpu-report demo bench \
-  bench-vllm grounding train scenes lint format clean
+  bench-vllm grounding train scenes docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -114,6 +114,11 @@ grounding: .venv/ready  ## ask the tiny model about held-out scenes under every 
 train: .venv/ready  ## train the tiny model anew; goes on where it was interrupted
 	$(BIN)/python -m bench.grounding.train
 
+docs: .venv-docs/ready  ## build the pages and the API reference into build/site
+	rm -rf build/package && mkdir -p build/package
+	cp -r reroute_kernels build/package && cp -r models build/package/reroute_kernels
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+
 lint: .venv/ready
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
@@ -123,7 +128,7 @@ format: .venv/ready  ## format the code
 	$(BIN)/ruff format -q .
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-install .venv-lmms-eval .venv-middle .venv-newest .venv-oldest .venv-previous .venv-vllm .triton build *.egg-info .benchmarks
+	rm -rf .venv .venv-docs .venv-install .venv-lmms-eval .venv-middle .venv-newest .venv-oldest .venv-previous .venv-vllm .triton build *.egg-info .benchmarks
 
 .venv/ready: requirements/dev.txt requirements/constraints.txt pyproject.toml
 .venv-middle/ready: requirements/middle.txt requirements/constraints.txt pyproject.toml
@@ -140,9 +145,10 @@ define find_packages_of_venv
 $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
 endef
+.venv-docs/ready: requirements/docs.txt
 .venv-lmms-eval/ready: requirements/lmms_eval.txt
 .venv-vllm/ready: requirements/vllm.txt tests/vllm/prepare_environment.py tests/vllm/torchvision_schemas.py
-.venv-lmms-eval/ready .venv-vllm/ready: .venv/ready
+.venv-docs/ready .venv-lmms-eval/ready .venv-vllm/ready: .venv/ready
 	$(PYTHON) -m venv --clear --without-pip $(@D)
 	$(call find_packages_of_venv,$(@D))
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \

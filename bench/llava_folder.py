@@ -15,6 +15,50 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 """By which the processor normalizes the three channels, as CLIP's does."""
 
 
+def make_config(token_id: dict[str, int], length: int, tower: dict, text: dict, **others: object) -> dict[str, object]:
+    """Configuration of a LLaVA with a CLIP tower and a Llama decoder.
+
+    Args:
+        token_id: of the vocabulary.
+        length: the longest prompt.
+        tower, text: sizes of the vision tower and of the decoder, by the names of their configurations.
+        others: of the model.
+    """
+    side, patch = tower["image_size"], tower["patch_size"]
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "image_seq_length": (side // patch) ** 2,
+        "image_token_index": token_id[IMAGE],
+        "pad_token_id": token_id[PAD],
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "tie_word_embeddings": False,
+        "vision_feature_select_strategy": "default",
+        **others,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            **tower,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "projection_dim": tower["hidden_size"],
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": len(token_id),
+            **text,
+            "hidden_act": "silu",
+            "max_position_embeddings": length,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "bos_token_id": token_id[BOS],
+            "eos_token_id": token_id[EOS],
+            "pad_token_id": token_id[PAD],
+            "tie_word_embeddings": False,
+        },
+    }
+
+
 def add_special_tokens(tokenizer: Tokenizer) -> None:
     """Those in `SPECIAL`, with BOS before every text."""
     number = tokenizer.token_to_id(BOS)

@@ -7,6 +7,7 @@ what is routed has from then on.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -185,28 +186,17 @@ class PromptFacts(CallFacts):
         return self.arguments.get(name, getattr(self.adapter.decoder.config, name, default))
 
     @property
+    def counts(self) -> Counter[str]:
+        """What was counted on the device, by name; 0 of what was not."""
+        return Counter(self.prompt.answers)
+
+    @property
     def unlike_causal(self) -> int:
-        return self.prompt.answers.get("unlike_causal", 0)
-
-    @property
-    def position_jumps(self) -> int:
-        return self.prompt.answers.get("jumps", 0)
-
-    @property
-    def gaps(self) -> int:
-        return self.prompt.answers.get("gaps", 0)
-
-    @property
-    def early_answers(self) -> int:
-        return self.prompt.answers.get("early_answers", 0)
+        return self.counts["unlike_causal"]
 
     @property
     def is_activated(self) -> bool:
         return self.activated is not None and any(self.activated)
-
-    @property
-    def activated_visual(self) -> int:
-        return self.prompt.answers.get("activated", 0)
 
     @property
     def visual_tokens(self) -> int:

@@ -174,9 +174,9 @@ PROMPT_RULES = (
     Refusal(
         "several sequences packed into one row by `position_ids`",
         "position_ids of a routed prompt must count by one where transformers takes others for several packed "
-        "sequences (without cache and mask, and under flash attention in a batch of one), got {c.position_jumps} that "
+        "sequences (without cache and mask, and under flash attention in a batch of one), got {c.counts[jumps]} that "
         "do not",
-        lambda c: c.position_jumps and not c.prompt.padded,
+        lambda c: c.counts["jumps"] and not c.prompt.padded,
     ),
     # With a reducer, what it has not marked is refused instead.
     Refusal(
@@ -188,16 +188,16 @@ PROMPT_RULES = (
     ),
     Refusal(
         "answers that begin at or before a visual token (`labels`, `answers_from`)",
-        "answers_from must be positions behind the last visual token of each sample, got ones with {c.early_answers} "
-        "visual tokens at or behind them",
-        lambda c: c.early_answers,
+        "answers_from must be positions behind the last visual token of each sample, got ones with "
+        "{c.counts[early_answers]} visual tokens at or behind them",
+        lambda c: c.counts["early_answers"],
         ValueError,
     ),
     Refusal(
         "PEFT's activated LoRA called upon before an image",
         "alora_invocation_tokens must stand behind the last visual token of each sample of a routed prompt, got "
-        "{c.activated_visual} visual tokens behind them",
-        lambda c: c.is_activated and c.activated_visual,
+        "{c.counts[activated]} visual tokens behind them",
+        lambda c: c.is_activated and c.counts["activated"],
     ),
     Refusal(
         "PEFT's activated LoRA with padding on the right",
@@ -238,7 +238,7 @@ PROMPT_RULES = (
         "with a reducer, a prompt that ends with an image",
         "input_ids must end with text where there is a reducer, and so must what stands before an answer, got a "
         "dropped visual token at the end",
-        lambda c: c.prompt.answers.get("last_dropped"),
+        lambda c: c.counts["last_dropped"],
         ValueError,
     ),
     Refusal(
@@ -275,8 +275,8 @@ PROMPT_RULES = (
     Refusal(
         "tokens hidden between others where layers have recurrent states",
         "attention_mask must hide no tokens between others on a text model with recurrent states, which count them, "
-        "got {c.gaps} that it hides",
-        lambda c: c.gaps,
+        "got {c.counts[gaps]} that it hides",
+        lambda c: c.counts["gaps"],
     ),
     Refusal(
         "`output_hidden_states` and `output_attentions`",

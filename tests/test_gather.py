@@ -55,20 +55,20 @@ def test_many_tensors_of_different_widths_and_dtypes(operations, random_tensor, 
     assert_compact(operations.gather_tokens(index, *tensors), index, tensors)
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        pytest.param([[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]], id="every-row"),
-        pytest.param([[-1, -1, -1], [-1, -1, -1]], id="no-row"),
-        pytest.param([[-1, 2, -1, 0], [3, -1, 4, -1]], id="filler-between-rows"),
-        pytest.param([[5, 4, 6], [0, 1000, 2]], id="positions-past-the-end"),
-        pytest.param([[2**31, 2**40, 1], [-(2**31), -(2**63), 2**63 - 1]], id="positions-past-int32"),
-        pytest.param([[4, 0, 3], [1, 3, 2]], id="descending"),
-        pytest.param([[1, 1, 1], [4, 0, 4]], id="repeated"),
-        pytest.param([[], []], id="no-columns"),
-        pytest.param([[0, 1, 2, 3, 4, -1, -1], [4, -1, -1, -1, -1, -1, -1]], id="more-columns-than-rows"),
-    ],
-)
+INDICES = {
+    "every-row": [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]],
+    "no-row": [[-1, -1, -1], [-1, -1, -1]],
+    "filler-between-rows": [[-1, 2, -1, 0], [3, -1, 4, -1]],
+    "positions-past-the-end": [[5, 4, 6], [1, 1000, 2]],
+    "positions-past-int32": [[2**31, 2**40, 1], [-(2**31), -(2**63), 2**63 - 1]],
+    "descending": [[4, 0, 3], [1, 3, 2]],
+    "repeated": [[1, 1, 1], [4, 0, 4]],
+    "no-columns": [[], []],
+    "more-columns-than-rows": [[0, 1, 2, 3, 4, -1, -1], [4, -1, -1, -1, -1, -1, -1]],
+}
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
 def test_indices(device, operations, random_tensor, index):
     index = torch.tensor(index, dtype=torch.int64, device=device)
     tensors = [random_tensor(2, 5, 6), random_tensor(2, 5, dtype=torch.int64)]

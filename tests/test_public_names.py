@@ -17,31 +17,11 @@ RANKING = (
 
 
 def test_names():
-    assert rk.__all__ == [
-        "Adapter",
-        "Attention",
-        "Cost",
-        "Policy",
-        "Preset",
-        "Routing",
-        "Stage",
-        "Trace",
-        "apply",
-        "backend",
-        "cost",
-        "models",
-        "ops",
-        "preset",
-        "presets",
-        "rankings",
-        "reducers",
-        "ref",
-        "remove",
-        "routing_of",
-        "solve",
-        "suggest",
-        "triton",
-    ]
+    classes = "Adapter Attention Cost Policy Preset Routing Stage Trace"
+    functions = (
+        "apply backend cost models ops preset presets rankings reducers ref remove routing_of solve suggest triton"
+    )
+    assert rk.__all__ == f"{classes} {functions}".split()
     assert dir(rk) == sorted([*rk.__all__, "__version__"])
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
+from tests.test_gather import INDICES
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -43,19 +44,7 @@ def test_dtypes(operations, random_tensor, random_index, dtype):
     assert torch.equal(full, expected)
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        pytest.param([[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]], id="every-row"),
-        pytest.param([[-1, -1, -1], [-1, -1, -1]], id="no-row"),
-        pytest.param([[-1, 2, -1, 0], [3, -1, 4, -1]], id="filler-between-rows"),
-        pytest.param([[5, 4, 6], [1, 1000, 2]], id="positions-past-the-end"),
-        pytest.param([[2**31, 2**40, 1], [-(2**31), -(2**63), 2**63 - 1]], id="positions-past-int32"),
-        pytest.param([[4, 0, 3], [1, 3, 2]], id="descending"),
-        pytest.param([[], []], id="no-columns"),
-        pytest.param([[0, 1, 2, 3, 4, -1, -1], [4, -1, -1, -1, -1, -1, -1]], id="more-columns-than-rows"),
-    ],
-)
+@pytest.mark.parametrize("index", [index for name, index in INDICES.items() if name != "repeated"], ids=str)
 @pytest.mark.parametrize("shape", [(), (6,)], ids=str)
 def test_indices(device, operations, random_tensor, index, shape):
     index = torch.tensor(index, dtype=torch.int64, device=device)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from bench import llava_folder
-from bench.llava_folder import BOS, EOS, IMAGE, PAD, UNK, add_special_tokens, published_name
+from bench.llava_folder import BOS, EOS, IMAGE, PAD, UNK, add_special_tokens, make_config, published_name
 
 IMAGE_SIZE = 336
 PATCH_SIZE = 14
@@ -28,49 +28,22 @@ TOKEN_ID = {token: i for i, token in enumerate(VOCAB)}
 # The tokens that greedy decoding may choose; the byte-level alphabet spells the space as U+0120.
 WRITABLE = set(string.ascii_letters + string.digits + "\u0120")
 
-CONFIG = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
-    "dtype": "bfloat16",
-    "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
-    "image_token_index": TOKEN_ID[IMAGE],
-    "pad_token_id": TOKEN_ID[PAD],
-    "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True,
-    "tie_word_embeddings": False,
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "vision_config": {
-        "model_type": "clip_vision_model",
+CONFIG = make_config(
+    TOKEN_ID,
+    MAX_LENGTH,
+    {
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "projection_dim": 32,
     },
-    "text_config": {
-        "model_type": "llama",
-        "vocab_size": len(VOCAB),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "max_position_embeddings": MAX_LENGTH,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "bos_token_id": TOKEN_ID[BOS],
-        "eos_token_id": TOKEN_ID[EOS],
-        "pad_token_id": TOKEN_ID[PAD],
-        "tie_word_embeddings": False,
-    },
-}
+    {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 32, "head_dim": 16}
+    | dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
+    dtype="bfloat16",
+    vision_feature_layer=-2,
+)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from bench.llava_folder import BOS, EOS, IMAGE, PAD, SPECIAL, UNK, add_special_tokens, write
+from bench.llava_folder import SPECIAL, UNK, add_special_tokens, make_config, write
 
 from . import scenes
 
@@ -27,49 +27,28 @@ WORDS = (
 VOCAB = (*SPECIAL, *WORDS)
 TOKEN_ID = {word: number for number, word in enumerate(VOCAB)}
 
-CONFIG = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
-    "dtype": "float16",
-    "image_seq_length": scenes.GRID**2,
-    "image_token_index": TOKEN_ID[IMAGE],
-    "pad_token_id": TOKEN_ID[PAD],
-    "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True,
-    "tie_word_embeddings": False,
-    "vision_feature_layer": -1,
-    "vision_feature_select_strategy": "default",
-    "vision_config": {
-        "model_type": "clip_vision_model",
+CONFIG = make_config(
+    TOKEN_ID,
+    MAX_LENGTH,
+    {
         "image_size": scenes.SIDE,
         "patch_size": scenes.PATCH,
         "hidden_size": 128,
         "intermediate_size": 384,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "projection_dim": 128,
     },
-    "text_config": {
-        "model_type": "llama",
-        "vocab_size": len(VOCAB),
+    {
         "hidden_size": 128,
         "intermediate_size": 320,
         "num_hidden_layers": 16,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "head_dim": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": MAX_LENGTH,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "bos_token_id": TOKEN_ID[BOS],
-        "eos_token_id": TOKEN_ID[EOS],
-        "pad_token_id": TOKEN_ID[PAD],
-        "tie_word_embeddings": False,
     },
-}
+    dtype="float16",
+    vision_feature_layer=-1,
+)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

@@ -234,6 +234,12 @@ def step_of(trainee: Trainee, phase: str, batch: Batch, seed: int, step: int, to
     return language_step(trainee, batch, kept, now)
 
 
+def phases_left(phase: str, vision_steps: int, steps: int) -> list[tuple[str, int]]:
+    """The phase that runs and those after it, with their steps."""
+    phases = [("vision", vision_steps), ("language", steps)]
+    return phases[["vision", "language", "done"].index(phase) :]
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -287,9 +293,7 @@ def train(
         log(event="start", seed=seed, vision_steps=vision_steps, steps=steps, **machine_of(model, device))
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), "{task.fields[note]}")
     with Progress(*columns) as progress, ThreadPoolExecutor(1) as ahead:
-        for phase, total in (("vision", vision_steps), ("language", steps)):
-            if now["phase"] != phase:
-                continue
+        for phase, total in phases_left(str(now["phase"]), vision_steps, steps):
             task = progress.add_task(phase, total=total, completed=now["step"], note="")
             optimizer, draw = optimizers[phase], DRAW[phase]
             batch = ahead.submit(draw, seed, now["step"], now["drawn"])

@@ -50,6 +50,21 @@ def others(prompt):
     return batch([prompt(2, 3, 8, seed=2)])
 
 
+@pytest.fixture
+def transfers(monkeypatch):
+    """The calls that bring values of tensors to the host, as far as Python makes them."""
+    made = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, original=original, name=name, **kwargs):
+            made.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    return made
+
+
 def hooks(model) -> list:
     """Every forward hook on the model that is not transformers' own."""
     return [table[number] for table, number in _hooks(model)]

@@ -18,7 +18,7 @@ from transformers import (
 import reroute_kernels as rk
 from reroute_kernels.models.adapter import CACHE_NAMES, cache_name
 from tests.models.conftest import hooks, no_layer_runs
-from tests.models.families import load
+from tests.models.families import TEXT, load
 from tests.models.prompts import GOLDEN, Prompt, batch, policy
 
 
@@ -34,14 +34,7 @@ def test_model_must_be_a_transformers_model(what):
 
 
 def test_unknown_model_type_is_named_with_those_supported():
-    tiny = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=9,
-    )
+    tiny = LlamaConfig(**TEXT)
     with pytest.raises(ValueError, match=r"supported type \(aya_vision, .*, smolvlm\), got 'llama'"):
         rk.apply(AutoModelForCausalLM.from_config(tiny), policy())
 
