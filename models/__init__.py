@@ -94,6 +94,11 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
         NotImplementedError: the model or the policy asks for something that is not supported, which is named, or
             transformers is older than all that are.
         AttributeError: this version of transformers builds the model differently, which is named.
+
+    >>> with apply(model, "3:0.25,7:0.1") as routing:  # a LLaVA, and what its processor made of a prompt with a photo
+    ...     output = model.generate(**inputs, max_new_tokens=2)
+    >>> [len(stage.selected[0]) for stage in routing.trace.stages]
+    [36, 14]
     """
     if not isinstance(policy, Policy | str):
         raise TypeError(f"policy must be a Policy or its text, got {type(policy).__name__}")

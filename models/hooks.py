@@ -132,6 +132,26 @@ class Routing:
         self._remove_present(replace)
         self._install()
 
+    def __repr__(self) -> str:
+        state = "" if self._handles else ", removed"
+        return f"Routing({type(self._adapter.model).__name__}, {self.policy}{state})"
+
+    def summary(self) -> str:
+        """What runs in which layers, as text: by the policy and, after a routed prompt, by its tokens."""
+        layers, starts = self._layers.num_layers, self.policy.stage_layers
+        ends = [*starts[1:], layers]
+        lines = [f"{type(self._adapter.model).__name__}: {self.policy}"]
+        if starts[0] > 0:
+            lines.append(f"layers 0 to {starts[0] - 1}: all tokens")
+        keeps = [stage.keep for stage in self.policy.schedule]
+        shares = ["what the reducer leaves"] * (len(starts) - len(keeps)) + [
+            f"{keep:.1%} of the visual" for keep in keeps
+        ]
+        for start, end, share in zip(starts, ends, shares, strict=True):
+            lines.append(f"layers {start} to {end - 1}: text and {share}")
+        lines.append("no prompt yet" if self.trace is None else f"latest prompt: {self.trace.summary()}")
+        return "\n".join(lines)
+
     # Set-up and removal
 
     def _check_model(self) -> None:

@@ -33,6 +33,10 @@ class backend:
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend cannot run here.
+
+    >>> with backend("ref"):
+    ...     active_backend("cpu")
+    'ref'
     """
 
     def __init__(self, name: str | None):

@@ -42,7 +42,7 @@ def solve(
     flops: float | None = None,
     kv_bytes: float | None = None,
     visual_tokens: int = 576,
-    text_tokens: int = 0,
+    text_tokens: int = 64,
     batch: int = 1,
     dtype: str | torch.dtype = "float16",
     action: str = "reroute",
@@ -74,6 +74,10 @@ def solve(
         ValueError: not exactly one budget is given, or it is below what one token at every decision costs; or an
             argument is out of range.
         NotImplementedError: the decoder has layers without full attention, or latent attention.
+
+    >>> policy = solve("llava-1.5-7b", [3, 7, 15], "pyramid", avg_tokens=96)
+    >>> [round(stage.keep, 4) for stage in policy.schedule], policy.budget.reached
+    ([0.1901, 0.0946, 0.0495], 96.0)
     """
     kind, limit = _the_budget(avg_tokens=avg_tokens, flops=flops, kv_bytes=kv_bytes)
     decoder = Decoder.of(config)

@@ -49,6 +49,11 @@ class Decoder:
                 f"mlp_weights must have {self.layers} entries, as layers says, got {len(self.mlp_weights)}"
             )
 
+    @property
+    def projection_weights(self) -> int:
+        """Entries of the query, key, value and output matrices of a layer."""
+        return 2 * self.hidden_size * (self.heads + self.kv_heads) * self.head_dim
+
     @classmethod
     def of(cls, config_or_model) -> Decoder:
         """The decoder of a model.
@@ -162,6 +167,21 @@ DECODERS = {
 """Decoders by name, with their published shapes."""
 
 
+DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+BINARY = ((2**40, "Ti"), (2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki"))
+
+
+def unit_of(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
+    """The largest unit that is not above a value, and its prefix; units: `DECIMAL` or `BINARY`."""
+    return next(((size, prefix) for size, prefix in units if value >= size), (1, ""))
+
+
+def scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    """A value in the unit that fits it, as text up to the unit's name: `8.1 T`."""
+    size, prefix = unit_of(value, units)
+    return f"{value / size:.1f} {prefix}"
+
+
 @dataclass(frozen=True)
 class StageCost:
     """Cost of one stage's layers in a prefill. Tokens are of one sample; all else is of the whole batch."""
@@ -201,6 +221,13 @@ class Cost:
     batch: int
     stages: tuple[StageCost, ...]
     """The layers before the first decision are one, too."""
+
+    def __repr__(self) -> str:
+        step = self.decode_flops(self.text_tokens + self.visual_tokens)
+        return (
+            f"Cost({scaled(self.prefill_flops, DECIMAL)}FLOPs prefill, {scaled(step, DECIMAL)}FLOPs decode step, "
+            f"{scaled(self.kv_bytes, BINARY)}B KV cache; {self.average_visual_tokens:.1f} visual tokens per layer)"
+        )
 
     def _total(self, name: str) -> int:
         return sum(getattr(stage, name) for stage in self.stages)
@@ -263,7 +290,7 @@ class Cost:
         prompt = self.text_tokens + self.visual_tokens
         _check_count("length", length, prompt)
         keys = sum(stage.layers * (stage.tokens + length - prompt + 1) for stage in self.stages)
-        per_token = self.decoder.layers * _projection_weights(self.decoder) + sum(self.decoder.mlp_weights)
+        per_token = self.decoder.layers * self.decoder.projection_weights + sum(self.decoder.mlp_weights)
         return 2 * self.batch * (per_token + 2 * self.decoder.heads * self.decoder.head_dim * keys)
 
     def as_dict(self) -> dict[str, object]:
@@ -291,8 +318,8 @@ class Cost:
 def cost(
     config_or_model,
     policy: Policy | None,
-    text_tokens: int,
-    visual_tokens: int,
+    text_tokens: int = 64,
+    visual_tokens: int = 576,
     batch: int = 1,
     dtype: str | torch.dtype = "float16",
 ) -> Cost:
@@ -314,6 +341,12 @@ def cost(
         TypeError: an argument has the wrong type; or the ranking has no method `flops`, the reducer no `survivors`.
         ValueError: a number or name is out of range, or the schedule has a layer that the model has not.
         NotImplementedError: the decoder has layers without full attention, or latent attention.
+
+    >>> unrouted, routed = (cost("llava-1.5-7b", policy) for policy in (None, Policy.parse("3:0.25,15:0.1")))
+    >>> routed
+    Cost(2.7 TFLOPs prefill, 13.1 GFLOPs decode step, 101.1 MiB KV cache; 138.3 visual tokens per layer)
+    >>> f"{routed.prefill_flops / unrouted.prefill_flops:.1%}"
+    '31.7%'
     """
     decoder = Decoder.of(config_or_model)
     _check_count("text_tokens", text_tokens, 0)
@@ -329,7 +362,7 @@ def cost(
                 layers=layers,
                 visual_tokens=span.visual_tokens,
                 tokens=tokens,
-                projections=2 * batch * layers * tokens * _projection_weights(decoder),
+                projections=2 * batch * layers * tokens * decoder.projection_weights,
                 attention=4 * batch * layers * tokens * tokens * decoder.heads * decoder.head_dim,
                 mlp=2 * batch * tokens * sum(decoder.mlp_weights[span.first : span.end]),
                 ranking=batch * _ranking_flops(policy, decoder, ranked, text_tokens),
@@ -420,11 +453,6 @@ def _method(owner: object, name: str, method: str):
     if not callable(found):
         raise TypeError(f"{name} must have a method {method!r} to be costed, got {owner!r}")
     return found
-
-
-def _projection_weights(decoder: Decoder) -> int:
-    """Entries of the query, key, value and output matrices of a layer."""
-    return 2 * decoder.hidden_size * (decoder.heads + decoder.kv_heads) * decoder.head_dim
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -87,6 +87,11 @@ def rank_tokens(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or name is not accepted.
+
+    >>> query, key = torch.ones(1, 1, 2, 4), torch.zeros(1, 3, 1, 4)
+    >>> key[:, 1] = 10.0  # the token that the query attends to
+    >>> rank_tokens(query, key).argmax().item()
+    1
     """
     attention = Attention(
         query,
@@ -152,6 +157,11 @@ def select_tokens(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or number is not accepted.
+
+    >>> scores = torch.tensor([[0.1, 0.4, 0.3, 0.2, 0.0]])
+    >>> pool = torch.tensor([[True, True, True, True, False]])  # the last token is text
+    >>> select_tokens(scores, pool, ~pool, keep=2, length=3)
+    tensor([[1, 2, 4]])
     """
     for name, tensor in (("scores", scores), ("pool", pool), ("pinned", pinned)):
         expect_tensor(name, tensor)
@@ -234,6 +244,11 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype or device is not accepted, or there is nothing to gather.
+
+    >>> hidden = torch.arange(5.0).view(1, 5, 1)
+    >>> (compact,) = gather_tokens(torch.tensor([[1, 2, 4, -1]]), hidden)
+    >>> compact[0, :, 0]
+    tensor([1., 2., 4., 0.])
     """
     expect_tensor("index", index)
     if not tensors:
@@ -283,6 +298,13 @@ def route_tokens(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device, name or number is not accepted.
+
+    >>> query, key, hidden = torch.ones(1, 1, 2, 4), torch.zeros(1, 5, 1, 4), torch.randn(1, 5, 8)
+    >>> key[:, 1:3] = 10.0
+    >>> pool = torch.tensor([[True, True, True, True, False]])
+    >>> index, (compact,) = route_tokens(query, key, pool=pool, pinned=~pool, keep=2, length=3, tensors=(hidden,))
+    >>> index, compact.shape
+    (tensor([[1, 2, 4]]), torch.Size([1, 3, 8]))
     """
     attention = Attention(
         query,
@@ -364,6 +386,10 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a shape, dtype, device or memory layout is not accepted.
+
+    >>> full, index = torch.zeros(1, 5, 1), torch.tensor([[1, 2, 4]])
+    >>> scatter_tokens_(full, index, torch.ones(1, 3, 1))[0, :, 0]
+    tensor([0., 1., 1., 0., 1.])
     """
     for name, tensor in (("full", full), ("index", index), ("compact", compact)):
         expect_tensor(name, tensor)

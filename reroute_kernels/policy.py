@@ -91,6 +91,10 @@ class Policy:
         TypeError: an argument has the wrong type.
         ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with a reducer or a
             ranking by the previous layer; or a name is unknown.
+
+    >>> policy = Policy([Stage(layer=3, keep=0.25), Stage(layer=7, keep=0.1)], action="remove")
+    >>> policy.selected_counts(visual_tokens=576)
+    (144, 57)
     """
 
     schedule: Sequence[Stage]

@@ -130,6 +130,9 @@ def presets(*, originals: bool = False) -> list[Preset]:
 
     Args:
         originals: whether those in `ORIGINALS` follow.
+
+    >>> print(*presets()[:2], len(presets(originals=True)))
+    llava-1.5-7b/fastv/192 llava-1.5-7b/fastv/128 56
     """
     methods = METHODS + ORIGINALS if originals else METHODS
     return [Preset(model, method, tier) for model in MODELS for method in methods for tier in tiers(model, method)]
@@ -171,6 +174,9 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
 
     Raises:
         ValueError: an argument names no published configuration.
+
+    >>> print(preset("llava-1.5-7b", "reroute-fastv", 192))
+    3:0.2644,7:0.2644,15:0.2644,23:0.2644
     """
     expect_one_of(avg_tokens=(avg_tokens, tiers(model, method)))
     policy = _published(MODELS[model], method.removesuffix("-stagewise"), avg_tokens)

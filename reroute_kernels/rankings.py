@@ -171,6 +171,10 @@ class LastQuery(_ByAttention):
     Raises:
         TypeError: `queries` is not an integer.
         ValueError: an argument is not accepted.
+
+    >>> from reroute_kernels import Policy, Stage
+    >>> Policy([Stage(3, 0.25)], ranking=LastQuery(queries=3, head_reduction="max")).ranking.queries
+    3
     """
 
     layer: str = "this"

@@ -177,6 +177,9 @@ class Nuwa(Reducer):
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range.
+
+    >>> Nuwa(keep=1 / 3, per_cell=2).survivors(576)
+    192
     """
 
     keep: float

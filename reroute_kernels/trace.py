@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor
 from .policy import Policy
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .routing import RoutedForward
 
 
@@ -85,6 +90,63 @@ class Trace:
     """One for each stage of the schedule."""
     reduction: StageTrace | None = None
     """The tokens that a reducer left; None without one."""
+    _visual: Tensor | None = field(default=None, repr=False)
+    _offset: int = field(default=0, repr=False)
+
+    @cached_property
+    def visual_positions(self) -> list[Tensor]:
+        """For each sample the positions of its visual tokens: int64, on the CPU; counted as in `selected`."""
+        assert self._visual is not None
+        return [row.nonzero().flatten() + self._offset for row in self._visual.cpu()]
+
+    def __repr__(self) -> str:
+        return f"Trace({self.summary()})"
+
+    def summary(self) -> str:
+        """Tokens that ran, stage by stage: a line that needs no copy from the device."""
+        visual = ", ".join(f"{count:,}" for count in self.visual_counts)
+        parts = [f"{visual} visual of {self.length:,} tokens"]
+        if self.reduction is not None:
+            parts.append(f"a reducer left {self.reduction.tokens:,} tokens")
+        parts += [f"{stage.tokens:,} tokens from layer {stage.layer}" for stage in self.stages]
+        return "; ".join(parts)
+
+    def plot(self, sample: int = 0) -> Figure:
+        """Picture of a sample: a row for each stage, a column for each visual token, by what became of it.
+
+        It needs matplotlib.
+
+        Args:
+            sample: of the batch.
+
+        Returns:
+            A figure, to be saved by its method `savefig`.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        from .cli.plot import draw_trace
+
+        if not 0 <= sample < len(self.visual_counts):
+            raise IndexError(f"sample must be from 0 to {len(self.visual_counts) - 1}, got {sample}")
+        return draw_trace(self, sample)
+
+    def _repr_html_(self) -> str:
+        """Table of the stages and, if matplotlib is installed, the picture of the first sample; for notebooks."""
+        header = "".join(f"<th>{title}</th>" for title in ("layers from", "tokens in a row", "visual tokens that ran"))
+        rows = "".join(
+            f"<tr><td>{stage.layer}</td><td>{stage.tokens:,}</td>"
+            f"<td>{', '.join(f'{len(each):,}' for each in stage.selected)}</td></tr>"
+            for stage in self.stages
+        )
+        table = f"<p>{escape(str(self.policy))}</p><table><tr>{header}</tr>{rows}</table>"
+        try:
+            figure = self.plot()
+        except ModuleNotFoundError:
+            return table
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=80)
+        return f'{table}<img alt="" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
     @classmethod
     def of(cls, forward: RoutedForward, offset: int = 0) -> Trace:
@@ -100,4 +162,4 @@ class Trace:
             )
         ]
         reduction = stages.pop(0) if policy.reducer is not None else None
-        return cls(policy, prompt.length, prompt.visual_counts, stages, reduction)
+        return cls(policy, prompt.length, prompt.visual_counts, stages, reduction, prompt.visual, offset)

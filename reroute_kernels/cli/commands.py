@@ -15,10 +15,13 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from .. import __version__
 from ..budget import SHAPES, solve
+from ..checks import expect_one_of
 from ..cost import DECODERS, average_visual_tokens, cost
 from ..notation import parse_policy, policy_text
 from ..presets import MODELS, VISUAL_TOKENS, preset, presets
+from ..roofline import GPUS
 from . import arguments as reading
 from . import output as writing
 from . import tables
@@ -40,7 +43,12 @@ class _Commands(TyperGroup):
             _fail(f"{error.format_message().rstrip('.')}; got {context.obj}")
 
 
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 ModelArgument = Annotated[
     str, typer.Argument(help=f"{' or '.join(DECODERS)}, or a checkpoint folder or hub id; only its config is read.")
@@ -52,8 +60,18 @@ CacheType = Annotated[str, typer.Option(help="Of keys and values in the cache.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"reroute-kernels {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _reroute_kernels() -> None:
+def _reroute_kernels(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Route visual tokens through vision-language models."""
 
 
@@ -76,7 +94,9 @@ def list_presets(
         _print_json([writing.preset_dict(*each) for each in listed])
         return
     console = _console()
-    console.print(tables.presets_table(listed, rules=everything))
+    console.print(tables.presets_table(listed))
+    if everything:
+        console.print(tables.rules_table(listed))
     console.print("A -stagewise configuration is the same policy as the one without.", highlight=False)
 
 
@@ -96,6 +116,9 @@ def count_cost(
     batch: Batch = 1,
     dtype: CacheType = "float16",
     as_json: AsJson = False,
+    gpu: Annotated[
+        str | None, typer.Option(help=f"Estimate times on a GPU by the roofline model: {', '.join(GPUS)}.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to save a picture of the schedules.")] = None,
 ) -> None:
     """Count the FLOPs and cache bytes of policies, beside those of the model without routing.
@@ -107,6 +130,8 @@ def count_cost(
             from .plot import check_picture, draw_schedules
 
             check_picture(plot, "plot")
+        if gpu is not None:
+            expect_one_of(gpu=(gpu, tuple(GPUS)))
         parsed = reading.parse_model(model)
         decoder = reading.decoder_of(parsed, model)
         given = [("unrouted", None), *((text, parse_policy(text, parsed)) for text in policies or ())]
@@ -119,12 +144,15 @@ def count_cost(
         _print_json([writing.cost_dict(*each) for each in costed])
         return
     console = _console()
-    console.print(tables.costs_table(costed))
+    for table in tables.costs_tables(costed, gpu, console.width):
+        console.print(table)
     if len(costed) == 2:
-        console.print(tables.stages_table(costed[1][2]))
+        for table in tables.stages_tables(costed[1][2], console.width):
+            console.print(table)
     console.print(
         "FLOPs: matrix products of the decoder layers, no vision tower, no LM head. "
-        "Percentages: of unrouted; for ranking, of its prefill.",
+        "Percentages: of unrouted; for ranking, of its prefill."
+        + ("" if gpu is None else " Estimates: the least time that arithmetic and memory take, not a measurement."),
         highlight=False,
         soft_wrap=True,
     )
@@ -237,17 +265,18 @@ def demo(
             runs = demonstration.compare(subject, max_new_tokens=max_new_tokens, repeats=repeats)
         positions = subject.visual_positions()
         all_shares = [demonstration.stage_shares(run.trace, positions) for run in runs[1:]]
-        rows = [Row(run.name, of_run, run.box) for run, of_run in zip(runs[1:], all_shares, strict=True)]
-        draw(subject, rows, output, truth)
+        rows = [Row(run.told(truth), of_run, run.box) for run, of_run in zip(runs, [[], *all_shares], strict=True)]
+        draw(subject, rows, output, truth, prompt)
         shares = all_shares[-1]
 
     if truth:
         console.print(f"{prompt} (true box: {' '.join(f'{edge:.2f}' for edge in truth)})", highlight=False)
-    console.print(tables.runs_table(runs, truth, rates))
+    console.print(tables.runs_table(runs, truth, rates, times=model is not None))
     console.print(tables.shares_table(shares))
     console.print(
-        f"{len(positions)} visual tokens; {device}, {dtype}; prefill: median of {repeats}, the three in turn. "
-        f"Picture: {output}",
+        f"{len(positions)} visual tokens; {device}, {dtype}; "
+        + ("" if model is None else f"prefill: median of {repeats}, the three in turn. ")
+        + f"Picture: {output}",
         markup=False,
         highlight=False,
     )
@@ -311,9 +340,11 @@ def view(
         policies = policy or (example.policies if example else ())
         subject = demonstration.load(model, photo, prompt, policies, chat=None, device=device, dtype=dtype)
         with console.status("running"):
+            unrouted = viewing.unrouted_answer(subject, max_new_tokens=max_new_tokens)
             panes = viewing.compare(subject, max_new_tokens=max_new_tokens)
         name = model or demonstration.TINY_CHECKPOINT.name
-        output.write_text(viewing.page(viewing.page_data(subject, panes, prompt, name, box)), encoding="utf-8")
+        data = viewing.page_data(subject, panes, prompt, unrouted, name, box)
+        output.write_text(viewing.page(data), encoding="utf-8")
         if png is not None:
             viewing.still(subject, panes, png, box)
 
@@ -326,7 +357,8 @@ def view(
 
 _TINY = (
     "This checkpoint knows shapes on two photos and nothing else (models/tiny_grounding/README.md), and is too small "
-    "for its prefill times to say anything about a real model. Pass --model for one."
+    "for its times to say anything about a real model, so that none are shown. Pass --model for one; the command cost "
+    "counts what a policy saves."
 )
 
 

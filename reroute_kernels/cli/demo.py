@@ -107,6 +107,11 @@ class Run:
     box: Box | None = None
     """The box found in the answer."""
 
+    def told(self, truth: Box | None) -> str:
+        """Name, answer and, if the true box is known, the overlap with it."""
+        found = "" if truth is None else f" (IoU {self.overlap(truth):.2f})" if self.box else " (no box)"
+        return f"{self.name}: {self.answer or 'no answer'}{found}"
+
     def overlap(self, truth: Box) -> float:
         """Intersection over union of the answer's box with the true one."""
         return overlap(self.box, truth) if self.box else 0.0

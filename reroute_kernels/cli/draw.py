@@ -11,7 +11,7 @@ from ..boxes import Box
 from .demo import StageShare, Subject
 
 # How patches and boxes are drawn.
-DEFERRED, RETURNED = (0.05, 0.05, 0.1, 0.78), "#ff2bd6"
+DEFERRED, RETURNED = (0.725, 0.824, 0.933, 0.84), "#ff2bd6"
 REMOVED = {"facecolor": "#c9cbd1", "edgecolor": "#5c5f68", "hatch": "/////", "linewidth": 0}
 READ_BOX = {"edgecolor": "#ffd60a", "linewidth": 2.4}
 TRUE_BOX = {"edgecolor": "#00b4f0", "linewidth": 2.4, "linestyle": "--"}
@@ -27,7 +27,9 @@ class Row:
     """The box found in the answer."""
 
 
-def draw(subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = None) -> None:
+def draw(
+    subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = None, question: str | None = None
+) -> None:
     """Save the photo once per stage, a row for each policy: patches that ran, and what became of the others.
 
     Args:
@@ -35,6 +37,7 @@ def draw(subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = 
         rows: what to draw.
         path: of the picture.
         truth: the box that was asked for.
+        question: the prompt, above everything.
     """
     import matplotlib
 
@@ -72,7 +75,7 @@ def draw(subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = 
     shares = [share for row in rows for share in row.shares]
     legend = [
         (True, Patch(facecolor="white", edgecolor="black", label="ran")),
-        (any(share.deferred for share in shares), Patch(facecolor="#22222a", label="deferred")),
+        (any(share.deferred for share in shares), Patch(facecolor="#b9d2ee", label="deferred")),
         (any(share.removed for share in shares), Patch(**REMOVED, label="removed for good")),
         (
             any(share.deferred for share in shares),
@@ -83,6 +86,8 @@ def draw(subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = 
     ]
     handles = [handle for is_there, handle in legend if is_there]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    if question is not None:
+        figure.suptitle(question)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..trace import Trace
+
 PICTURE_FORMATS = (".png", ".jpg", ".pdf", ".svg")
 
 _MOST_COLUMNS = 3
@@ -113,3 +115,33 @@ def _draw_schedule(axis: Axes, name: str, policy: Policy | None, cost: Cost, unr
         f"{cost.kv_bytes / unrouted.kv_bytes:.1%} of its KV bytes",
     ]
     axis.set_title("\n".join(title), fontsize=10)
+
+
+def draw_trace(trace: Trace, sample: int) -> Figure:
+    """A row for each stage of a routed prefill, a column for each visual token, by what became of it."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    removed, deferred, run = range(3)
+    places = trace.visual_positions[sample].tolist()
+    candidates = set(places if trace.reduction is None else trace.reduction.selected[sample].tolist())
+    states = []
+    for stage in trace.stages:
+        ran = set(stage.selected[sample].tolist())
+        if trace.policy.action == "remove":
+            candidates = ran
+        states.append([run if each in ran else deferred if each in candidates else removed for each in places])
+    figure = Figure(figsize=(8, 0.5 * len(states) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    colors = ListedColormap(list(_COLORS.values()))
+    axis.imshow(states, aspect="auto", cmap=colors, vmin=0, vmax=2, interpolation="nearest")
+    axis.set_yticks(range(len(states)), [f"layer {stage.layer}" for stage in trace.stages])
+    axis.set_xlabel("visual token")
+    figure.legend(
+        handles=[Patch(color=color, label=label) for label, color in _COLORS.items()],
+        loc="outside lower center",
+        ncols=len(_COLORS),
+        frameon=False,
+    )
+    return figure

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..cost import Cost
-from ..policy import Policy
+from ..cost import BINARY, DECIMAL, Cost, StageCost, unit_of
+from ..notation import is_plain, policy_text
+from ..policy import LAST_QUERY, Policy
 from ..presets import Preset
+from ..roofline import decode_seconds, prefill_seconds
 from .output import next_token_flops, rule_text
 
 if TYPE_CHECKING:
@@ -18,91 +22,106 @@ if TYPE_CHECKING:
     from .demo import Run, StageShare
     from .view import Pane
 
-_DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-_BINARY = ((2**40, "Ti"), (2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki"))
+
+def presets_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
+    """Configurations, their schedules as the command line takes them, and the visual tokens that they average."""
+    table = Table(
+        Column("preset", no_wrap=True), Column("schedule", overflow="fold"), Column("average\nof 576", justify="right")
+    )
+    for name, policy, average in listed:
+        table.add_row(str(name), policy_text(policy).replace(",", ", "), f"{average:.1f}")
+    return table
 
 
-def presets_table(listed: Iterable[tuple[Preset, Policy, float]], *, rules: bool) -> Table:
-    """Configurations, their policies and the visual tokens that these average.
+def rules_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
+    """What is not a default in configurations: rankings, positions, reducers."""
+    rules = Column("ranking, positions and reducer that are not the default", overflow="fold")
+    table = Table(Column("preset", overflow="fold"), rules)
+    for name, policy, _ in listed:
+        if not is_plain(policy):
+            rules = [rule_text(policy.ranking)] if policy.ranking != LAST_QUERY else []
+            rules += [f"{policy.positions} positions"] if policy.positions != "original" else []
+            rules += [rule_text(policy.reducer)] if policy.reducer is not None else []
+            table.add_row(str(name), ", ".join(rules))
+    return table
+
+
+def costs_tables(
+    costed: Sequence[tuple[str, Policy | None, Cost]], gpu: str | None = None, width: int = 80
+) -> list[Table]:
+    """Tables of what policies cost: figures down, policies across, as many as fit into the width.
+
+    Percentages are relative to the first policy; for rankings, to the first policy's prefill.
 
     Args:
-        listed: name, policy and average of each.
-        rules: whether to show ranking, positions and reducer, too.
+        costed: names, policies and their costs.
+        gpu: for estimates of time by the roofline model, or None.
+        width: of the terminal.
     """
-    columns = [Column("preset", no_wrap=True, min_width=42), "action", "layer: keep", "average of 576 tokens"]
-    if rules:
-        columns = [
-            Column("preset", no_wrap=True),
-            *("action", "layer: keep", "average\nof 576 tokens"),
-            *(Column(header, overflow="fold") for header in ("ranking", "positions", "reducer")),
-        ]
-    table = Table(*columns)
-    for name, policy, average in listed:
-        cells = [
-            f"{name.model}/{name.method}/{name.avg_tokens}",
-            policy.action,
-            "  ".join(f"{stage.layer}: {stage.keep:g}" for stage in policy.schedule),
-            f"{average:.1f}",
-        ]
-        if rules:
-            cells += [rule_text(policy.ranking), policy.positions, rule_text(policy.reducer)]
-        table.add_row(*cells)
-    return table
-
-
-def costs_table(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Table:
-    """Table of policies' costs. Percentages are relative to the first row; for rankings, to the first row's prefill."""
     base = costed[0][2]
-    prefill, prefill_unit = _scale(base.prefill_flops, _DECIMAL)
-    decode, decode_unit = _scale(next_token_flops(base), _DECIMAL)
-    cache, cache_unit = _scale(base.kv_bytes, _BINARY)
-    columns = (
-        ("visual tokens\nper layer", lambda cost: cost.average_visual_tokens, 1),
-        (f"prefill\n{prefill_unit}FLOPs", lambda cost: cost.prefill_flops, prefill),
-        ("projec-\ntions", lambda cost: cost.projections, prefill),
-        ("atten-\ntion", lambda cost: cost.attention, prefill),
-        ("\nMLP", lambda cost: cost.mlp, prefill),
-        ("\nranking", lambda cost: cost.ranking, prefill),
-        (f"decode step\n{decode_unit}FLOPs", next_token_flops, decode),
-        (f"KV cache\n{cache_unit}B", lambda cost: cost.kv_bytes, cache),
-    )
-    headers = [Column(header, justify="right", no_wrap=True) for header, _, _ in columns]
-    table = Table(Column("\npolicy", overflow="fold"), *headers, show_lines=True)
-    for name, _, cost in costed:
+    prefill, prefill_unit = unit_of(base.prefill_flops, DECIMAL)
+    decode, decode_unit = unit_of(next_token_flops(base), DECIMAL)
+    cache, cache_unit = unit_of(base.kv_bytes, BINARY)
+    figures: list[tuple[str, Callable[[Cost], float], float]] = [
+        ("visual tokens per layer", attrgetter("average_visual_tokens"), 1),
+        (f"prefill, {prefill_unit}FLOPs", attrgetter("prefill_flops"), prefill),
+        *((f"  {part}", attrgetter(part), prefill) for part in ("projections", "attention", "mlp", "ranking")),
+        (f"decode step, {decode_unit}FLOPs", next_token_flops, decode),
+        (f"KV cache, {cache_unit}B", attrgetter("kv_bytes"), cache),
+    ]
+    if gpu is not None:
+        for name, seconds in (("prefill", prefill_seconds), ("decode step", decode_seconds)):
+            figures.append((f"{name} on {gpu}, ms, estimate", partial(seconds, gpu=gpu), 1e-3))
+    labels = max(len(label) for label, *_ in figures)
+    first, *others = costed
+    beside = max(1, (width - labels - 4 - _POLICY_WIDTH) // _POLICY_WIDTH)
+    groups = [others[start : start + beside] for start in range(0, len(others), beside)] or [[]]
+    return [_costs_table([first, *group], figures, base) for group in groups]
+
+
+_POLICY_WIDTH = 17
+
+
+def _costs_table(shown: Sequence[tuple[str, Policy | None, Cost]], figures: Sequence[tuple], base: Cost) -> Table:
+    headers = [Column(Text(name), justify="right", overflow="fold", max_width=_POLICY_WIDTH - 3) for name, *_ in shown]
+    table = Table(Column("", no_wrap=True), *headers)
+    for label, figure, scale in figures:
         cells = []
-        for _, figure, scale in columns:
-            value, whole = figure(cost), figure(base) or base.prefill_flops
-            cells.append(f"{value / scale:,.4g}" + ("" if cost is base else f"\n{value / whole:.1%}"))
-        table.add_row(Text(name), *cells)
+        for _, _, cost in shown:
+            whole = figure(base) or base.prefill_flops
+            share = "" if cost is base else f"\n{figure(cost) / whole:.1%}"
+            cells.append(f"{figure(cost) / scale:,.4g}{share}")
+        table.add_row(label, *cells)
     return table
 
 
-def stages_table(cost: Cost) -> Table:
-    """Table of one policy's cost, stage by stage."""
-    prefill, unit = _scale(cost.prefill_flops, _DECIMAL)
-    cache, cache_unit = _scale(cost.kv_bytes, _BINARY)
-    headers = (
-        "\nlayers",
-        "visual tokens\nthat run",
-        "with\ntext",
-        f"prefill\n{unit}FLOPs",
-        "projec-\ntions",
-        "atten-\ntion",
-        "\nMLP",
-        "\nranking",
-        f"KV cache\n{cache_unit}B",
-    )
-    table = Table(*(Column(header, justify="right", no_wrap=True) for header in headers))
-    for stage in cost.stages:
-        flops = (stage.flops, stage.projections, stage.attention, stage.mlp, stage.ranking)
-        table.add_row(
-            f"{stage.first_layer} to {stage.first_layer + stage.layers - 1}",
-            f"{stage.visual_tokens:,}",
-            f"{stage.tokens:,}",
-            *(f"{value / prefill:,.4g}" for value in flops),
-            f"{stage.kv_bytes / cache:,.4g}",
-        )
-    return table
+def stages_tables(cost: Cost, width: int = 80) -> list[Table]:
+    """Tables of one policy's cost: figures down, stages across, as many as fit into the width."""
+    prefill, unit = unit_of(cost.prefill_flops, DECIMAL)
+    cache, cache_unit = unit_of(cost.kv_bytes, BINARY)
+    figures: list[tuple[str, Callable[[StageCost], str]]] = [
+        ("visual tokens", lambda stage: f"{stage.visual_tokens:,}"),
+        ("with text", lambda stage: f"{stage.tokens:,}"),
+        (f"prefill, {unit}FLOPs", lambda stage: f"{stage.flops / prefill:,.4g}"),
+        *(
+            (f"  {part}", lambda stage, part=part: f"{getattr(stage, part) / prefill:,.4g}")
+            for part in ("projections", "attention", "mlp", "ranking")
+        ),
+        (f"KV cache, {cache_unit}B", lambda stage: f"{stage.kv_bytes / cache:,.4g}"),
+    ]
+    beside = max(1, (width - max(len(label) for label, _ in figures) - 4) // _STAGE_WIDTH)
+    tables = []
+    for start in range(0, len(cost.stages), beside):
+        stages = cost.stages[start : start + beside]
+        headers = [f"layers\n{stage.first_layer} to {stage.first_layer + stage.layers - 1}" for stage in stages]
+        table = Table(Column("", no_wrap=True), *(Column(header, justify="right", no_wrap=True) for header in headers))
+        for label, figure in figures:
+            table.add_row(label, *map(figure, stages))
+        tables.append(table)
+    return tables
+
+
+_STAGE_WIDTH = 11
 
 
 def solution_table(policy: Policy, visual_tokens: int) -> Table:
@@ -113,13 +132,16 @@ def solution_table(policy: Policy, visual_tokens: int) -> Table:
     return table
 
 
-def runs_table(runs: Iterable[Run], truth: Box | None, rates: dict[str, tuple[float, float, float]]) -> Table:
+def runs_table(
+    runs: Iterable[Run], truth: Box | None, rates: dict[str, tuple[float, float, float]], *, times: bool
+) -> Table:
     """Table of the demo's runs.
 
     Args:
         runs: of the demo.
         truth: the box that was asked for, if it is known.
         rates: by the names of runs, the share of boxes found in many scenes and its interval; may be empty.
+        times: whether to show what the prefills took.
     """
     table = Table(
         "",
@@ -129,7 +151,7 @@ def runs_table(runs: Iterable[Run], truth: Box | None, rates: dict[str, tuple[fl
         "visual tokens\nper layer",
         "cached tokens\n(all layers)",
         "KV bytes",
-        "prefill ms",
+        *(["prefill ms"] if times else []),
     )
     for run in runs:
         cells = [run.name, Text(run.answer)]
@@ -142,7 +164,7 @@ def runs_table(runs: Iterable[Run], truth: Box | None, rates: dict[str, tuple[fl
             f"{run.average_visual_tokens:.1f}",
             f"{run.cached_tokens:,}",
             f"{run.kv_bytes:,}",
-            f"{run.prefill_ms:.1f}",
+            *([f"{run.prefill_ms:.1f}"] if times else []),
         )
     return table
 
@@ -168,7 +190,3 @@ def panes_table(panes: Iterable[Pane]) -> Table:
         box = "-" if pane.box is None else ", ".join(f"{edge:.2f}" for edge in pane.box)
         table.add_row(Text(pane.name), pane.policy.action, Text(pane.answer), box)
     return table
-
-
-def _scale(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
-    return next(((size, unit) for size, unit in units if value >= size), (1, ""))

@@ -50,6 +50,12 @@ def parse_box(text: str) -> Box:
     return left, top, right, bottom
 
 
+def unrouted_answer(subject: Subject, *, max_new_tokens: int) -> str:
+    """The answer of the model when nothing is routed."""
+    with torch.no_grad():
+        return answer(subject, max_new_tokens)
+
+
 def compare(subject: Subject, *, max_new_tokens: int) -> list[Pane]:
     """Answer the prompt under both policies."""
     panes = []
@@ -91,13 +97,16 @@ def stages_of(trace: Trace, positions: list[int]) -> list[dict[str, object]]:
     return stages
 
 
-def page_data(subject: Subject, panes: Sequence[Pane], question: str, model: str, truth: Box | None) -> dict:
+def page_data(
+    subject: Subject, panes: Sequence[Pane], question: str, unrouted: str, model: str, truth: Box | None
+) -> dict:
     """Data of the page.
 
     Args:
         subject: the model and the picture that it sees.
         panes: what `compare` found.
         question: the prompt.
+        unrouted: the answer of the model when nothing is routed.
         model: its name.
         truth: the box that was asked for.
     """
@@ -106,6 +115,7 @@ def page_data(subject: Subject, panes: Sequence[Pane], question: str, model: str
     positions = subject.visual_positions()
     return {
         "question": question,
+        "unrouted": unrouted,
         "model": model,
         "image": f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}",
         "size": subject.picture.size,

@@ -12,6 +12,7 @@ import torch
 import transformers
 import typer
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 import reroute_kernels as rk
@@ -20,6 +21,7 @@ from reroute_kernels.cli import environment, output, plot
 from reroute_kernels.cli.commands import app
 from reroute_kernels.cost import Decoder, visual_tokens_per_layer
 from reroute_kernels.presets import MODELS, ORIGINALS
+from reroute_kernels.roofline import GPUS, decode_seconds, prefill_seconds
 from reroute_kernels.versions import SUPPORTED
 from reroute_kernels.vllm import Settings, engine_arguments, serve_arguments
 
@@ -70,15 +72,15 @@ def test_the_example_in_the_help_runs(name, tmp_path, monkeypatch):
     assert {"vllm-args": "--hf-overrides", "env": "This installation routes"}.get(name, "┃") in result.output
 
 
-def test_the_examples_of_the_readme_run(tmp_path, monkeypatch):
-    section = (ROOT / "README.md").read_text().partition("## Command line")[2].partition("\n## ")[0]
-    commands = re.findall(r"^reroute-kernels (.*?)(?: +#.*)?$", section, flags=re.MULTILINE)
-    assert {command.split()[0] for command in commands} == set(COMMANDS)
+def test_the_examples_of_the_pages_run(tmp_path, monkeypatch):
+    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/commands.md")]
+    commands = [text for page in pages for text in re.findall(r"^reroute-kernels (.*)$", page, flags=re.MULTILINE)]
+    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view"}
     monkeypatch.chdir(tmp_path)
     for command in commands:
-        result = run(*shlex.split(command), *(["--repeats", "1"] if command.startswith("demo") else []))
+        result = run(*shlex.split(command))
         assert result.exit_code == 0, result.output
-    assert {path.name for path in tmp_path.iterdir()} == {"cost.png", "demo.png", "view.html"}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("originals", [False, True])
@@ -103,14 +105,19 @@ def rebuilt(policy):
     return rk.Policy(schedule, policy["action"], ranking, policy["positions"], reducer)
 
 
-def test_the_table_of_all_presets_shows_every_rule():
+@pytest.mark.parametrize("columns", [80, 140])
+def test_the_tables_of_all_presets_show_every_rule(columns, monkeypatch):
+    monkeypatch.setattr("reroute_kernels.cli.commands._console", lambda: Console(width=columns))
     output = run("presets", "--all").output
     assert "…" not in output
+    assert len(output.splitlines()) < 200
     assert {row[0].split("/")[1] for row in rows(output) if "/" in row[0]} >= set(ORIGINALS)
-    table = "".join("".join(row[4] for row in rows(output)).split())
-    assert "LastQuery(layer=previous,queries=3,head_reduction=max)" in table
-    assert "contiguous" in output
-    assert "keeps_own=False" in output
+    text = "".join("".join(row[1] for row in rows(output)).split())
+    assert "LastQuery(layer=previous,queries=3,head_reduction=max)" in text
+    assert "contiguouspositions" in text
+    assert "keeps_own=False" in text
+    for name in rk.presets(originals=True):
+        assert notation.policy_text(rk.preset(*name)) in text
 
 
 def test_cost_as_json_is_what_cost_counts():
@@ -125,26 +132,79 @@ def test_cost_as_json_is_what_cost_counts():
         assert (each["policy"] and rebuilt(each["policy"])) == policy
 
 
-def test_cost_table():
+def figures(output):
+    """By label the cells of the first table, values and shares apart."""
+    found, label = {}, None
+    for row in rows(output):
+        label = row[0] or label
+        found.setdefault(label, []).append(row[1:])
+    return found
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_cost_table(columns, monkeypatch):
+    monkeypatch.setattr("reroute_kernels.cli.commands._console", lambda: Console(width=columns))
     output = run("cost", LLAVA, "reroute-fastv/192").output
-    table = rows(output)
-    unrouted, routed = (rk.cost(LLAVA, policy, 64, 576) for policy in (None, rk.preset(LLAVA, "reroute-fastv", 192)))
-    place = [row[0] for row in table].index("reroute-fastv/192")
-    assert next(row for row in table if row[0] == "unrouted")[1:3] == ["576", f"{unrouted.prefill_flops / 1e12:.4g}"]
-    values, shares = table[place][1:], table[place + 1][1:]
-    assert values[0] == "191.8"
-    names = ("prefill_flops", "projections", "attention", "mlp", "ranking")
-    assert values[1:6] == [f"{getattr(routed, name) / 1e12:.4g}" for name in names]
-    wholes = [getattr(unrouted, name) or unrouted.prefill_flops for name in names]
-    assert shares[1:6] == [f"{getattr(routed, name) / whole:.1%}" for name, whole in zip(names, wholes, strict=True)]
-    assert values[6:] == [f"{routed.decode_flops(640) / 1e9:.4g}", f"{routed.kv_bytes / 2**20:.4g}"]
-    assert shares[6:] == ["98.5%", "40.0%"]
-    stages = [row for row in table if re.fullmatch(r"\d+ to \d+", row[0])]
-    assert [row[:3] for row in stages[:2]] == [["0 to 2", "576", "640"], ["3 to 6", "152", "216"]]
-    assert [row[3] for row in stages] == [f"{stage.flops / 1e12:.4g}" for stage in routed.stages]
+    assert "…" not in output
+    costs, stages = re.split(r"\n(?=┏)", output)[:2]
+    found = figures(costs)
+    unrouted, routed = (rk.cost(LLAVA, policy) for policy in (None, rk.preset(LLAVA, "reroute-fastv", 192)))
+    assert found["visual tokens per layer"] == [["576", "191.8"], ["", "33.3%"]]
+    names = {"prefill, TFLOPs": "prefill_flops"} | {
+        part: part for part in ("projections", "attention", "mlp", "ranking")
+    }
+    for label, name in names.items():
+        whole, value = getattr(unrouted, name), getattr(routed, name)
+        assert found[label] == [
+            [f"{whole / 1e12:.4g}", f"{value / 1e12:.4g}"],
+            ["", f"{value / (whole or unrouted.prefill_flops):.1%}"],
+        ]
+    assert found["decode step, GFLOPs"][0][1] == f"{routed.decode_flops(640) / 1e9:.4g}"
+    assert found["KV cache, MiB"] == [["320", f"{routed.kv_bytes / 2**20:.4g}"], ["", "40.0%"]]
+    found = figures(stages)
+    assert found["visual tokens"][0] == ["576", "152", "152", "152", "152"]
+    assert found["with text"][0][:2] == ["640", "216"]
+    assert found["prefill, TFLOPs"][0] == [f"{stage.flops / 1e12:.4g}" for stage in routed.stages]
     assert "no vision tower, no LM head" in output
-    several = rows(run("cost", LLAVA, "fastv/192", "fastv/64").output)
-    assert not [row for row in several if re.fullmatch(r"\d+ to \d+", row[0])]
+    assert "with text" not in run("cost", LLAVA, "fastv/192", "fastv/64").output
+
+
+def test_cost_tables_of_many_policies_fit(monkeypatch):
+    monkeypatch.setattr("reroute_kernels.cli.commands._console", lambda: Console(width=80))
+    names = [f"{method}/{tier}" for method in ("fastv", "pdrop", "reroute-fastv") for tier in (192, 64)]
+    output = run("cost", LLAVA, *names).output
+    assert max(map(len, output.splitlines()[:-3])) <= 80
+    assert "…" not in output
+    assert output.count("unrouted") > 2
+    text = "".join(cell for row in rows(output) for cell in row)
+    assert all(name in "".join(text.split()) or name.split("/")[0] in text for name in names)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_estimates_of_time(gpu):
+    output = run("cost", LLAVA, "reroute-fastv/192", "--gpu", gpu).output
+    unrouted, routed = (rk.cost(LLAVA, policy) for policy in (None, rk.preset(LLAVA, "reroute-fastv", 192)))
+    for label, seconds in (("prefill", prefill_seconds), ("decode step", decode_seconds)):
+        cells = figures(output)[f"{label} on {gpu}, ms, estimate"][0]
+        assert cells == [f"{seconds(cost, gpu) * 1e3:,.4g}" for cost in (unrouted, routed)]
+        assert seconds(routed, gpu) < seconds(unrouted, gpu)
+    assert "not a measurement" in output
+
+
+def test_estimates_by_hand():
+    """A stage is bound by arithmetic or by the weights that it reads."""
+    decoder, gpu = Decoder(4, 2, 1, 1, 4, 10, mlp_weights=(48, 48)), GPUS["h100"]
+    short, long = (rk.cost(decoder, None, text_tokens=count, visual_tokens=1) for count in (1, 10**6))
+    read = 2 * (2 * (2 * 4 * 2 * 4) + 96)
+    assert prefill_seconds(short, "h100") == pytest.approx((read + short.kv_bytes) / gpu.bandwidth)
+    assert prefill_seconds(long, "h100") == pytest.approx(long.prefill_flops / gpu.flops)
+    assert decode_seconds(short, "h100") == pytest.approx((read + 2 * 4 * 10 + short.kv_bytes) / gpu.bandwidth)
+
+
+def test_version():
+    assert run("--version").output == f"reroute-kernels {rk.__version__}\n"
+    assert "Usage" in run("-h").output
+    assert "Usage" in run("cost", "-h").output
 
 
 def test_cost_of_a_checkpoint(tmp_path):
@@ -197,7 +257,7 @@ def test_solve(options, keywords):
         keywords = keywords | {"visual_tokens": 300, "text_tokens": 5}
     if not {"flops", "kv_bytes"} & set(keywords):
         keywords = keywords | {"avg_tokens": 96}
-    expected = rk.solve(LLAVA, [3, 7, 15], **{"text_tokens": 64, **keywords})
+    expected = rk.solve(LLAVA, [3, 7, 15], **keywords)
     solved = answer("solve", LLAVA, "3,7,15", *options)
     assert rebuilt(solved["policy"]) == expected
     assert solved["budget"] == expected.budget._asdict() | {"under": expected.budget.under}
@@ -226,6 +286,8 @@ def test_solve(options, keywords):
         ("cost {llama} fastv/192", "policy must be a preset like llava-1.5-7b/.*, got 'fastv/192': a preset has three"),
         ("cost {llama} 3:0.5,6:0.5", "schedule must stay below layer 6 of this model, got layer 6"),
         ("cost llava-1.5-7b fastv/100", "got 'fastv/100': avg_tokens must be one of 192, 128, 64, got 100"),
+        ("cost llava-1.5-7b --gpu tpu", "gpu must be one of 'a100', .*, got 'tpu'"),
+        ("cost llava-1.5-7b qwen2.5-vl-7b/fastv/192", "presets of qwen2.5-vl-7b are for 28 decoder layers"),
         ("cost llava-1.5-7b drop:3:0.5", "policy must be .* got 'drop:3:0.5'"),
         ("cost llava-1.5-7b 3:1.5", r"got '3:1.5': keep must be in \(0, 1\], got 1.5 at layer 3"),
         ("cost llava-1.5-7b --visual-tokens 0", "--visual-tokens.*1.*--visual-tokens 0"),

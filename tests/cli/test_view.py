@@ -21,7 +21,7 @@ QUESTION = (
 ANSWER = "At [0.25, 0.30, 0.50, 0.60] <img src=x onerror=alert(1)></script>"
 TRUTH = (0.25, 0.3, 0.75, 0.6)
 SCHEDULE = "2:0.4,6:0.2,9:0.3"
-COLOURS = {"deferred": "rgba(13, 13, 26, 0.78)", "removed": 'url("#hatch")', "active": "none", "returned": "none"}
+COLOURS = {"deferred": "rgba(185, 210, 238, 0.84)", "removed": 'url("#hatch")', "active": "none", "returned": "none"}
 
 
 def run(*arguments):
@@ -318,6 +318,7 @@ def test_texts_and_boxes(opened, made):
     page = opened()
     assert page.title() == "Which patches run in every layer"
     assert page.text_content("h1") == QUESTION
+    assert page.text_content("#unrouted") == made.data["unrouted"] != ""
     assert page.locator("section .answer").all_text_contents() == [pane.answer for pane in made.panes]
     assert page.locator("section h2").all_text_contents() == [f"remove: {SCHEDULE}", f"reroute: {SCHEDULE}"]
     assert page.locator(".overlap").all_text_contents()[1].endswith("by 0.50 (IoU)")
@@ -329,7 +330,7 @@ def test_texts_and_boxes(opened, made):
     assert page.evaluate("document.querySelectorAll('img, section script').length") == 0
 
 
-@pytest.mark.parametrize(("width", "beside"), [(1200, True), (420, False)])
+@pytest.mark.parametrize(("width", "beside"), [(1200, True), (420, False), (390, False)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_layout(opened, width, beside, scheme):
     page = opened(width, color_scheme=scheme)
