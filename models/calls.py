@@ -187,7 +187,7 @@ class PromptFacts(CallFacts):
 
     @property
     def counts(self) -> Counter[str]:
-        """What was counted on the device, by name; 0 of what was not."""
+        """The counts read from the device, by name; 0 of what was not counted."""
         return Counter(self.prompt.answers)
 
     @property

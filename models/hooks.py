@@ -137,7 +137,7 @@ class Routing:
         return f"Routing({type(self._adapter.model).__name__}, {self.policy}{state})"
 
     def summary(self) -> str:
-        """What runs in which layers, as text: by the policy and, after a routed prompt, by its tokens."""
+        """Text that tells which tokens run in which layers, by the policy and by the latest prompt."""
         layers, starts = self._layers.num_layers, self.policy.stage_layers
         ends = [*starts[1:], layers]
         lines = [f"{type(self._adapter.model).__name__}: {self.policy}"]

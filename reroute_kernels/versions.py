@@ -68,3 +68,12 @@ def _warn_of(found: str, supported: str) -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     """The first two numbers, which all ranges are given in."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+_DISTRIBUTIONS = {"PIL": "Pillow", "sklearn": "scikit-learn"}
+
+
+def install_command(error: ModuleNotFoundError) -> str:
+    """The command that installs what an import did not find."""
+    module = (error.name or "").partition(".")[0]
+    return f"pip install {_DISTRIBUTIONS.get(module, module)}"

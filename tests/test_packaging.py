@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,20 @@ def test_contents(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     ]
     assert {str(path) for path in expected} | {"reroute_kernels/py.typed"} <= set(names)
+
+
+def test_source_distribution_holds_the_package_and_no_tests(tmp_path):
+    """Tests without their data and fixtures would all fail."""
+    source = tmp_path / "tree"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "golden", "__pycache__"))
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert {"README.md", "LICENSE", "models/hooks.py", "models/tiny_grounding/config.json"} <= names
+    assert {"reroute_kernels/py.typed", "reroute_kernels/cli/view.html"} <= names
+    assert not [name for name in names if name.split("/")[0] in ("tests", "bench")]
 
 
 def test_import_from_the_wheel_alone(wheel, tmp_path):

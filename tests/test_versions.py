@@ -8,7 +8,7 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import versions
-from reroute_kernels.versions import SUPPORTED, Versions
+from reroute_kernels.versions import SUPPORTED, Versions, install_command
 
 ROOT = Path(__file__).parents[1]
 TRANSFORMERS = SUPPORTED["transformers"]
@@ -110,3 +110,10 @@ def test_a_model_that_is_built_differently_names_the_range(tiny):
     del layer.input_layernorm
     with pytest.raises(AttributeError, match=rf"input_layernorm' \(known to work: transformers {TRANSFORMERS}\)$"):
         rk.apply(model, policy)
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("typer", "typer"), ("PIL", "Pillow"), ("sklearn.datasets", "scikit-learn")]
+)
+def test_install_command_names_the_distribution(module, package):
+    assert install_command(ModuleNotFoundError(name=module)) == f"pip install {package}"

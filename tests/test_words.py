@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("reroute_kernels", "models", "bench", "tests")
+    for folder in ("reroute_kernels", "models", "bench", "tests", "examples")
     for path in (ROOT / folder).rglob("*.py")
 )
 

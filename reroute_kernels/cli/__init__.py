@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from ..versions import install_command
+
 
 def main() -> None:
     """Entry point of the console script."""
@@ -15,8 +17,7 @@ def main() -> None:
 
             sys.exit(show_environment(sys.argv[2:]))
         print(
-            "reroute-kernels: the command line, but for `env`, needs "
-            f"{error.name}: pip install 'reroute-kernels[demo]'",
+            f"reroute-kernels: the command line, but for `env`, needs {error.name}: {install_command(error)}",
             file=sys.stderr,
         )
         sys.exit(2)

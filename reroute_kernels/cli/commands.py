@@ -22,6 +22,7 @@ from ..cost import DECODERS, average_visual_tokens, cost
 from ..notation import parse_policy, policy_text
 from ..presets import MODELS, VISUAL_TOKENS, preset, presets
 from ..roofline import GPUS
+from ..versions import install_command
 from . import arguments as reading
 from . import output as writing
 from . import tables
@@ -260,8 +261,9 @@ def demo(
         if prompt is None:
             chat, prompt = True, example.prompt if example else _question(image)
         policies = [policy] if policy else example.policies if example else ()
-        subject = demonstration.load(model, photo, prompt, policies, chat=chat, device=device, dtype=dtype)
-        with console.status("running"):
+        with console.status(f"loading {model or 'the tiny model'}"):
+            subject = demonstration.load(model, photo, prompt, policies, chat=chat, device=device, dtype=dtype)
+        with console.status("running unrouted, with removal and rerouted"):
             runs = demonstration.compare(subject, max_new_tokens=max_new_tokens, repeats=repeats)
         positions = subject.visual_positions()
         all_shares = [demonstration.stage_shares(run.trace, positions) for run in runs[1:]]
@@ -338,7 +340,8 @@ def view(
             prompt = example.prompt if example else _question(image)
             box = example.truth if example and truth is None else box
         policies = policy or (example.policies if example else ())
-        subject = demonstration.load(model, photo, prompt, policies, chat=None, device=device, dtype=dtype)
+        with console.status(f"loading {model or 'the tiny model'}"):
+            subject = demonstration.load(model, photo, prompt, policies, chat=None, device=device, dtype=dtype)
         with console.status("running"):
             unrouted = viewing.unrouted_answer(subject, max_new_tokens=max_new_tokens)
             panes = viewing.compare(subject, max_new_tokens=max_new_tokens)
@@ -374,7 +377,7 @@ def _demonstration(device: str, dtype: str) -> Iterator[ModuleType]:
 
         from . import demo as demonstration
     except ModuleNotFoundError as error:
-        _fail(f"the demo needs {error.name}: pip install 'reroute-kernels[demo]'")
+        _fail(f"the demo needs {error.name}: {install_command(error)}")
     try:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise demonstration.DemoError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
@@ -385,7 +388,7 @@ def _demonstration(device: str, dtype: str) -> Iterator[ModuleType]:
             raise demonstration.DemoError(f"device must be one of this machine's, got {device!r}: {message}") from None
         yield demonstration
     except ModuleNotFoundError as error:
-        _fail(f"the demo needs {error.name}: pip install 'reroute-kernels[demo]'")
+        _fail(f"the demo needs {error.name}: {install_command(error)}")
     except demonstration.DemoError as error:
         _fail(str(error))
 
@@ -455,7 +458,7 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        _fail(f"a command with these arguments needs {error.name}: pip install 'reroute-kernels[demo]'")
+        _fail(f"a command with these arguments needs {error.name}: {install_command(error)}")
     except (ValueError, OSError) as error:
         _fail(str(error))
 

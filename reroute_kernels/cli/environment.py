@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import ops, ref
 from ..backends import active_backend
 from ..policy import Policy, Stage
-from ..versions import SUPPORTED
+from ..versions import SUPPORTED, install_command
 from .arguments import first_line
 
 
@@ -174,7 +174,7 @@ def problems(devices: Sequence[Device]) -> list[str]:
             warnings.simplefilter("ignore")  # a version that is newer than the tested ones is shown beside them
             check_model(next(device.device for device in devices if device.tried))
     except ModuleNotFoundError as error:
-        return [f"routing a model needs {error.name}: pip install 'reroute-kernels[models]'"]
+        return [f"routing a model needs {error.name}: {install_command(error)}"]
     except Exception as error:
         return [f"routing a model of transformers {found['transformers']}: {first_line(error)}"]
     return []

@@ -34,7 +34,7 @@ def presets_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
 
 
 def rules_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
-    """What is not a default in configurations: rankings, positions, reducers."""
+    """Rankings, positions and reducers of configurations that are not the default."""
     rules = Column("ranking, positions and reducer that are not the default", overflow="fold")
     table = Table(Column("preset", overflow="fold"), rules)
     for name, policy, _ in listed:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reroute_kernels as rk
 from reroute_kernels.cost import DECODERS
-from reroute_kernels.models.calls import CallReader
+from reroute_kernels.models.calls import PromptFacts
 from reroute_kernels.rankings import LastQuery
 from reroute_kernels.reducers import Nuwa
 from tests.models.families import CLIP, IDS, MODELS, VISION, load
@@ -31,7 +31,7 @@ NAMES = list(reversed(POLICIES.values()))
 @pytest.fixture(autouse=True)
 def _no_features(monkeypatch):
     """Placeholders alone: features are merged by reading masks, and nothing can be read on the meta device."""
-    monkeypatch.setattr(CallReader, "_check_features", lambda *_: None)
+    monkeypatch.setattr(PromptFacts, "lacks_features", False)
 
 
 def make_model(name, device, attention, **shape):
