@@ -56,7 +56,7 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
 
     Args:
         model_type: its `config.model_type`.
-        adapter: `Adapter`, where the model is built like the default, or a subclass with what is different.
+        adapter: `Adapter` if the model is built like the default, or a subclass with what is different.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -81,7 +81,7 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
             `DistributedDataParallel`.
         policy: what to route; or its text, as `Policy.parse` takes it for this model: `"reroute-fastv/192"`,
             `"3:0.25,7:0.25"`.
-        replace: whether a routing that is on the model already is removed for this one; it stays as it is where this
+        replace: whether a routing that is on the model already is removed for this one; it stays as it is if this
             one is refused. The handle of what was replaced is then a removed one.
 
     Returns:

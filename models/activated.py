@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def activated_counts(model: nn.Module, decoder: nn.Module) -> list[int] | None:
-    """How many tokens at the end of each row PEFT has its layers act on in this call; None where it does not count.
+    """How many tokens at the end of each row PEFT has its layers act on in this call; None if it does not count.
 
     Args:
         model: the transformers model, which PEFT has told of its adapters.

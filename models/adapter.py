@@ -190,10 +190,10 @@ class Adapter:
         """Take out of the decoder's arguments what it would add to visual tokens between layers.
 
         Args:
-            arguments: of the decoder, by name; changed where features are taken.
+            arguments: of the decoder, by name; changed if features are taken.
 
         Returns:
-            (B, L, d) for each of the first layers, to be added to its output; empty where there is nothing to add.
+            (B, L, d) for each of the first layers, to be added to its output; empty if there is nothing to add.
         """
         return []
 
@@ -212,7 +212,7 @@ class Adapter:
             layer: the decision layer.
             hidden: (B, L, d), its input.
             cos, sin: (B or 1, L, R).
-            valid: (B, L) bool, or None where every token counts.
+            valid: (B, L) bool, or None if every token counts.
             positions: (B, Q) of the queries in the sequence, -1 for none; None for the last of each row.
 
         Returns:

@@ -13,7 +13,7 @@ class Answers:
 
     Args:
         labels: of the call, (B, L), or None.
-        answers_from: of the routing, an integer or (B,); what labels say does not matter beside it. None where it says
+        answers_from: of the routing, an integer or (B,); what labels say does not matter beside it. None if it says
             nothing.
     """
 
@@ -22,11 +22,11 @@ class Answers:
         self._answers_from = answers_from
 
     def starts(self, visual: Tensor, valid: Tensor | None) -> Tensor | None:
-        """The place of each answer's first token, L where a row has none; None where no row has.
+        """The place of each answer's first token, L if a row has none; None if no row has.
 
         Args:
             visual: (B, L) bool.
-            valid: (B, L) bool, False at padding; None where there is none.
+            valid: (B, L) bool, False at padding; None without one.
 
         Returns:
             (B,) int64, not read from the device.
@@ -42,13 +42,13 @@ class Answers:
             starts = self._labelled(self._labels, visual, valid)
         else:
             return None
-        # Nothing is ranked where there is no visual token.
+        # Nothing is ranked if there is no visual token.
         return starts.where(visual.any(dim=1), visual.shape[1])
 
     def too_early(self, visual: Tensor, starts: Tensor) -> Tensor:
         """How many visual tokens (B, L) stand in an answer, whose last token before could not rank them."""
-        places = torch.arange(visual.shape[1], device=visual.device)
-        return (visual & (places >= starts[:, None])).sum()
+        positions = torch.arange(visual.shape[1], device=visual.device)
+        return (visual & (positions >= starts[:, None])).sum()
 
     def _given(self, visual: Tensor) -> Tensor:
         batch, length = visual.shape
@@ -72,10 +72,10 @@ class Answers:
         scored = labels.to(visual.device) != _UNSCORED
         if valid is not None:
             scored = scored & valid
-        places = torch.arange(length, device=visual.device)
-        image_end = torch.where(visual, places, -1).amax(dim=1, keepdim=True)
-        starts = torch.where(scored & (places > image_end), places, length).amin(dim=1)
-        before = (scored & (places < image_end)).any(dim=1)
+        positions = torch.arange(length, device=visual.device)
+        image_end = torch.where(visual, positions, -1).amax(dim=1, keepdim=True)
+        starts = torch.where(scored & (positions > image_end), positions, length).amin(dim=1)
+        before = (scored & (positions < image_end)).any(dim=1)
         return starts.masked_fill(before & (starts == image_end[:, 0] + 1), length)
 
 

@@ -50,11 +50,11 @@ class CacheState:
     lengths: list[int]
     """P, the cached tokens of a stage's layers."""
     valid: list[Tensor | None]
-    """(B, P) bool, False at cached rows that hold no token; None where all do."""
+    """(B, P) bool, False at cached rows that hold no token; None if all do."""
     positions: list[Tensor]
     """(B or 1, P) positions in the full sequence."""
     visible: list[Tensor | None] | None = None
-    """(B, P) bool, False also at what this call hides, which the next one may show; None where it hides nothing."""
+    """(B, P) bool, False also at what this call hides, which the next one may show; None if it hides nothing."""
 
     def seen(self, stage: int) -> Tensor | None:
         """Which keys of a stage the call sees, (B, P) bool; None for all."""
@@ -70,7 +70,7 @@ class CacheState:
             ragged: whether there are such rows.
 
         Returns:
-            (B, P + M) bool, or None where all do; and (B, P + M).
+            (B, P + M) bool, or None if all do; and (B, P + M).
         """
         batch, length = kept.shape
         valid = _joined(valid, self.lengths[stage], kept >= 0 if ragged else None, length, kept, batch)
@@ -81,7 +81,7 @@ class CacheState:
     def unrouted(cls, length: int, visible: Tensor | None, stages: int, device: torch.device) -> CacheState:
         """Of a cache that no routed prompt filled: all layers hold the same `length` tokens.
 
-        visible: (B, length) bool, what the call sees, or None where it sees all.
+        visible: (B, length) bool, what the call sees, or None if it sees all.
         """
         positions = torch.arange(length, device=device)[None]
         return cls(length, [length] * stages, [None] * stages, [positions] * stages, [visible] * stages)
@@ -108,13 +108,13 @@ class CachedPrompt:
         for stage, kept in enumerate(forward.kept):
             length, ragged = forward.lengths[stage] - prompt.draft_tokens, forward.is_ragged(stage)
             kept = kept[:, :length]
-            valid, places = (kept >= 0 if ragged else None), kept
+            valid, of_stage = (kept >= 0 if ragged else None), kept
             if before:
-                valid, places = before.extended(stage, before.valid[stage], kept, ragged)
+                valid, of_stage = before.extended(stage, before.valid[stage], kept, ragged)
                 length += before.lengths[stage]
             lengths.append(length)
             all_valid.append(valid)
-            positions.append(places)
+            positions.append(of_stage)
         length = (before.length if before else 0) + prompt.length - prompt.draft_tokens
         past = CacheState(length, lengths, all_valid, positions)
         rows = forward.rows - prompt.draft_tokens
@@ -131,14 +131,14 @@ class CachedPrompt:
             count: the tokens after the prompt.
 
         Returns:
-            (batch, P + count) bool, or None where every key counts.
+            (batch, P + count) bool, or None if every key counts.
         """
         positions, cached = self.past.positions[stage], _repeated(self.past.valid[stage], batch)
         added = None
         if visible is not None:
             visible = on_device(positions.device, visible)
-            places = _repeated(positions, batch).clamp(min=0).expand(batch, -1)
-            shown = visible[:, : self.past.length].gather(1, places)
+            index = _repeated(positions, batch).clamp(min=0).expand(batch, -1)
+            shown = visible[:, : self.past.length].gather(1, index)
             cached = shown if cached is None else cached & shown
             added = visible[:, self.past.length :]
         return _joined(cached, self.past.lengths[stage], added, count, positions, batch)
@@ -182,7 +182,7 @@ def _repeated(rows: Tensor | None, batch: int) -> Tensor | None:
 def _joined(
     first: Tensor | None, first_length: int, second: Tensor | None, second_length: int, like: Tensor, batch: int
 ) -> Tensor | None:
-    """(batch, first + second) bool of two masks, each None where it is all True; None where both are."""
+    """(batch, first + second) bool of two masks, each None if it is all True; None if both are."""
     if first is None and second is None:
         return None
     parts = [

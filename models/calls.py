@@ -120,7 +120,7 @@ class PromptFacts(CallFacts):
 
     Args:
         visual: (B, L) bool, its visual tokens.
-        marks: (B, L) bool, the tokens that a reducer dropped, and those that any did; None where there is no reducer.
+        marks: (B, L) bool, the tokens that a reducer dropped, and those that any did; None without a reducer.
         past: contents of the cache before, or None.
         tower: the vision tower that is reduced, or None.
     """
@@ -365,7 +365,7 @@ class CallReader:
 
         Args:
             args, kwargs: its arguments.
-            marks: gives (B, L) bool, the tokens of a prompt that a reducer dropped, and those that any did; None where
+            marks: gives (B, L) bool, the tokens of a prompt that a reducer dropped, and those that any did; None if
                 there is no reducer.
             answers: what is known of answers that are scored with the prompt.
 

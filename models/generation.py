@@ -21,7 +21,7 @@ class PromptCall:
         draft_tokens: how many tokens at the end of the call are draft tokens.
         drafts: whether it generates the draft tokens of assisted decoding.
         uncut: whether the tokens of the call are those that the caller of `generate` gave, none cut off as cached.
-        chunked_ids: (B, L), the whole conversation where it is prefilled in chunks, else None.
+        chunked_ids: (B, L), the whole conversation if it is prefilled in chunks, else None.
         chunk_size: of these, else None.
     """
 

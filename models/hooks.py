@@ -44,7 +44,7 @@ class _Call:
     """State of one call of the model, on the stack of its thread: a hook may call the model anew.
 
     routed: what is routed, or None; unread: arguments that are read once the decoder is handed the embeddings;
-    awaits_decoder: whether the decoder is still to be called; mask: the attention mask, where the head is kept from it.
+    awaits_decoder: whether the decoder is still to be called; mask: the attention mask, if the head is kept from it.
     """
 
     routed: Prefill | Continuation | None = None
@@ -94,7 +94,7 @@ class _Calls(threading.local):
 
     def __init__(self):
         self.stack: list[_Call] = []
-        # Of the call whose head was entered last: its labels, and its attention mask where the head is kept from it.
+        # Of the call whose head was entered last: its labels, and its attention mask if the head is kept from it.
         self.labels: Tensor | None = None
         self.mask: object = None
 

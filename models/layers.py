@@ -159,7 +159,7 @@ class RoutedLayers:
             queries: M, its tokens that run.
             past: P, the keys that the layer has cached.
             total: tokens of the full sequence, those of the call included.
-            valid: (B, P + M) bool, False at keys that hold no token; None where all do.
+            valid: (B, P + M) bool, False at keys that hold no token; None if all do.
             positions: gives (B or 1, P + M), positions in the full sequence.
             hidden: the layer's input.
         """

@@ -22,7 +22,7 @@ def mask_format(implementation: str) -> str | None:
     """The form of the masks that transformers makes for an attention implementation, one of `FORMATS`.
 
     Names are looked up in transformers' registry of masks, where kernels from the hub and attention functions of users
-    stand beside its own. None where it makes none that is known here.
+    stand beside its own. None if it makes none that is known here.
     """
     from transformers import masking_utils
 
@@ -58,15 +58,15 @@ def attention_mask(
     Args:
         form: one of `FORMATS`, as `mask_format` gives it.
         queries, past: their numbers.
-        keys: how many keys the layer is handed: past + queries, or more where a cache has room left.
+        keys: how many keys the layer is handed: past + queries, or more if a cache has room left.
         like: a tensor with the dtype and the device of the hidden states.
-        valid: (B, past + queries) bool, False at keys that hold no token; None where all do.
+        valid: (B, past + queries) bool, False at keys that hold no token; None if all do.
         positions: (B or 1, past + queries) int64, positions in the full sequence; needed with a window only.
         window: a query sees keys less than this many positions back; None for all.
 
     Returns:
         (B or 1, 1, queries, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention; (B, keys) for
-        flash attention, which is causal by itself. None where none is needed.
+        flash attention, which is causal by itself. None if none is needed.
 
     Raises:
         ValueError: flash attention with a window, or with room left in the cache.

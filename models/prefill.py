@@ -77,7 +77,7 @@ class Prefill:
         They cannot if the cache whose length transformers reads is routed, or if the prompt is right-padded.
 
         Args:
-            positions: position_ids of the decoder, (..., B or 1, L), or None where they count from its cache on.
+            positions: position_ids of the decoder, (..., B or 1, L), or None if they count from its cache on.
         """
         prompt = self.forward.prompt
         if not prompt.right_padded and not self._layers.length_is_routed:
@@ -117,7 +117,7 @@ class Continuation:
         batch: samples of the call.
         queries: new tokens of the call.
         new_tokens: after the prompt, those of the call included.
-        mask: (batch, all tokens), False at padding; None where there is none.
+        mask: (batch, all tokens), False at padding; None without one.
         has_positions: whether the caller gave position_ids.
     """
 
@@ -143,7 +143,7 @@ class Continuation:
 
     @cached_property
     def _visible(self) -> Tensor | None:
-        """(batch, all tokens) bool, False at padding; None where there is none. Most calls do not need it."""
+        """(batch, all tokens) bool, False at padding; None without one. Most calls do not need it."""
         return None if self._mask is None else self._mask.bool()
 
     def mask(self, stage: int, layer_idx: int, hidden: Tensor, kwargs: dict) -> object:

@@ -1,7 +1,7 @@
 """Calls of a module that run in this thread, read from its frames.
 
 Reading the locals of a frame keeps them alive until it ends, so that only frames of the names below are asked, and none
-where a call runs as usual.
+if a call runs as usual.
 """
 
 from __future__ import annotations

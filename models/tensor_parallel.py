@@ -18,7 +18,7 @@ from .refusals import HEADS_SPLIT_OTHERWISE, HEADS_SPLIT_UNEVENLY, SHARDED
 
 
 def head_group(model: nn.Module):
-    """The process group over which transformers splits the heads of a model, or None where it does not."""
+    """The process group over which transformers splits the heads of a model, or None if it does not."""
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None or getattr(model, "_tp_size", None) in (None, 1):
         return None

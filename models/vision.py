@@ -151,10 +151,10 @@ class ReducedVision(ABC):
                 f"reducer must give ({count}, K) int64 tokens, K from 1 to {tokens}, and ({count}, K, {channels}) "
                 f"{features.dtype} features, got {_described(index)} and {_described(made)} from {self._reducer!r}"
             )
-        places = index[:, :, None].expand(-1, -1, channels)
+        rows = index[:, :, None].expand(-1, -1, channels)
         dropped = torch.ones(count, tokens, dtype=torch.bool, device=features.device).scatter(1, index, False)
         self.kept_all |= index.shape[1] == tokens
-        return features.scatter(1, places, made), dropped
+        return features.scatter(1, rows, made), dropped
 
     def _note_output(self, layer: Module, args: tuple, output: Tensor | tuple) -> None:
         outputs = getattr(self._state, "outputs", None)

@@ -45,7 +45,7 @@ def read_box(answer: str, model_type: str, size: tuple[int, int]) -> Box | None:
 
     Returns:
         Left, top, right and bottom as shares, 0 to 1, of width and height, edges beyond the picture moved to its
-        border; None where the answer holds no box, or one without area in the picture. Four numbers up to 1 are shares
+        border; None if the answer holds no box, or one without area in the picture. Four numbers up to 1 are shares
         in every family, since no box is that small in pixels or thousandths.
 
     Raises:

@@ -333,7 +333,7 @@ def cost(
         config_or_model: whose decoder is costed, as in `Decoder.of`.
         policy: the policy, or None for the model without routing.
         text_tokens: tokens of a sample's prompt that are no visual ones; the last token is one of them.
-        visual_tokens: visual tokens of a sample's prompt; of its one image where there is a reducer.
+        visual_tokens: visual tokens of a sample's prompt; of its one image if there is a reducer.
         batch: samples, all alike.
         dtype: of keys and values in the cache.
 
@@ -379,7 +379,7 @@ def visual_tokens_per_layer(policy: Policy, num_layers: int, visual_tokens: int)
     Args:
         policy: the policy.
         num_layers: decoder layers of the model.
-        visual_tokens: visual tokens in the prompt of one sample; of its one image where there is a reducer.
+        visual_tokens: visual tokens in the prompt of one sample; of its one image if there is a reducer.
 
     Returns:
         A list of `num_layers` counts.
@@ -400,7 +400,7 @@ def average_visual_tokens(policy: Policy, num_layers: int, visual_tokens: int) -
 
 
 def surviving_tokens(reducer: ReducerLike | None, visual_tokens: int) -> int:
-    """Visual tokens of an image that a reducer leaves; all where there is none.
+    """Visual tokens of an image that a reducer leaves; all without one.
 
     Raises:
         TypeError: `visual_tokens` is not an integer, or the reducer has no method `survivors`.

@@ -114,7 +114,7 @@ class _Stopped(BaseException):
 
 
 class _WithImages:
-    """A processor that is handed the images of the call before where a call brings none."""
+    """A processor that is handed the images of the call before if a call brings none."""
 
     def __init__(self, processor):
         self._processor = processor
@@ -129,7 +129,7 @@ class _WithImages:
         return getattr(self._processor, name)
 
 
-class Routed:
+class RoutedLMM:
     """Mixin that adds routing to one of lmms-eval's model classes.
 
     Args:
@@ -276,7 +276,7 @@ class Routed:
         return [box_text(box) if box else answer for answer, box in zip(answers, boxes, strict=True)]
 
     def _picture_sizes(self, inputs: dict) -> list[tuple[int, int] | None]:
-        """Width and height in pixels of each prompt's picture as the model sees it, None where there is not one."""
+        """Width and height in pixels of each prompt's picture as the model sees it, None if there is not one."""
         rows = len(inputs["input_ids"])
         if UNITS[self.config.model_type] != "pixels":
             return [(1, 1)] * rows
@@ -302,6 +302,6 @@ def __getattr__(name: str) -> type:
         for flavour in ("simple", "chat"):
             if name == f"{base}{flavour.capitalize()}":
                 parent = getattr(import_module(f"lmms_eval.models.{flavour}.{wrapped}"), base)
-                doc = f"lmms-eval's {flavour} `{wrapped}` under a policy; `Routed` has its arguments."
-                return type(name, (Routed, parent), {"wrapped": wrapped, "__module__": __name__, "__doc__": doc})
+                doc = f"lmms-eval's {flavour} `{wrapped}` under a policy; `RoutedLMM` has its arguments."
+                return type(name, (RoutedLMM, parent), {"wrapped": wrapped, "__module__": __name__, "__doc__": doc})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -81,7 +81,7 @@ def rank_tokens(
             `"interleaved"`, 2c and 2c + 1 (GLM, Cohere).
 
     Returns:
-        (B, L) float32; 0 where no query sees the key. Not differentiable. Besides it, memory for B * Q * Hq * L
+        (B, L) float32; 0 if no query sees the key. Not differentiable. Besides it, memory for B * Q * Hq * L
         floats is used.
 
     Raises:
@@ -282,7 +282,7 @@ def route_tokens(
 
     Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in a single registered
     call: four launches for at most 4,096 tokens, else eight, the one that compacts included. To find the queries by
-    `key_mask`, where `query_index` is None, takes a few more. Differentiable in `tensors`.
+    `key_mask` if `query_index` is None, takes a few more. Differentiable in `tensors`.
 
     Args:
         query, key, cos, sin, key_mask, query_index, past_key, past_mask: as in `rank_tokens`.

@@ -74,7 +74,7 @@ class Policy:
     """Which visual tokens run in which layers.
 
     Args:
-        schedule: stages in ascending order of their decision layers; may be empty where there is a reducer.
+        schedule: stages in ascending order of their decision layers; may be empty if there is a reducer.
         action: `"reroute"` defers what is not selected, so that it is a candidate again at the next decision layer
             (arXiv 2606.12412); `"remove"` drops it for good, as FastV and PyramidDrop do.
         ranking: one of `reroute_kernels.rankings`, or an object with such a method `rank`. The default, `LastQuery()`

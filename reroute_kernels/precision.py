@@ -1,4 +1,4 @@
-"""Arithmetic in float32 where a user asks for mixed precision."""
+"""Arithmetic in float32 if a user asks for mixed precision."""
 
 from __future__ import annotations
 

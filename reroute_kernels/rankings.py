@@ -54,7 +54,7 @@ class Candidates:
     text: Tensor
     """(B, L) bool, the tokens that run whatever their score."""
     valid: Tensor | None
-    """(B, L) bool, False at what the ranking token does not see, such as padding; None where it sees everything."""
+    """(B, L) bool, False at what the ranking token does not see, such as padding; None if it sees everything."""
     last: Tensor | None
     """(B,) int64, position of the last token of each sample's prompt, before an answer; None if it is the last of the
     row."""

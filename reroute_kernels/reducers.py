@@ -29,7 +29,7 @@ class VisionFeatures:
     """
 
     features: Tensor
-    """(T, N, d), before the projector into the language model, or behind the merger where that is one."""
+    """(T, N, d), before the projector into the language model, or behind the merger if that is one."""
     grid: tuple[int, int]
     """Rows and columns of the N tokens."""
     _saliency: Callable[[], Tensor] = field(repr=False)
@@ -39,7 +39,7 @@ class VisionFeatures:
     def saliency(self) -> Tensor:
         """(T, N) float32, attention that each token receives in the vision tower.
 
-        From the class token in the layer whose output becomes the features, summed over heads, where there is a class
+        From the class token in the layer whose output becomes the features, summed over heads, if there is a class
         token; else from all tokens in the last layer, summed over them, averaged over heads and merged patches.
         """
         return self._saliency()
@@ -97,7 +97,7 @@ def nuwa_anchors(
         similarity_features: (T, N, d'), what is compared.
         saliency: (T, N) float32.
         grid: rows and columns, N of them. Cells at the border of an odd grid hold fewer tokens.
-        count: anchors per image; where cells propose fewer, all these.
+        count: anchors per image; if cells propose fewer, all these.
         per_cell: proposals of a cell, 1 to 4.
         distance: at which the weight becomes 0, in tokens.
         quantile: of the anchors' saliency, 0 to 1.
@@ -129,8 +129,8 @@ def nuwa_anchors(
     with full_precision(features.device):
         similarity = of_anchors(unit) @ unit.transpose(1, 2)
     rows, columns = (torch.arange(size, device=saliency.device).float() for size in grid)
-    places = torch.cartesian_prod(rows, columns).view(height * width, 2)
-    apart = torch.linalg.vector_norm(places[anchors][:, :, None] - places, dim=-1)
+    coordinates = torch.cartesian_prod(rows, columns).view(height * width, 2)
+    apart = torch.linalg.vector_norm(coordinates[anchors][:, :, None] - coordinates, dim=-1)
     weights = similarity.relu() * (1 - apart / distance).clamp(min=0)
     is_own = anchors[:, :, None] == torch.arange(height * width, device=anchors.device)
     weights = weights.masked_fill(stays[:, :, None] & ~is_own, 0)
@@ -219,7 +219,7 @@ class Nuwa(Reducer):
         )
 
     def survivors(self, visual_tokens: int) -> int:
-        """The anchors of an image, which are so many where its grid is even."""
+        """The anchors of an image, which are so many if its grid is even."""
         return min(self._anchors(visual_tokens), math.ceil(visual_tokens * self.per_cell / 4))
 
     def _anchors(self, visual_tokens: int) -> int:

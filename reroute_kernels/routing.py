@@ -36,7 +36,7 @@ def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None: ...
 
 
 def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-    """The tensor on a device; nothing is called where it is there already."""
+    """The tensor on a device; nothing is called if it is there already."""
     return tensor if tensor is None or tensor.device == device else tensor.to(device)
 
 
@@ -47,11 +47,11 @@ class Prompt:
 
     Args:
         visual: (B, L) bool, positions that hold image or video features.
-        valid: (B, L) bool, False at padding; None where there is none.
+        valid: (B, L) bool, False at padding; None without one.
         draft_tokens: how many tokens at the end of every row come from a draft model. They run, and do not rank.
         starts: (B,) int64, the place of the first token of an answer that is scored with its prompt, behind all visual
-            tokens; L where a row has none. Answers run, and do not rank. None where no row has one.
-        marks: (B, L) bool, tokens that a reducer dropped, and those that any did; None where there is no reducer.
+            tokens; L if a row has none. Answers run, and do not rank. None if no row has one.
+        marks: (B, L) bool, tokens that a reducer dropped, and those that any did; None without a reducer.
         asked: integer tensors without dimensions, by name, to be read in the same transfer.
 
     Attributes:
@@ -130,8 +130,8 @@ class Prompt:
 class TokenSequence:
     """Tokens in order: hidden states with everything else that is per token.
 
-    Unless it is the full sequence, its hidden states go back to the places of a parent. A write to hidden states copies
-    them first where others may hold them: hooks of the model, or a ranking.
+    Unless it is the full sequence, its hidden states go back to positions of a parent. A write to hidden states copies
+    them first if others may hold them: hooks of the model, or a ranking.
 
     hidden: (B, L, d); rotary: tensors (B, L, ...); pool, pinned: (B, L) bool; visible: (B, L) bool, the tokens that the
     ranking token sees, or None if it sees all; last: (B,) position of each sample's ranking token in the row, or None
@@ -196,7 +196,7 @@ class RoutedForward:
         prompt: the batch that is prefilled.
         pad_left: whether compact rows are left-padded, for layers in which the last rows count (sliding windows,
             recurrent states); otherwise they are right-padded, and causality alone keeps the padding out.
-        combine: completes the scores where heads are split over processes; None where each has all heads.
+        combine: completes the scores if heads are split over processes; None if each has all heads.
     """
 
     def __init__(self, policy: Policy, prompt: Prompt, pad_left: bool = False, combine: Combine | None = None):
@@ -376,7 +376,7 @@ class RoutedForward:
         length: int,
         tensors: tuple[Tensor, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """`ops.route_tokens`, in steps where there are scores, or where they must be combined."""
+        """`ops.route_tokens`, in steps if there are scores, or if they must be combined."""
         if isinstance(ranked, Attention) and self.combine is None:
             return ops.route_tokens(  # type: ignore[return-value]
                 **ranked._asdict(),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class DecisionScores:
     """Scores of one decision, (B, S) float32 over a sequence of S tokens, and which of them are candidates.
 
-    pool: (B, S) bool; kept: (B, S) positions in the full sequence, or None where this is the full sequence.
+    pool: (B, S) bool; kept: (B, S) positions in the full sequence, or None if this is the full sequence.
     """
 
     scores: Tensor
@@ -36,9 +36,9 @@ class DecisionScores:
         scores = self.scores.cpu().masked_fill(~self.pool.cpu(), torch.nan)
         if self.kept is not None:
             # Rows without a token go to an extra column, which is cut off.
-            places, length = self.kept.cpu(), visual.shape[1]
+            index, length = self.kept.cpu(), visual.shape[1]
             full = scores.new_full((len(scores), length + 1), torch.nan)
-            scores = full.scatter_(1, torch.where(places < 0, length, places), scores)[:, :length]
+            scores = full.scatter_(1, torch.where(index < 0, length, index), scores)[:, :length]
         return [row[is_visual] for row, is_visual in zip(scores, visual, strict=True)]
 
 

@@ -13,7 +13,7 @@ class Versions(NamedTuple):
 
     Attributes:
         oldest: below it nothing works.
-        tested: the newest that the tests have run with; None where newer ones are not told apart.
+        tested: the newest that the tests have run with; None if newer ones are not told apart.
     """
 
     oldest: str

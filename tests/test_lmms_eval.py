@@ -109,7 +109,7 @@ def test_types_are_found_by_their_entry_point():
         assert manifest.chat_class_path == f"reroute_kernels.lmms_eval.{name}Chat"
         for simple in (True, False):
             routed, own = (registry.get_model(kind + wrapped, force_simple=simple) for kind in ("reroute_", ""))
-            assert issubclass(routed, plugin.Routed)
+            assert issubclass(routed, plugin.RoutedLMM)
             assert issubclass(routed, own)
             assert routed.is_simple is simple
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):

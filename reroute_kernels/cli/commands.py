@@ -371,7 +371,7 @@ def _question(image: Path | None) -> str:
 
 @contextmanager
 def _demonstration(device: str, dtype: str) -> Iterator[ModuleType]:
-    """The module `cli.demo`, where it can run so; its errors are one line."""
+    """The module `cli.demo`, if it can run so; its errors are one line."""
     try:
         import torch
 
@@ -445,7 +445,7 @@ def show_environment(as_json: AsJson = False) -> None:
 
     Example: reroute-kernels env
 
-    Exits with 1 and the reason where it does not. A small decision is made on every CUDA or ROCm device, or on the CPU
+    Exits with 1 and the reason if it does not. A small decision is made on every CUDA or ROCm device, or on the CPU
     if there are none, and held against the reference; then a tiny model of transformers is routed on the first of them.
     """
     from .environment import report

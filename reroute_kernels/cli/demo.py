@@ -179,7 +179,7 @@ def load(
         image: the photo, as a PIL image.
         prompt: text with the model's image token once.
         policies: as `parse_policies` takes them.
-        chat: put the prompt into the model's chat template, which adds the image token; None: where it lacks the token.
+        chat: put the prompt into the model's chat template, which adds the image token; None: if it lacks the token.
         device, dtype: where and in what precision to run.
     """
     from transformers import AutoModelForImageTextToText
@@ -309,7 +309,7 @@ def answered_box(subject: Subject, said: str) -> Box | None:
 
 
 class routed:
-    """`apply` where there is a policy, nothing where there is none."""
+    """`apply` if there is a policy, nothing if there is none."""
 
     def __init__(self, model: nn.Module, policy: Policy | None):
         self.routing = None

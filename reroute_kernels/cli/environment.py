@@ -30,7 +30,7 @@ class Device:
     device: str
     name: str
     backend: str | None = None
-    """Which backend would run here; None where none can."""
+    """Which backend would run here; None if none can."""
     tried: bool = False
     """Whether `route_tokens` was called here and its result, if there was one, compared."""
     error: str | None = None
@@ -58,7 +58,7 @@ def _version(package: str) -> str | None:
 
 
 def try_devices() -> list[Device]:
-    """The CPU and every CUDA or ROCm device; a decision is made on each of these, on the CPU where there are none."""
+    """The CPU and every CUDA or ROCm device; a decision is made on each of these, on the CPU if there are none."""
     devices = [Device("cpu", platform.processor() or platform.machine())]
     devices += [
         Device(f"cuda:{number}", torch.cuda.get_device_name(number)) for number in range(torch.cuda.device_count())
@@ -153,7 +153,7 @@ def check_model(device: str) -> None:
 
 
 def problems(devices: Sequence[Device]) -> list[str]:
-    """Why this installation cannot route, a line for each reason; none where it can.
+    """Why this installation cannot route, a line for each reason; none if it can.
 
     Args:
         devices: as `try_devices` gives them.
@@ -184,7 +184,7 @@ def report(as_json: bool = False) -> int:
     """Print what is installed, what is supported, and what came of trying it; why it cannot route goes to stderr.
 
     Returns:
-        The exit code: 1 where this installation cannot route.
+        The exit code: 1 if this installation cannot route.
     """
     devices, forced = try_devices(), os.environ.get("REROUTE_BACKEND") or None
     reasons = problems(devices)
@@ -229,7 +229,7 @@ def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command `env` where the packages of the command line are missing."""
+    """The command `env` if the packages of the command line are missing."""
     parser = argparse.ArgumentParser("reroute-kernels env", description="Tell what is installed and whether it routes.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return report(parser.parse_args(arguments).json)

@@ -47,7 +47,7 @@ def draw_schedules(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Figure:
 
     Args:
         costed: names, policies and their costs on one model with one prompt; the first is the model without routing,
-            which is drawn where there is nothing else.
+            which is drawn if there is nothing else.
 
     Returns:
         A figure, to be saved by its method `savefig`.

@@ -14,7 +14,7 @@ TILE = 512
 
 
 def last_queries(key: Tensor, key_mask: Tensor | None, queries: int) -> Tensor:
-    """Positions of each sample's last valid tokens, ascending: (B, Q) int64; -1 where a sample has fewer."""
+    """Positions of each sample's last valid tokens, ascending: (B, Q) int64; -1 if a sample has fewer."""
     batch, length = key.shape[:2]
     positions = torch.arange(length, device=key.device)
     if key_mask is None:

@@ -21,7 +21,7 @@ def as_stored(tensor: Tensor) -> Tensor:
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """View (B, L, ...) as (B, L, W) with unit stride along W; copies only where the inner layout forces it."""
+    """View (B, L, ...) as (B, L, W) with unit stride along W; copies only if the inner layout forces it."""
     tensor = as_stored(tensor)
     rows = tensor.flatten(2) if tensor.ndim > 2 else tensor[:, :, None]
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()

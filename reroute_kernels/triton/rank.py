@@ -510,7 +510,7 @@ def _as_read(tensor: Tensor) -> Tensor:
 
 
 def _row_strides(table: Tensor | None) -> tuple[int, int]:
-    """Strides of samples and tokens; one table serves all samples where there is only one."""
+    """Strides of samples and tokens; one table serves all samples if there is only one."""
     if table is None:
         return 0, 0
     return table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)

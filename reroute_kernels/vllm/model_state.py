@@ -38,7 +38,7 @@ class Forward:
 
     Args:
         slots: by the name of a layer, where its keys and values go.
-        step: the prompts that it routes; None where none starts, and the model runs as it is.
+        step: the prompts that it routes; None if none starts, and the model runs as it is.
     """
 
     slots: dict[str, Tensor]
@@ -126,7 +126,7 @@ class RoutedModelState(DefaultModelState):
         return taken
 
     def keep_traces(self, step: RoutedStep) -> None:
-        """Keep what a step selected, where `trace` is set."""
+        """Keep what a step selected, if `trace` is set."""
         if self.settings.trace:
             self.traces |= {self._names[number]: trace for number, trace in step.traces().items()}
 

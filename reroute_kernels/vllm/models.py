@@ -18,7 +18,7 @@ from .validate import check_config
 logger = init_logger("vllm.reroute_kernels")
 
 
-class Routed:
+class RoutedModel:
     """Mixin that adds routing to one of vLLM's model classes.
 
     Attributes:
@@ -81,13 +81,13 @@ class Routed:
         return run_routed(self.language_model.model, positions, embeddings, step)
 
 
-class RerouteLlavaForConditionalGeneration(Routed, LlavaForConditionalGeneration):
+class RerouteLlavaForConditionalGeneration(RoutedModel, LlavaForConditionalGeneration):
     """LLaVA-1.5."""
 
 
-class RerouteQwen2VLForConditionalGeneration(Routed, Qwen2VLForConditionalGeneration):
+class RerouteQwen2VLForConditionalGeneration(RoutedModel, Qwen2VLForConditionalGeneration):
     """Qwen2-VL."""
 
 
-class RerouteQwen2_5_VLForConditionalGeneration(Routed, Qwen2_5_VLForConditionalGeneration):
+class RerouteQwen2_5_VLForConditionalGeneration(RoutedModel, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""

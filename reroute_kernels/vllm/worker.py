@@ -150,7 +150,7 @@ class RoutedWorker(Worker):
     def routing_traces(self) -> dict[str, list[list[int]]]:
         """Selections of prompts since the last call: by request, for each stage the ascending visual positions.
 
-        To be called by `LLM.collective_rpc("routing_traces")`, where `trace` is set.
+        To be called by `LLM.collective_rpc("routing_traces")`, if `trace` is set.
         """
         runner = self.model_runner
         owner = runner.model_state if self.vllm_config.use_v2_model_runner else runner
