@@ -67,14 +67,8 @@ def make_model(decoder: Decoder, visual_tokens: int, device: torch.device, dtype
     }
     if decoder.family == "llava":
         config = transformers.LlavaConfig(
-            vision_config=transformers.CLIPVisionConfig(
-                hidden_size=8,
-                intermediate_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=1,
-                image_size=8,
-                patch_size=4,
-            ),
+            vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+            | {"model_type": "clip_vision_model", "intermediate_size": 8, "image_size": 8, "patch_size": 4},
             text_config=transformers.LlamaConfig(**text),
             image_token_index=IMAGE_TOKEN,
             image_seq_length=visual_tokens,

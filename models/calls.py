@@ -152,7 +152,7 @@ class PromptFacts(CallFacts):
         """The prompt with its counts, which are read from the device here."""
         answers: Answers = self.arguments["answers"]
         starts = answers.starts(self.visual, self.valid)
-        asked = {
+        extra = {
             "placeholders": None if self.mask is None or self.tells_padding else self.visual.sum(),
             "jumps": self._jumps(),
             "unlike_causal": self.differences,
@@ -160,7 +160,7 @@ class PromptFacts(CallFacts):
             "early_answers": None if starts is None else answers.too_early(self.visual, starts),
             "activated": None if self.activated is None else activated_visual(self.visual, self.activated),
         }
-        given = {name: count for name, count in asked.items() if count is not None}
+        given = {name: count for name, count in extra.items() if count is not None}
         return Prompt(self.visual, self.valid, self.generation.draft_tokens, self.marks, given, starts)
 
     def _jumps(self) -> Tensor | None:
@@ -188,7 +188,7 @@ class PromptFacts(CallFacts):
     @property
     def counts(self) -> Counter[str]:
         """The counts read from the device, by name; 0 of what was not counted."""
-        return Counter(self.prompt.answers)
+        return Counter(self.prompt.extra_counts)
 
     @property
     def unlike_causal(self) -> int:
@@ -448,11 +448,9 @@ class CallReader:
         """A prompt, which is routed if it holds visual tokens."""
         visual = self._visual_tokens(arguments)
         batch, queries = visual.shape
+        common = {**self._routing, "arguments": arguments, "cache": cache, "generation": generation}
         facts = PromptFacts(
-            **self._routing,
-            arguments=arguments,
-            cache=cache,
-            generation=generation,
+            **common,
             batch=batch,
             queries=queries,
             total=queries + (past.length if past else 0),
@@ -462,7 +460,7 @@ class CallReader:
             tower=None if self._vision is None else self._vision.tower,
         )
         prompt = facts.prompt
-        if prompt.has_visual_tokens or prompt.answers.get("placeholders"):
+        if prompt.has_visual_tokens or facts.counts["placeholders"]:
             refuse(facts, refusals.MASK_RULES)
         if not prompt.has_visual_tokens:
             return None
@@ -501,16 +499,8 @@ class CallReader:
         if prompt is None:
             return self._on_unrouted_cache(cache, tokens, arguments, generation)
         batch, queries = tokens.shape[:2]
-        facts = ContinuationFacts(
-            **self._routing,
-            arguments=arguments,
-            cache=cache,
-            generation=generation,
-            batch=batch,
-            queries=queries,
-            total=0,
-            prompt=prompt,
-        )
+        common = {**self._routing, "arguments": arguments, "cache": cache, "generation": generation}
+        facts = ContinuationFacts(**common, batch=batch, queries=queries, total=0, prompt=prompt)
         refuse(facts, refusals.CONTINUATION_RULES)
         self._layers.check_attention()
         facts.new_tokens = new_tokens = self._tokens_after(cache, prompt) + queries

@@ -392,7 +392,7 @@ class Routing:
 
         call = self._calls.read(args, kwargs, marks, answers)
         if isinstance(call, Prefill):
-            counted, visual = call.forward.prompt.answers, sum(call.forward.prompt.visual_counts)
+            counted, visual = call.forward.prompt.extra_counts, sum(call.forward.prompt.visual_counts)
             if counted["foreign"] or not (counted["dropped"] or vision.kept_all):
                 raise refusals.FOREIGN_FEATURES.because(
                     visual=visual, dropped=counted["dropped"], foreign=counted["foreign"]

@@ -18,7 +18,7 @@ from reroute_kernels.models import apply
 from reroute_kernels.models.adapter import visual_token_ids
 
 from .boxes import UNITS, box_text, read_box
-from .notation import parse_policy
+from .notation import read_policy
 from .policy import Policy
 from .presets import METHODS, MODELS, ORIGINALS, model_of, preset
 from .trace import Trace
@@ -76,7 +76,7 @@ def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
     if is_method:
         return _preset_of(policy, avg_tokens, config)
     try:
-        return parse_policy(policy, config)
+        return read_policy(policy, config)
     except ValueError as error:
         raise ValueError(f"policy must be {_FORMS}; got {policy!r}: {error}") from None
 

@@ -51,22 +51,27 @@ def parse_policy(text: str, model: object = None) -> Policy:
     """
     if not isinstance(text, str):
         raise TypeError(f"policy must be a string, got {text!r}")
-    known = published_model(model)
     try:
-        if ":" not in text:
-            name = parse_preset(text, None if known is None else known.name)
-            policy = preset(*name)
-            _check_layers(name, model)
-            return policy
-        prefix, _, schedule = text.partition(":")
-        action, schedule = (prefix, schedule) if prefix in ACTIONS else ("reroute", text)
-        return Policy(parse_schedule(schedule), action)
+        return read_policy(text, model)
     except ValueError as error:
-        example = "reroute-fastv/192" if known else "llava-1.5-7b/reroute-fastv/192"
+        example = "llava-1.5-7b/reroute-fastv/192" if published_model(model) is None else "reroute-fastv/192"
         raise ValueError(
             f"policy must be a preset like {example} or a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes), "
             f"got {text!r}: {error}"
         ) from None
+
+
+def read_policy(text: str, model: object = None) -> Policy:
+    """As `parse_policy`, with errors that tell the reason alone, for callers that take other texts, too."""
+    if ":" in text:
+        prefix, _, schedule = text.partition(":")
+        action, schedule = (prefix, schedule) if prefix in ACTIONS else ("reroute", text)
+        return Policy(parse_schedule(schedule), action)
+    known = published_model(model)
+    name = parse_preset(text, None if known is None else known.name)
+    policy = preset(*name)
+    _check_layers(name, model)
+    return policy
 
 
 def published_model(model: object) -> PublishedModel | None:

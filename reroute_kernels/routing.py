@@ -52,10 +52,10 @@ class Prompt:
         starts: (B,) int64, the place of the first token of an answer that is scored with its prompt, behind all visual
             tokens; L if a row has none. Answers run, and do not rank. None if no row has one.
         marks: (B, L) bool, tokens that a reducer dropped, and those that any did; None without a reducer.
-        asked: integer tensors without dimensions, by name, to be read in the same transfer.
+        extra: integer tensors without dimensions, by name, to be read in the same transfer.
 
     Attributes:
-        answers: the numbers asked for, by name.
+        extra_counts: their values, by name, and those of what a reducer dropped.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class Prompt:
         valid: Tensor | None,
         draft_tokens: int = 0,
         marks: tuple[Tensor, Tensor] | None = None,
-        asked: Mapping[str, Tensor] | None = None,
+        extra: Mapping[str, Tensor] | None = None,
         starts: Tensor | None = None,
     ):
-        asked = asked or {}
+        extra = extra or {}
         self.length = visual.shape[1]
         self.draft_tokens = draft_tokens
         positions = torch.arange(self.length, device=visual.device)
@@ -87,15 +87,15 @@ class Prompt:
             dropped, foreign = marks[0] & visual, (marks[1] & ~marks[0]) & visual
             self.pool = self.pool & ~dropped
             marked = {"dropped": dropped, "last_dropped": dropped & is_last, "foreign": foreign}
-            asked = {**asked, **{name: tokens.sum() for name, tokens in marked.items()}}
+            extra = {**extra, **{name: tokens.sum() for name, tokens in marked.items()}}
         behind = [] if starts is None else [(valid & (positions > last[:, None])).sum(1)]
         counts: list[list[int]] = torch.stack(
             [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end, *behind]
-            + [count.to(end.device, end.dtype).expand_as(end) for count in asked.values()]
+            + [count.to(end.device, end.dtype).expand_as(end) for count in extra.values()]
         ).tolist()
-        self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *answers = counts
-        self.unranked_counts = answers.pop(0) if behind else [draft_tokens] * len(trailing)
-        self.answers = {name: rows[0] for name, rows in zip(asked, answers, strict=True)}
+        self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *more = counts
+        self.unranked_counts = more.pop(0) if behind else [draft_tokens] * len(trailing)
+        self.extra_counts = {name: rows[0] for name, rows in zip(extra, more, strict=True)}
         self.padded = min(self.valid_counts) < self.length
         # A sample without a token sits this prompt out: it is padded on neither side.
         self.right_padded = any(after and tokens for after, tokens in zip(trailing, self.valid_counts, strict=True))
@@ -123,7 +123,7 @@ class Prompt:
     @property
     def ends_in_image(self) -> bool:
         """Whether the last token of some row, before an answer, is a visual one."""
-        return sum(self.visual_counts) > sum(self.pool_counts) + self.answers.get("dropped", 0)
+        return sum(self.visual_counts) > sum(self.pool_counts) + self.extra_counts.get("dropped", 0)
 
 
 @dataclass(eq=False)
@@ -378,15 +378,8 @@ class RoutedForward:
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """`ops.route_tokens`, in steps if there are scores, or if they must be combined."""
         if isinstance(ranked, Attention) and self.combine is None:
-            return ops.route_tokens(  # type: ignore[return-value]
-                **ranked._asdict(),
-                pool=pool,
-                pinned=pinned,
-                keep=keep,
-                length=length,
-                tensors=tensors,
-                return_scores=True,
-            )
+            arguments = {"pool": pool, "pinned": pinned, "keep": keep, "length": length, "tensors": tensors}
+            return ops.route_tokens(**ranked._asdict(), **arguments, return_scores=True)  # type: ignore[arg-type, return-value]
         if isinstance(ranked, Attention):
             ranked = self._all_scores(ranked)
         index = ops.select_tokens(ranked, pool, pinned, keep, length)

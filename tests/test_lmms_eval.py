@@ -197,7 +197,7 @@ def test_command_line(tiny, task, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.returncode == 0, run.stderr
     output = re.sub(r"\x1b\[\d*m", "", run.stdout + run.stderr)
-    assert re.search(r"runs remove:2:0.25\+6:0.1 \(avg_tokens=None\): Policy\(.*action='remove'", output)
+    assert re.search(r"runs remove:2:0.25\+6:0.1 \(avg_tokens=None\): remove:2:0.25,6:0.1\n", output)
     assert "2 prompts with images: 144.0 visual tokens, of which 35.75 ran in a layer on average" in output
     assert re.search(rf"\|{TASK} *\|none", output)
     (results,) = tmp_path.rglob("*results.json")
@@ -259,7 +259,7 @@ def test_types_without_likelihoods_say_so(name):
 def test_a_prompt_that_is_not_routed_ends_the_run(tiny, task, simple):
     lm = make("reroute_llava_hf", f"pretrained={tiny},policy=2:0.25", simple)
     lm.routing.remove()
-    with pytest.raises(RuntimeError, match=r"generate must route a prompt with images by Policy\(.* left no trace"):
+    with pytest.raises(RuntimeError, match=r"generate must route a prompt with images by 2:0.25, and it left no trace"):
         evaluate(lm, task)
 
 
@@ -306,7 +306,9 @@ def test_methods_are_looked_up_for_the_checkpoint():
         assert plugin.policy_of(method, tier, LLAVA) == rk.preset("llava-1.5-7b", method, tier)
         assert plugin.policy_of(method, tier, QWEN) == rk.preset("qwen2.5-vl-7b", method, tier)
     assert plugin.policy_of("nuwa", 432, QWEN) == rk.preset("qwen2.5-vl-7b", "nuwa", 432)
-    assert plugin.policy_of("qwen2.5-vl-7b/pdrop/64", None, LLAVA) == rk.preset("qwen2.5-vl-7b", "pdrop", 64)
+    assert plugin.policy_of("llava-1.5-7b/pdrop/64", None, LLAVA) == rk.preset("llava-1.5-7b", "pdrop", 64)
+    with pytest.raises(ValueError, match=r"presets of qwen2\.5-vl-7b are for 28 decoder layers, and this model has 32"):
+        plugin.policy_of("qwen2.5-vl-7b/pdrop/64", None, LLAVA)
     assert plugin.policy_of("None", None, LLAVA) is None
     with pytest.raises(ValueError, match="avg_tokens must be one of 192, 128, 64, got None"):
         plugin.policy_of("fastv", None, LLAVA)

@@ -12,19 +12,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 RANKING = ("query", "key", "cos", "sin", "key_mask", "query_index", "past_key", "past_mask")
 OPTIONS = ("scale", "query_reduction", "head_reduction", "rotary_style")
 
-SHAPES = [
-    pytest.param(*shape, id=name)
-    for name, *shape in [
-        # name, batch, length, queries, heads, kv heads, head_dim, launches before the gather
-        ("one-token", 1, 1, 1, 1, 1, 16, 3),
-        ("length-63", 3, 63, 1, 4, 2, 16, 3),
-        ("length-200-nine-heads", 2, 200, 2, 9, 3, 24, 3),
-        ("length-1025", 1, 1025, 1, 2, 2, 16, 3),
-        ("sixty-four-heads", 1, 1025, 1, 64, 1, 8, 3),
-        ("length-4096", 1, 4096, 1, 1, 1, 4, 3),
-        ("length-4097", 2, 4097, 1, 1, 1, 4, 7),
-    ]
-]
+# batch, length, queries, heads, kv heads, head_dim, launches before the gather
+SHAPES = {
+    "one-token": (1, 1, 1, 1, 1, 16, 3),
+    "length-63": (3, 63, 1, 4, 2, 16, 3),
+    "length-200-nine-heads": (2, 200, 2, 9, 3, 24, 3),
+    "length-1025": (1, 1025, 1, 2, 2, 16, 3),
+    "sixty-four-heads": (1, 1025, 1, 64, 1, 8, 3),
+    "length-4096": (1, 4096, 1, 1, 1, 4, 3),
+    "length-4097": (2, 4097, 1, 1, 1, 4, 7),
+}
+
+
+of_every_shape = pytest.mark.parametrize(
+    ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES.values(), ids=SHAPES
+)
 
 
 def decision(device, batch, length, queries=1, heads=4, kv_heads=2, head_dim=16, *, padded=False, past=0):
@@ -71,7 +73,9 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padding"])
-@pytest.mark.parametrize(("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES.values(), ids=SHAPES
+)
 def test_equals_the_single_operations(
     device, operations, launches, batch, length, queries, heads, kv_heads, head_dim, launched, padded
 ):
@@ -122,7 +126,9 @@ def test_nothing_to_compact(device, operations):
     assert torch.equal(index, one_after_the_other(rk.ref, arguments)[0])
 
 
-@pytest.mark.parametrize(("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES.values(), ids=SHAPES
+)
 def test_scores_are_those_of_ranking_at_no_cost(
     device, operations, launches, batch, length, queries, heads, kv_heads, head_dim, launched
 ):

@@ -53,7 +53,6 @@ def draw_schedules(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Figure:
         A figure, to be saved by its method `savefig`.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     unrouted, shown = costed[0][2], costed[1:] or costed
     columns = min(_MOST_COLUMNS, len(shown))
@@ -67,12 +66,7 @@ def draw_schedules(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Figure:
             _draw_schedule(axis, *panel, unrouted)
     for axis in panels[:, 0]:
         axis.set_ylabel("visual tokens")
-    figure.legend(
-        handles=[Patch(color=color, label=label) for label, color in _COLORS.items()],
-        loc="outside lower center",
-        ncols=len(_COLORS),
-        frameon=False,
-    )
+    _add_legend(figure)
     return figure
 
 
@@ -121,7 +115,6 @@ def draw_trace(trace: Trace, sample: int) -> Figure:
     """A row for each stage of a routed prefill, a column for each visual token, by what became of it."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     removed, deferred, run = range(3)
     places = trace.visual_positions[sample].tolist()
@@ -138,10 +131,12 @@ def draw_trace(trace: Trace, sample: int) -> Figure:
     axis.imshow(states, aspect="auto", cmap=colors, vmin=0, vmax=2, interpolation="nearest")
     axis.set_yticks(range(len(states)), [f"layer {stage.layer}" for stage in trace.stages])
     axis.set_xlabel("visual token")
-    figure.legend(
-        handles=[Patch(color=color, label=label) for label, color in _COLORS.items()],
-        loc="outside lower center",
-        ncols=len(_COLORS),
-        frameon=False,
-    )
+    _add_legend(figure)
     return figure
+
+
+def _add_legend(figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=color, label=label) for label, color in _COLORS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -41,6 +41,7 @@ IDS = {
 }
 VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MISTRAL = {**TEXT, "model_type": "mistral", "sliding_window": None}
 
 
 def tiny(kind: str, **config):
@@ -60,7 +61,7 @@ def pixtral():
     return tiny(
         "Llava",
         vision_config=CLIP | {"model_type": "pixtral", "image_size": 112, "head_dim": 16},
-        text_config={**TEXT, "model_type": "mistral", "sliding_window": None, "head_dim": 16},
+        text_config=MISTRAL | {"head_dim": 16},
         image_token_index=IMAGE,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
@@ -71,7 +72,7 @@ def llava_next():
     return tiny(
         "LlavaNext",
         vision_config={**CLIP, "model_type": "clip_vision_model"},
-        text_config={**TEXT, "model_type": "mistral", "sliding_window": None},
+        text_config=MISTRAL,
         image_token_index=IMAGE,
         image_grid_pinpoints=[[56, 56], [56, 112]],
     )
@@ -168,7 +169,7 @@ def mistral3():
     return tiny(
         "Mistral3",
         vision_config=CLIP | {"model_type": "pixtral", "image_size": 168, "head_dim": 16},
-        text_config={**TEXT, "model_type": "mistral", "sliding_window": None, "head_dim": 16},
+        text_config=MISTRAL | {"head_dim": 16},
         image_token_index=IMAGE,
     )
 

@@ -54,6 +54,15 @@ def joined(prompt, answer):
     return Prompt(torch.cat([prompt.ids, answer]), prompt.features)
 
 
+def one_labelled(case):
+    """A prompt with its answer, and its labels."""
+    prompt, answer = samples(case)[0]
+    inputs = case.batch([joined(prompt, answer)])
+    labels = inputs["input_ids"].clone()
+    labels[:, : -len(answer)] = -100
+    return inputs, labels
+
+
 def told(way, routing, labels, starts):
     """Arguments of the call that tell where answers begin; or the routing is told."""
     if way == "labels":
@@ -256,10 +265,7 @@ def test_text_that_is_scored_as_a_whole_is_ranked_as_without_labels():
 def test_labels_are_of_one_call():
     """Neither a later call nor one inside of it, of the model without its head, takes them for its own."""
     case = load("llava")
-    (pair,) = samples(case)[:1]
-    inputs = case.batch([joined(*pair)])
-    labels = inputs["input_ids"].clone()
-    labels[:, : -len(pair[1])] = -100
+    inputs, labels = one_labelled(case)
     inside = []
 
     def call(*_):
@@ -378,10 +384,7 @@ def test_one_transfer_with_labels(transfers):
 @torch.no_grad()
 def test_labels_of_a_compiled_model():
     case = load("internvl-llama")
-    (pair,) = samples(case)[:1]
-    inputs = case.batch([joined(*pair)])
-    labels = inputs["input_ids"].clone()
-    labels[:, : -len(pair[1])] = -100
+    inputs, labels = one_labelled(case)
     try:
         with rk.apply(case.model, policy_of(case)) as routing:
             expected = case.model(**inputs, labels=labels).loss

@@ -254,21 +254,22 @@ def test_cache_of_an_unfinished_prefill(model, inputs):
             model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize(
+    ("cropped", "mask", "message"),
+    [
+        (2, None, "whole routed prompt, got 2 of its tokens cropped"),
+        (0, torch.ones(1, 5), "attention_mask must be None or of shape"),
+    ],
+    ids=["cropped", "mask"],
+)
 @torch.no_grad()
-def test_cache_cropped_into_the_prompt(model, inputs):
+def test_what_does_not_fit_the_cache(model, inputs, cropped, mask, message):
     with rk.apply(model, policy()):
         cache = model(**inputs, use_cache=True).past_key_values
-        cache.crop(-2)
-        with pytest.raises(ValueError, match="whole routed prompt, got 2 of its tokens cropped"):
-            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
-
-
-@torch.no_grad()
-def test_attention_mask_that_does_not_fit_the_cache(model, inputs):
-    with rk.apply(model, policy()):
-        cache = model(**inputs, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="attention_mask must be None or of shape"):
-            model(input_ids=torch.tensor([[7]]), past_key_values=cache, attention_mask=torch.ones(1, 5))
+        if cropped:
+            cache.crop(-cropped)
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=torch.tensor([[7]]), past_key_values=cache, attention_mask=mask)
 
 
 @torch.no_grad()
