@@ -116,7 +116,7 @@ def test_eight_requests_at_once(family, engine, tmp_path):
             arguments = serve_arguments(ARCHITECTURES[family], Settings.of(reroute), LENGTH)
         with serving(arguments, log) as address:
             answers[name] = over_http(address)
-        assert ("routes by Policy" in log.read_text()) == (reroute is not None)
+        assert ("routes by " in log.read_text()) == (reroute is not None)
         with engine(reroute) as llm:
             assert offline(llm) == answers[name]
     assert answers["routed"] != answers["unrouted"], "the policy is so severe that some answers must differ"
