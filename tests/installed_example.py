@@ -30,7 +30,7 @@ assert not TINY.is_relative_to(checkout) or ".venv" in str(TINY.relative_to(chec
 code = re.findall(r"```python\n(.*?)```", Path(sys.argv[1]).read_text(), flags=re.DOTALL)[0]
 code = replaced("llava-hf/llava-1.5-7b-hf", str(TINY), code)
 code = replaced('"cuda"', '"cpu"', code)
-code = replaced(r"rk\.preset\(.*\)", "rk.Policy(schedule)", code)
+code = replaced('"reroute-fastv/192"', "str(rk.Policy(schedule))", code)
 
 with tempfile.TemporaryDirectory() as folder:
     os.chdir(folder)
