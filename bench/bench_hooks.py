@@ -1,4 +1,4 @@
-"""Cost of the hooks in Python: with 32 layers so small that nothing else counts, and beside a forward of 7B size."""
+"""Cost of the hooks in Python, with 32 layers so small that nothing else counts."""
 
 import copy
 import operator
@@ -8,11 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 import reroute_kernels as rk
 from bench.device import Clock, Timing
-from bench.prefill import LLAVA_7B, TEXT_AFTER, TEXT_BEFORE, Decoder, make_inputs, make_model
+from bench.prefill import Decoder, make_inputs, make_model
 from reroute_kernels.models.adapter import cache_name, cache_of
 
 TRIVIAL = Decoder("32 layers, d = 32", "llava", 32, 32, 2, 2, 32)
@@ -24,10 +23,6 @@ POLICIES = {
     "one_decision": rk.Policy([rk.Stage(3, 1.0)]),
     "routed": rk.Policy([rk.Stage(layer, 1.0) for layer in (3, 7, 15, 23)]),
 }
-
-CACHED_TOKENS = 576 + TEXT_BEFORE + TEXT_AFTER
-FORWARDS = 5
-LONGEST = 60.0  # seconds for all prefills of 7B size; one layer stands for 32 where they would take longer
 
 
 @pytest.fixture(scope="module")
@@ -100,57 +95,3 @@ def bench_python(benchmark, call, models, device):
     if call == "prefill":
         # The layers from 3 on have the same hooks under both policies; what differs is three decisions.
         benchmark.extra_info["microseconds_of_a_decision"] = (added["routed"] - added["one_decision"]) / 3
-
-
-@pytest.fixture(scope="module")
-def large(device, dtype):
-    """The decoder of LLaVA-1.5-7B with random weights, whose layers share those of one."""
-    torch.manual_seed(0)
-    model = make_model(Decoder(**{**vars(LLAVA_7B), "layers": 1}), 576, device, dtype)
-    decoder = model.model.language_model
-    (layer,) = decoder.layers
-    for number in range(1, LLAVA_7B.layers):
-        same = copy.deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
-        same.self_attn.layer_idx = number
-        decoder.layers.append(same)
-    decoder.config.num_hidden_layers = LLAVA_7B.layers
-    return model
-
-
-@pytest.mark.parametrize("call", ["decode step", "prefill"])
-def bench_forward_of_7b_size(benchmark, call, large, device):
-    decoder, clock = large.model.language_model, Clock(device)
-    measured, scale = f"{LLAVA_7B.layers} layers", 1
-    if call == "decode step":
-        size = (1, LLAVA_7B.kv_heads, CACHED_TOKENS, LLAVA_7B.hidden // LLAVA_7B.heads)
-        cache = DynamicCache(config=decoder.config)
-        for number in range(LLAVA_7B.layers):
-            cache.update(*torch.randn(2, *size, dtype=large.dtype, device=device), number)
-        ids = make_inputs(large, 0)["input_ids"][:, :1]
-
-        def forward():
-            large(input_ids=ids, **{cache_name(large): cache})
-    else:
-        inputs = make_inputs(large, 576)
-        hidden = torch.randn(1, CACHED_TOKENS, LLAVA_7B.hidden, dtype=large.dtype, device=device)
-        tables = decoder.rotary_emb(hidden, inputs["position_ids"])
-
-        def one_layer():
-            decoder.layers[0](hidden, position_embeddings=tables, position_ids=inputs["position_ids"])
-
-        def forward():
-            large(**inputs)
-
-        one_layer()
-        if LLAVA_7B.layers * (FORWARDS + 1) * clock.once(one_layer) > LONGEST:
-            forward, measured, scale = one_layer, f"one layer, times {LLAVA_7B.layers}", LLAVA_7B.layers
-
-    times = []
-    benchmark.group = "hooks"
-    benchmark.pedantic(lambda: times.append(clock.once(forward)), rounds=FORWARDS, warmup_rounds=1)
-    timing = Timing.of([scale * seconds for seconds in times[1:]])
-    benchmark.extra_info["forward_of_7b_size"] = call
-    benchmark.extra_info["tokens"] = CACHED_TOKENS
-    benchmark.extra_info["measured"] = measured
-    benchmark.extra_info["dtype"] = str(large.dtype)
-    benchmark.extra_info["milliseconds"] = timing.milliseconds()

@@ -1,4 +1,4 @@
-"""Prefill and decoding of whole decoders with random weights: unrouted, removed, rerouted, and the oracle."""
+"""Whole decoders with random weights: prefills, decisions part by part, and decoding, in CUDA graphs and eager."""
 
 from __future__ import annotations
 
@@ -6,63 +6,105 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 import reroute_kernels as rk
 from bench.device import Clock, Timing
-from bench.prefill import Decoder, Prefill, make_inputs, make_model
-from reroute_kernels.models.adapter import cache_name, cache_of
+from bench.prefill import (
+    LLAVA_7B,
+    QWEN_7B,
+    TEXT_AFTER,
+    TEXT_BEFORE,
+    Decoder,
+    NoCopyCache,
+    Prefill,
+    make_inputs,
+    make_model,
+    set_visual_tokens,
+)
 
-VISUAL_TOKENS = 576
-DECODE_VISUAL_TOKENS = 4096
-DECODE_TIER = 128
+TEXT = TEXT_BEFORE + TEXT_AFTER
+TIER = 192
 
 
-def attention_flops(query_shape, key_shape, *_, **__) -> int:
-    """Both products of attention; key heads may be fewer, which PyTorch's own formula long did not accept."""
-    batch, heads, queries, head_dim = query_shape
-    return 2 * 2 * batch * heads * queries * key_shape[2] * head_dim
+class Case(NamedTuple):
+    """One prefill to measure."""
+
+    visual_tokens: int
+    batch: int
+    tier: int = TIER
 
 
-ATTENTION_FLOPS = {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): attention_flops
-    for name in (
-        "flash_attention",
-        "flash_attention_for_cpu",
-        "efficient_attention",
-        "cudnn_attention",
-        "fused_attention_overrideable",
-    )
+HEADLINES: dict[Decoder, list[Case]] = {
+    LLAVA_7B: [Case(576, 1), Case(576, 8)],
+    QWEN_7B: [Case(1500 - TEXT, 1), Case(1500 - TEXT, 8), Case(16384 - TEXT, 1)],
 }
+"""The prefills that the report measures first."""
+
+MORE: dict[Decoder, list[Case]] = {
+    decoder: [Case(576, batch, tier) for batch in (1, 8, 32) for tier in (192, 128, 64) if (batch, tier) != (1, 192)]
+    for decoder in HEADLINES
+}
+"""Further budgets and batches, measured last."""
+
+DECODING = Case(4096, 8, 128)
 
 
-def measure_prefill(clock: Clock, decoder: Decoder, visual_tokens: int, tiers, batches, dtype) -> Iterator[dict]:
-    """A row for every batch and tier: milliseconds through the adapter, and of the layers alone in a CUDA graph."""
-    model = make_model(decoder, visual_tokens, clock.device, dtype)
-    for batch in batches:
-        inputs = make_inputs(model, visual_tokens, batch)
-        prefill = Prefill(model, inputs)
-        for tier in tiers:
-            policies = decoder.policies(tier)
-            layers = {"unrouted": prefill.unrouted, **{name: prefill.routed(each) for name, each in policies.items()}}
-            layers["reroute"]()
-            layers["oracle"] = prefill.oracle(policies["reroute"], layers["reroute"].kept)
+class Models:
+    """Decoders with random weights, each made once.
+
+    Args:
+        device, dtype: of the weights.
+        longest: visual tokens of the longest prompt.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, longest: int):
+        self.device, self.dtype, self.longest = device, dtype, longest
+        self._made: dict[str, nn.Module] = {}
+
+    def get(self, decoder: Decoder, visual_tokens: int) -> nn.Module:
+        """The model of a decoder, which sees images as so many visual tokens."""
+        if decoder.name not in self._made:
+            self._made[decoder.name] = make_model(decoder, self.longest, self.device, self.dtype)
+        model = self._made[decoder.name]
+        set_visual_tokens(model, visual_tokens)
+        return model
+
+
+def measure_prefill(clock: Clock, models: Models, decoder: Decoder, cases: list[Case]) -> Iterator[dict]:
+    """A row for each case, handed out once its graphs are timed, and again with what the eager calls take.
+
+    In a CUDA graph run the layers alone, with every count known; the oracle knows the indices, too. Eager is the whole
+    model through `rk.apply`; its host milliseconds are those until the call returns.
+    """
+    checked = set()
+    for case in cases:
+        model = models.get(decoder, case.visual_tokens)
+        inputs = make_inputs(model, case.visual_tokens, case.batch)
+        prefill, policies = Prefill(model, inputs), decoder.policies(case.tier)
+        layers: dict[str, Callable] = {"unrouted": prefill.unrouted}
+        layers |= {name: prefill.routed(policy) for name, policy in policies.items()}
+        layers["reroute"]()
+        layers["oracle"] = prefill.oracle(policies["reroute"], layers["reroute"].kept)
+        if case.visual_tokens not in checked:
             _check(model, inputs, policies, layers)
-            row = {"decoder": decoder.name, "visual_tokens": visual_tokens, "batch": batch, "tier": tier}
-            with ExitStack() as routings, torch.no_grad():
-                models = {"unrouted": model, **{name: twin(model) for name in policies}}
-                for name, policy in policies.items():
-                    routings.enter_context(rk.apply(models[name], policy))
-                adapters = {name: partial(each, **inputs) for name, each in models.items()}
-                row["eager"] = _milliseconds(clock.in_turn(adapters))
-            row["layers"] = _milliseconds(clock.in_turn(layers))
-            row["graph"] = _milliseconds(_in_graphs(clock, layers))
-            row["flops"] = {name: _flops(call) for name, call in layers.items()}
-            row["peak_bytes"] = {name: _peak(clock.device, call) for name, call in layers.items()}
-            yield row | _ratios(row)
+            checked.add(case.visual_tokens)
+        row: dict = {"decoder": decoder.name, **case._asdict(), "tokens": case.visual_tokens + TEXT}
+        row["graph"] = _milliseconds(clock.in_turn({name: clock.graph(call) for name, call in layers.items()}))
+        row["flops"] = _flops(model, case, policies)
+        row |= _ratios(row)
+        yield row
+        with ExitStack() as routings, torch.no_grad():
+            routed = twin(model)
+            routings.enter_context(rk.apply(routed, policies["reroute"]))
+            calls = {"unrouted": partial(model, **inputs), "reroute": partial(routed, **inputs)}
+            row["eager"] = _milliseconds(clock.in_turn(calls))
+            row["host_ms"] = {name: _host_milliseconds(clock, call) for name, call in calls.items()}
+        row["peak_bytes"] = {name: _peak(clock.device, layers[name]) for name in ("unrouted", "reroute")}
+        yield row
 
 
 def _check(model, inputs: dict, policies: dict[str, rk.Policy], layers: dict[str, Callable]) -> None:
@@ -84,18 +126,21 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _in_graphs(clock: Clock, calls: dict[str, Callable]) -> dict[str, dict[str, float]]:
-    return clock.in_turn({name: clock.graph(call) for name, call in calls.items()})
-
-
 def _milliseconds(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return {name: Timing(**timing).milliseconds() for name, timing in times.items()}
 
 
-def _flops(call: Callable) -> int:
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS) as counter:
-        call()
-    return counter.get_total_flops()
+def _host_milliseconds(clock: Clock, call: Callable, calls: int = 5) -> float:
+    return Timing.of([clock.host(call) for _ in range(calls)]).median / 1e3
+
+
+def _flops(model: nn.Module, case: Case, policies: dict[str, rk.Policy]) -> dict[str, int]:
+    """FLOPs of the layers and of the logits of the last token."""
+    counted = {
+        name: rk.cost(model, policy, TEXT, case.visual_tokens, case.batch)
+        for name, policy in (("unrouted", None), *policies.items())
+    }
+    return {name: cost.prefill_flops + cost.lm_head_flops for name, cost in counted.items()}
 
 
 def _peak(device: torch.device, call: Callable) -> int | None:
@@ -120,35 +165,96 @@ def _ratios(row: dict) -> dict[str, float]:
     }
 
 
-def measure_decoding(clock: Clock, decoder: Decoder, visual_tokens: int, steps: int, dtype) -> dict[str, object]:
-    """Milliseconds of one greedy step on the cache of a prompt, and the bytes of that cache."""
-    model = make_model(decoder, visual_tokens, clock.device, dtype)
-    inputs = make_inputs(model, visual_tokens)
-    policies = {"unrouted": None, **decoder.policies(DECODE_TIER)}
-    row: dict[str, object] = {"decoder": decoder.name, "visual_tokens": visual_tokens, "tier": DECODE_TIER}
-    for name, policy in policies.items():
-        routing = rk.apply(model, policy) if policy else None
-        try:
-            with torch.no_grad():
-                row[name] = _decode(clock, model, inputs, steps)
-        finally:
-            if routing:
-                routing.remove()
-    return row
+@torch.no_grad()
+def measure_decision(clock: Clock, models: Models, decoder: Decoder, cases: list[Case]) -> Iterator[dict]:
+    """A row for each case: microseconds of every part of a decision, one by one and together, in a CUDA graph."""
+    for case in cases:
+        model = models.get(decoder, case.visual_tokens)
+        prefill = Prefill(model, make_inputs(model, case.visual_tokens, case.batch))
+        parts = decision_parts(prefill, decoder.policies(case.tier)["reroute"], case)
+
+        def whole(parts=parts) -> None:
+            for part in parts.values():
+                part()
+
+        times = clock.graphs_in_turn({**parts, "whole": whole})
+        yield {"decoder": decoder.name, **case._asdict(), "microseconds": times}
 
 
-def _decode(clock: Clock, model, inputs: dict, steps: int) -> dict[str, float]:
-    cache = cache_of(model(**inputs))
-    held = sum(
-        tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values)
-    )
-    positions = inputs["position_ids"][..., -1:]
-    token = inputs["input_ids"][:, -1:]
-    times = []
-    for _ in range(steps):
-        positions = positions + 1
-        step = {"input_ids": token, "position_ids": positions, "use_cache": True, cache_name(model): cache}
-        output = []
-        times.append(clock.once(lambda step=step, output=output: output.append(model(**step))))
-        token = output[0].logits[:, -1:].argmax(dim=-1)
-    return Timing.of(times[1:]).milliseconds() | {"cache_bytes": held}
+def decision_parts(prefill: Prefill, policy: rk.Policy, case: Case) -> dict[str, Callable[[], object]]:
+    """The parts of a policy's last decision, in their order.
+
+    The write-back of the stage before, the norm of all tokens, their key projection, the query of the last token,
+    ranking, selection, and the compaction of what runs.
+    """
+    layer = prefill.layers[policy.schedule[-1].layer]
+    routed = prefill.routed(policy)
+    routed()
+    hidden, (cos, sin), _ = prefill.begin()
+    index, prompt, attention = routed.kept[-1], prefill.prompt, layer.self_attn
+    keep = torch.tensor([policy.selected_counts(case.visual_tokens)[-1]] * case.batch, device=hidden.device)
+    (compact,) = rk.ops.gather_tokens(index, hidden)
+    states = layer.input_layernorm(hidden)
+    ranking = prefill.adapter.ranking(layer, hidden, cos, sin, None, None)
+    scores = ranking.scores()
+    return {
+        "scatter": lambda: rk.ops.scatter_tokens_(hidden, index, compact),
+        "norm": lambda: layer.input_layernorm(hidden),
+        "key projection": lambda: attention.k_proj(states),
+        "query": lambda: attention.q_proj(states[:, -1:]),
+        "rank": ranking.scores,
+        "select": lambda: rk.ops.select_tokens(scores, prompt.pool, prompt.pinned, keep, index.shape[1]),
+        "gather": lambda: rk.ops.gather_tokens(index, hidden, cos, sin),
+    }
+
+
+class SlotCache:
+    """Keys and values of fixed size, with a slot at the end into which every call writes the new token's.
+
+    Args:
+        layers: (keys, values) of each layer, (B, Hkv, P, D).
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]):
+        self.layers = [tuple(torch.cat([held, held[:, :, -1:]], dim=2) for held in layer) for layer in layers]
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_, **__) -> tuple[Tensor, Tensor]:
+        keys, values = self.layers[layer_idx]
+        keys[:, :, -1:] = key
+        values[:, :, -1:] = value
+        return keys, values
+
+    @property
+    def bytes(self) -> int:
+        return sum(held.numel() * held.element_size() for layer in self.layers for held in layer)
+
+
+@torch.no_grad()
+def measure_decoding(clock: Clock, models: Models, decoder: Decoder, case: Case) -> dict[str, object]:
+    """Milliseconds of one decode step in a CUDA graph behind a prompt, and the bytes of its cache.
+
+    The caches have a fixed size in each layer: the tokens that ran there, and one more.
+    """
+    model = models.get(decoder, case.visual_tokens)
+    caches: list[NoCopyCache] = []
+
+    def make_cache() -> NoCopyCache:
+        caches.append(NoCopyCache())
+        return caches[-1]
+
+    prefill = Prefill(model, make_inputs(model, case.visual_tokens, case.batch), make_cache)
+    prefills = {"unrouted": prefill.unrouted, "reroute": prefill.routed(decoder.policies(case.tier)["reroute"])}
+    steps, held = {}, {}
+    for name, call in prefills.items():
+        call()
+        cache = SlotCache(caches.pop().layers)
+        held[name] = cache.bytes
+        steps[name] = clock.graph(prefill.decode_step(cache))
+    times = _milliseconds(clock.in_turn(steps))
+    return {
+        "decoder": decoder.name,
+        **case._asdict(),
+        "milliseconds": times,
+        "cache_bytes": held,
+        "unrouted_over_reroute": times["unrouted"]["median"] / times["reroute"]["median"],
+    }

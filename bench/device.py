@@ -140,6 +140,15 @@ class Clock:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
+    def host(self, call: Callable[[], object]) -> float:
+        """Seconds until a call returns, with an idle device before it: what the host spends, not the device."""
+        self.wait()
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        self.wait()
+        return seconds
+
     def graph(self, call: Callable[[], object], calls: int = 1) -> Callable[[], object]:
         """The call, captured `calls` times in a CUDA graph, as a replay. On a CPU the call itself, as often."""
         if self.device.type != "cuda":

@@ -1,6 +1,8 @@
-"""Tests and benchmarks on this GPU, in one command, made to end within ten minutes: `make gpu-report`.
+"""Benchmarks and tests on this GPU, in one command, made to end within ten minutes: `make gpu-report`.
 
-Writes what it finds to bench/results/<device>, and from that docs/performance.md. Without a GPU it is a dry run: every
+What matters most comes first: whole prefills, then a decision part by part, decoding, operations, tests. A row is
+printed and written to bench/results/<device> the moment it is known, and docs/performance.md from that, so that a run
+which is cut off has kept what it found. Without a GPU it is a dry run: every
 step on a CPU, in Triton's interpreter and on tiny shapes, to know that the command works; nothing of it is kept.
 """
 
@@ -17,15 +19,24 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import torch
+
+if TYPE_CHECKING:
+    from bench.decoders import Case, Models
+    from bench.device import Clock
+    from bench.prefill import Decoder
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("test_rank", "test_select", "test_gather", "test_scatter", "test_route", "test_ops", "test_fuzz", "test_gpu")
 TESTS += ("test_work", "test_reducers", "models/test_golden", "models/test_generate", "models/test_batches")
 SECONDS = 560  # after which no further section begins
+SECTION_SECONDS = 150  # after which a section makes no further row
 
 
 class Sections:
@@ -36,8 +47,18 @@ class Sections:
         self.deadline = time.perf_counter() + SECONDS
         self.write_page: Callable[[], object] = lambda: None
 
-    def run(self, name: str, work: Callable[[], object]) -> object:
-        """The section's result, of an earlier run where it is not asked for now."""
+    def wants(self, kind: str) -> bool:
+        """Whether sections whose names begin so are to be run."""
+        return self.only is None or any(name.startswith(kind) for name in self.only)
+
+    def run(self, name: str, work: Callable[[], object], seconds: float = SECTION_SECONDS) -> object:
+        """The section's result, of an earlier run if it is not asked for now.
+
+        Args:
+            name: of the section, and of its file.
+            work: gives the result, or its rows one by one. A row that comes again, with more in it, is written again.
+            seconds: after which no further row is asked for.
+        """
         file = self.folder / f"{name}.json"
         if self.only and name not in self.only:
             return json.loads(file.read_text())["result"] if file.exists() else None
@@ -57,10 +78,17 @@ class Sections:
             found = work()
             if isinstance(found, Iterator):  # rows, each kept as soon as it is there: a later one may fail or not end
                 for row in found:
-                    result = [*(result or []), row]
+                    result = result or []
+                    if not result or result[-1] is not row:
+                        result.append(row)
                     keep({"result": result})
+                    print(json.dumps(row), flush=True)
+                    if time.perf_counter() > min(start + seconds, self.deadline):
+                        found.close()
+                        raise TimeoutError(f"stopped after {len(result)} rows, its time was over")
             else:
                 result = found
+                print(json.dumps(result), flush=True)
             keep({"result": result})
         except Exception:
             traceback.print_exc()
@@ -167,9 +195,8 @@ def main() -> int:
     from bench.source_tree import make_importable
 
     make_importable()
-    from bench import decisions, decoders, report
-    from bench.device import Clock, description, floors, results_folder
-    from bench.prefill import LLAVA_7B, QWEN_7B, Decoder
+    from bench import report
+    from bench.device import description, results_folder
 
     device = torch.device("cpu" if dry else "cuda")
     with tempfile.TemporaryDirectory() as scratch:
@@ -177,57 +204,151 @@ def main() -> int:
         if dry and folder.resolve().is_relative_to(ROOT / "bench" / "results"):
             parser.error("--output must lie outside bench/results in a dry run")
         folder.mkdir(parents=True, exist_ok=True)
-        if dry:
-            print("dry run on a CPU: tiny shapes, Triton's interpreter; the times mean nothing and are not kept")
-            dtype, clock, copied = torch.float32, Clock(device, seconds=0.01, least=1, graph_calls=1), 2**20
-            tests = [str(ROOT / "tests" / "test_gather.py"), "-k", "launch"]
-            shapes, batches, tiers, shards, large = decisions.TINY_SHAPES, (1,), (192,), 1, (2, 16, 32)
-            small = [Decoder("tiny", "llava", 4, 32, 4, 2, 64), Decoder("tiny", "qwen2_5_vl", 4, 64, 4, 2, 64)]
-            models, visual, long_visual, steps = small, 24, 40, 3
-        else:
-            dtype, clock, copied = torch.bfloat16, Clock(device, seconds=0.1), 2**30
-            tests = [str(ROOT / "tests" / f"{name}.py") for name in TESTS] + ["--fuzz-cases", "200"]
-            shapes, batches, tiers = decisions.SHAPES, decisions.BATCHES, (192, 128, 64)
-            shards, large = max(1, (os.cpu_count() or 2) - 2), (16, 8192, 4096)
-            models, visual, long_visual, steps = (
-                [LLAVA_7B, QWEN_7B],
-                decoders.VISUAL_TOKENS,
-                decoders.DECODE_VISUAL_TOKENS,
-                33,
-            )
         sections = Sections(folder, {**description(device), "dry_run": dry}, options.only)
         apart = dry or options.output
         sections.write_page = (lambda: report.performance_page([folder], folder)) if apart else report.main
         torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
-        sections.run("tests", lambda: run_tests(shards, 200, tests))
-        sections.run("sanitizer", run_sanitizer if not dry else lambda: _sanitized_without_a_device())
-        floor = sections.run("floors", lambda: floors(clock, copied))
-        backend = _triton_backend(dry)
-        with backend, torch.no_grad():
-            if floor:
-                sections.run("operations", lambda: decisions.measure_operations(clock, floor, shapes, batches, dtype))
-                sections.run("copies", lambda: decisions.measure_copies(clock, *large, dtype))
-            sections.run("eager", lambda: decisions.measure_against_eager(clock, shapes, dtype))
-        for model in models:
-            name = model.family
-            sections.run(
-                f"prefill-{name}",
-                lambda model=model: decoders.measure_prefill(clock, model, visual, tiers, batches, dtype),
-            )
-            sections.run(
-                f"decode-{name}",
-                lambda model=model: decoders.measure_decoding(clock, model, long_visual, steps, dtype),
-            )
+        if dry:
+            print("dry run on a CPU: tiny shapes, Triton's interpreter; the times mean nothing and are not kept")
+        with torch.no_grad():
+            run_sections(sections, dry_plan(device) if dry else plan_of(device))
         print(f"results: {folder}" if options.output or not dry else "dry run: nothing is kept")
         if sections.failed:
             print(f"failed: {', '.join(sections.failed)}")
         return 1 if sections.failed else 0
 
 
-def _triton_backend(dry: bool):
+def run_sections(sections: Sections, plan: Plan) -> None:
+    """Run the sections, those first that matter most."""
     import reroute_kernels as rk
+    from bench import decisions, decoders
+    from bench.device import floors
 
-    return rk.backend("triton" if dry else None)
+    clock, models = plan.clock, decoders.Models(plan.clock.device, plan.dtype, plan.longest)
+    compiling = precompile(plan.compilers) if sections.wants("prefill") else []
+    floor = sections.run("floors", lambda: floors(clock, plan.copied))
+    for process in compiling:
+        process.wait()
+    with rk.backend(plan.models_backend):
+        run_models(sections, plan, models)
+    with rk.backend(plan.operations_backend):
+        if floor:
+            shapes = clock, floor, plan.shapes, plan.batches, plan.dtype
+            sections.run("operations", lambda: decisions.measure_operations(*shapes))
+            sections.run("copies", lambda: decisions.measure_copies(clock, *plan.large, plan.dtype))
+        sections.run("eager", lambda: decisions.measure_against_eager(clock, plan.shapes, plan.dtype))
+    sections.run("tests", lambda: run_tests(plan.shards, 200, plan.tests))
+    with rk.backend(plan.models_backend):
+        for decoder, cases in plan.more.items():
+            prefills = partial(decoders.measure_prefill, clock, models, decoder, cases)
+            sections.run(f"prefill-more-{decoder.family}", prefills)
+    sections.run("sanitizer", plan.sanitizer)
+
+
+def run_models(sections: Sections, plan: Plan, models: Models) -> None:
+    """Whole prefills, their decisions part by part, and decoding."""
+    from bench import decoders
+
+    for decoder, cases in plan.headlines.items():
+        prefills = partial(decoders.measure_prefill, plan.clock, models, decoder, cases)
+        sections.run(f"prefill-{decoder.family}", prefills)
+    for decoder, cases in plan.headlines.items():
+        parts = partial(decoders.measure_decision, plan.clock, models, decoder, cases)
+        sections.run(f"decision-{decoder.family}", parts)
+    first = next(iter(plan.headlines))
+    decode = partial(decoders.measure_decoding, plan.clock, models, first, plan.decoding)
+    sections.run(f"decode-{first.family}", decode)
+
+
+@dataclass
+class Plan:
+    """Sizes of everything that is measured.
+
+    Attributes:
+        clock, dtype: of all measurements.
+        headlines, more: prefills by decoder, measured first and last; longest: visual tokens of the longest.
+        decoding: the prompt behind which a token is decoded.
+        shapes, batches, large: of single operations.
+        copied: bytes of the copy whose bandwidth is a floor.
+        tests, shards: arguments of pytest, and in how many processes.
+        sanitizer: the section of that name.
+        compilers: processes that compile kernels ahead.
+        models_backend, operations_backend: what is forced for whole models and for operations, or None.
+    """
+
+    clock: Clock
+    dtype: torch.dtype
+    headlines: dict[Decoder, list[Case]]
+    more: dict[Decoder, list[Case]]
+    decoding: Case
+    longest: int
+    shapes: tuple
+    batches: tuple[int, ...]
+    large: tuple[int, int, int]
+    copied: int
+    tests: list[str]
+    shards: int
+    sanitizer: Callable[[], object]
+    compilers: int = 0
+    models_backend: str | None = None
+    operations_backend: str | None = None
+
+
+def plan_of(device: torch.device) -> Plan:
+    """The plan for a GPU."""
+    from bench import decisions, decoders
+    from bench.device import Clock
+
+    return Plan(
+        clock=Clock(device, seconds=0.1),
+        dtype=torch.bfloat16,
+        headlines=decoders.HEADLINES,
+        more=decoders.MORE,
+        decoding=decoders.DECODING,
+        longest=16384,
+        shapes=decisions.SHAPES,
+        batches=decisions.BATCHES,
+        large=(16, 8192, 4096),
+        copied=2**30,
+        tests=[str(ROOT / "tests" / f"{name}.py") for name in TESTS] + ["--fuzz-cases", "200"],
+        shards=max(1, (os.cpu_count() or 2) - 2),
+        sanitizer=run_sanitizer,
+        compilers=sum(map(len, decoders.HEADLINES.values())),
+    )
+
+
+def dry_plan(device: torch.device) -> Plan:
+    """The plan for a CPU: tiny shapes."""
+    from bench import decisions
+    from bench.decoders import Case
+    from bench.device import Clock
+    from bench.prefill import Decoder
+
+    llava, qwen = Decoder("tiny", "llava", 4, 32, 4, 2, 64), Decoder("tiny Qwen", "qwen2_5_vl", 4, 64, 4, 2, 64)
+    return Plan(
+        clock=Clock(device, seconds=0.01, least=1, graph_calls=1),
+        dtype=torch.float32,
+        headlines={llava: [Case(24, 1)], qwen: [Case(24, 1)]},
+        more={llava: [Case(24, 2, 64)]},
+        decoding=Case(40, 2),
+        longest=40,
+        shapes=decisions.TINY_SHAPES,
+        batches=(1,),
+        large=(2, 16, 32),
+        copied=2**20,
+        tests=[str(ROOT / "tests" / "test_gather.py"), "-k", "launch"],
+        shards=1,
+        sanitizer=_sanitized_without_a_device,
+        models_backend="ref",  # in the interpreter they take minutes
+        operations_backend="triton",
+    )
+
+
+def precompile(parts: int) -> list[subprocess.Popen]:
+    """Processes that compile the kernels of the prefills, all at once."""
+    command = [sys.executable, "-m", "bench.precompile"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return [_start([*command, f"{part}/{parts}"], **quiet) for part in range(parts)]
 
 
 def _sanitized_without_a_device() -> dict[str, str]:

@@ -86,11 +86,20 @@ def make_model(decoder: Decoder, visual_tokens: int, device: torch.device, dtype
     torch.manual_seed(0)
     with device:
         model = kind._from_config(config, dtype=dtype).eval()
-        features = torch.randn(visual_tokens, decoder.hidden, dtype=dtype) * 0.1
+    set_visual_tokens(model, visual_tokens)
+    return model
+
+
+def set_visual_tokens(model: nn.Module, visual_tokens: int) -> None:
+    """Have a model see every image as so many constant features."""
+    import transformers
+
+    embeddings = model.get_input_embeddings().weight
+    size = (visual_tokens, embeddings.shape[1])
+    features = torch.randn(size, dtype=embeddings.dtype, device=embeddings.device) * 0.1
     model.model.get_image_features = lambda pixel_values, *_, **__: (
         transformers.modeling_outputs.BaseModelOutputWithPooling(pooler_output=[features] * len(pixel_values))
     )
-    return model
 
 
 def make_inputs(model: nn.Module, visual_tokens: int, batch: int = 1) -> dict[str, object]:
@@ -142,7 +151,7 @@ class Prefill:
         self.features = torch.stack(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
         self.prompt = Prompt(self.ids == IMAGE_TOKEN, None)
 
-    def _begin(self) -> tuple[Tensor, tuple[Tensor, ...], object]:
+    def begin(self) -> tuple[Tensor, tuple[Tensor, ...], object]:
         """Embedded prompt, rotary tables, and an empty cache."""
         hidden = self.model.get_input_embeddings()(self.ids)
         hidden[:, TEXT_BEFORE : TEXT_BEFORE + self.features.shape[1]] = self.features
@@ -151,7 +160,7 @@ class Prefill:
 
     @torch.no_grad()
     def unrouted(self) -> Tensor:
-        hidden, tables, cache = self._begin()
+        hidden, tables, cache = self.begin()
         for layer in self.layers:
             hidden = self._run(layer, hidden, tables, cache)
         return self._logits(hidden)
@@ -165,7 +174,7 @@ class Prefill:
         def call() -> Tensor:
             forward = copy.copy(prepared)  # its counts are on the device already
             forward.kept = []
-            hidden, all_tables, cache = self._begin()
+            hidden, all_tables, cache = self.begin()
             tables = all_tables
             for number, layer in enumerate(self.layers):
                 if number in decision_layers:
@@ -192,7 +201,7 @@ class Prefill:
 
         @torch.no_grad()
         def call() -> Tensor:
-            hidden, all_tables, cache = self._begin()
+            hidden, all_tables, cache = self.begin()
             full, tables = None, all_tables
             for number, layer in enumerate(self.layers):
                 if number in decision_layers:
@@ -207,6 +216,21 @@ class Prefill:
                 hidden = self._run(layer, hidden, tables, cache)
             write(full, rows[-1], hidden)
             return self._logits(full)
+
+        return call
+
+    def decode_step(self, cache) -> Callable[[], Tensor]:
+        """The call for one token behind the prompt, on a cache that takes its keys and values."""
+        token, positions = self.ids[:, -1:], self.positions[..., -1:] + 1
+
+        @torch.no_grad()
+        def call() -> Tensor:
+            hidden = self.model.get_input_embeddings()(token)
+            tables = self.adapter.rotary(self.layers[0], self.adapter.decoder.rotary_emb(hidden, positions))
+            tables = tuple(table.expand(len(hidden), -1, -1) for table in tables)
+            for layer in self.layers:
+                hidden = self._run(layer, hidden, tables, cache)
+            return self._logits(hidden)
 
         return call
 

@@ -1,6 +1,7 @@
 """`make gpu-report` in its dry mode, from end to end, and the page that it writes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,10 @@ from tests.conftest import HAS_GPU
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 SECTIONS = [
-    "copies",
-    "decode-llava",
-    "decode-qwen2_5_vl",
-    "eager",
-    "floors",
-    "operations",
-    "prefill-llava",
-    "prefill-qwen2_5_vl",
-    "sanitizer",
-    "tests",
+    *("prefill-llava", "prefill-qwen2_5_vl", "decision-llava", "decision-qwen2_5_vl", "decode-llava"),
+    *("operations", "copies", "eager", "tests", "prefill-more-llava", "sanitizer"),
 ]
+"""In the order in which they run, behind the floors."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +34,8 @@ def dry_run(tmp_path_factory):
 
 def test_every_section_has_a_result(dry_run):
     folder, output = dry_run
-    assert sorted(path.stem for path in folder.glob("*.json")) == SECTIONS
+    assert {path.stem for path in folder.glob("*.json")} == {"floors", *SECTIONS}
+    assert re.findall(r"^([\w-]+) \.\.\.$", output, flags=re.MULTILINE) == ["floors", *SECTIONS]
     for path in folder.glob("*.json"):
         record = json.loads(path.read_text())
         assert record["result"] is not None, path
@@ -57,10 +52,19 @@ def test_counts_of_the_sections(dry_run):
     assert launches["tiny", "decision"] == 5
     assert launches["tiny, long", "route_tokens"] == 8
     assert all(row["graph"]["median"] > 0 and row["graph"]["floor_us"] > 0 for row in results["operations"])
-    for row in results["prefill-llava"] + results["prefill-qwen2_5_vl"]:
-        assert set(row["graph"]) == set(row["layers"]) == {"unrouted", "remove", "reroute", "oracle"}
-        assert set(row["eager"]) == {"unrouted", "remove", "reroute"}
+    for name in ("prefill-llava", "prefill-qwen2_5_vl", "prefill-more-llava"):
+        (row,) = results[name]
+        assert set(row["graph"]) == {"unrouted", "remove", "reroute", "oracle"}
+        assert set(row["eager"]) == set(row["host_ms"]) == {"unrouted", "reroute"}
         assert row["flops"]["reroute"] < row["flops"]["unrouted"]
+        assert row["tokens"] == row["visual_tokens"] + 64
+    for name in ("decision-llava", "decision-qwen2_5_vl"):
+        parts = ["scatter", "norm", "key projection", "query", "rank", "select", "gather", "whole"]
+        assert list(results[name][0]["microseconds"]) == parts
+    held = results["decode-llava"]["cache_bytes"]
+    # 4 layers, keys and values, 2 samples, 2 heads of 8 channels, 64 text tokens and a slot.
+    assert held["unrouted"] == 4 * 2 * 2 * 2 * 8 * 4 * (40 + 64 + 1)
+    assert held["reroute"] == 2 * 2 * 2 * 8 * 4 * ((40 + 65) + 3 * (13 + 65))
     assert all(row["same_tokens"] == 1 for row in results["eager"])
 
 
@@ -68,6 +72,7 @@ def test_page_says_that_its_times_mean_nothing(dry_run):
     page = (dry_run[0] / "performance.md").read_text()
     assert "dry run: the times mean nothing" in page
     assert "### Targets" in page
+    assert page.index("### Prefill, tiny") < page.index("### A whole decision, tiny") < page.index("### Operations")
 
 
 def test_page_without_any_result(tmp_path):
@@ -132,13 +137,63 @@ def test_rows_are_kept_as_they_come(tmp_path):
     assert kept()["error"] == "MemoryError: no more"
 
 
+@pytest.mark.skipif(HAS_GPU, reason="there is one")
+def test_a_row_that_grows_is_written_each_time(tmp_path, capsys):
+    from bench.gpu_report import Sections
+
+    def rows():
+        row = {"graph": 1}
+        yield row
+        assert json.loads((tmp_path / "prefill-llava.json").read_text())["result"] == [{"graph": 1}]
+        row["eager"] = 2
+        yield row
+        yield {"graph": 3}
+
+    expected = [{"graph": 1, "eager": 2}, {"graph": 3}]
+    assert Sections(tmp_path, {"device": "CPU", "dry_run": True}).run("prefill-llava", rows) == expected
+    assert json.loads((tmp_path / "prefill-llava.json").read_text())["result"] == expected
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert printed == [{"graph": 1}, *expected]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is one")
+def test_a_section_stops_when_its_time_is_over(tmp_path):
+    from bench.gpu_report import Sections
+
+    def rows():
+        yield 1
+        yield 2
+        raise AssertionError("asked for more")
+
+    sections = Sections(tmp_path, {"device": "CPU", "dry_run": True})
+    assert sections.run("prefill-llava", rows, seconds=0) == [1]
+    assert sections.failed == ["prefill-llava"]
+    record = json.loads((tmp_path / "prefill-llava.json").read_text())
+    assert (record["result"], record["error"]) == ([1], "TimeoutError: stopped after 1 rows, its time was over")
+
+
+def test_kernels_that_are_compiled_ahead_are_those_of_the_prefill():
+    """Of a shallow decoder the decisions have the same tokens, widths and heads."""
+    import reroute_kernels as rk
+    from bench.decoders import HEADLINES
+    from bench.precompile import shallow
+
+    for decoder in HEADLINES:
+        policy = decoder.policies(192)["reroute"]
+        small, decisions = shallow(decoder, policy)
+        assert decisions.selected_counts(576) == policy.selected_counts(576)
+        assert (small.hidden, small.heads, small.kv_heads) == (decoder.hidden, decoder.heads, decoder.kv_heads)
+        assert decisions.schedule[-1].layer == small.layers - 1
+        assert isinstance(decisions, rk.Policy)
+
+
 def test_page_names_what_was_not_measured(tmp_path):
     from bench.gpu_report import Sections
 
-    for name in set(SECTIONS) - {"sanitizer", "prefill-llava"}:
+    for name in {"floors", "prefill-more-qwen2_5_vl", *SECTIONS} - {"sanitizer", "prefill-llava"}:
         Sections(tmp_path, {"device": "CPU", "dry_run": True}).run(name, lambda: None)
     report.performance_page([tmp_path], tmp_path)
-    assert "- not measured: `sanitizer`, `prefill-llava`\n" in (tmp_path / "performance.md").read_text()
+    assert "- not measured: `prefill-llava`, `sanitizer`\n" in (tmp_path / "performance.md").read_text()
 
 
 def test_page_without_floors(tmp_path):
