@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reroute_kernels.policy import Policy
-from reroute_kernels.routing import Prompt, RoutedForward
+from reroute_kernels.routing import Combine, Prompt, RoutedForward
 
 from . import refusals
 from .activated import activated_counts, activated_visual
@@ -93,8 +93,11 @@ class CallFacts:
     @property
     def has_one_mask_for_windows(self) -> bool:
         """Whether one mask of four dimensions is the model's in all layers, which then have no window."""
-        given = self.arguments.get("attention_mask")
-        return isinstance(given, Tensor) and given.ndim == 4 and self.layers.has_windows(self.total)
+        return self.differences is not None and self.layers.has_windows(self.total) and not self._is_by_kind
+
+    @property
+    def _is_by_kind(self) -> bool:
+        return isinstance(self.arguments.get("attention_mask"), dict)
 
     @property
     def cache_name(self) -> str:
@@ -123,12 +126,14 @@ class PromptFacts(CallFacts):
         marks: (B, L) bool, the tokens that a reducer dropped, and those that any did; None without a reducer.
         past: contents of the cache before, or None.
         tower: the vision tower that is reduced, or None.
+        combine: completes the scores if heads are split over processes.
     """
 
     visual: Tensor
     marks: tuple[Tensor, Tensor] | None
     past: CacheState | None
     tower: torch.nn.Module | None
+    combine: Combine | None
 
     @cached_property
     def valid(self) -> Tensor | None:
@@ -280,20 +285,21 @@ class PromptFacts(CallFacts):
     @cached_property
     def uneven_stage(self) -> int | None:
         """The first stage that keeps different numbers of tokens of the samples."""
-        rows = self._forward.row_lengths
-        return next((stage for stage in range(len(rows)) if self._forward.is_ragged(stage)), None)
+        rows = self.forward.row_lengths
+        return next((stage for stage in range(len(rows)) if self.forward.is_ragged(stage)), None)
 
     @property
     def uneven_rows(self) -> str:
-        return ", ".join(map(str, self._forward.row_lengths[self.uneven_stage or 0]))
+        return ", ".join(map(str, self.forward.row_lengths[self.uneven_stage or 0]))
 
     @property
     def uneven_layer(self) -> int:
         return self.policy.stage_layers[self.uneven_stage or 0]
 
     @cached_property
-    def _forward(self) -> RoutedForward:
-        return RoutedForward(self.policy, self.prompt, self.pad_left)
+    def forward(self) -> RoutedForward:
+        """The state of the prefill that is to run."""
+        return RoutedForward(self.policy, self.prompt, self.pad_left, self.combine)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -301,17 +307,17 @@ class ContinuationFacts(CallFacts):
     """Facts about new tokens on a cache that a routed prompt filled.
 
     Args:
-        prompt: record of the routed prompt.
+        record: of the routed prompt.
         new_tokens: after the prompt, those of the call included.
     """
 
-    prompt: CachedPrompt
+    record: CachedPrompt
     new_tokens: int = 0
 
     @property
     def length(self) -> int:
         """Tokens of the prompt."""
-        return self.prompt.past.length
+        return self.record.past.length
 
     @cached_property
     def unlike_causal(self) -> int:
@@ -352,6 +358,9 @@ class CallReader:
         self._signature = inspect.signature(adapter.core.forward)
         # The frames that it reads are no matter of torch.compile, which would warn.
         self._prompt_call = torch.compiler.disable(prompt_call)
+        # Nor are the facts of a call and the rules that they are held against: a graph has ended before.
+        self._read_prompt = torch.compiler.disable(self._prompt)
+        self._read_on_cache = torch.compiler.disable(self._on_cache)
         self._leave_graph = torch.compiler.disable(_leave_graph, reason=_NO_ONE_GRAPH)
 
     def read(
@@ -392,13 +401,13 @@ class CallReader:
             generation = self._prompt_call(self._adapter.core)
             self._check_chunks(generation, held)
         if held:
-            return self._on_cache(cache, tokens, arguments, generation)
+            return self._read_on_cache(cache, tokens, arguments, generation)
         if cache is not None and has_record(cache):
             drop_record(cache)  # the cache was reset since
             lengths = set(_cached_tokens(cache, self._layers.attention))
             if lengths != {0}:
                 raise refusals.HALF_RESET.because(cache=self._cache_name, lengths=sorted(lengths))
-        return self._prompt(cache, arguments, None, generation, marks)
+        return self._read_prompt(cache, arguments, None, generation, marks)
 
     def _is_traced_text(self, cache, tokens: Tensor, arguments: dict) -> bool:
         """Whether a call that is made into a graph brings no image and follows on none, so that it runs untouched.
@@ -458,6 +467,7 @@ class CallReader:
             marks=None if marks is None else _on_device_of(visual, *marks()),
             past=past,
             tower=None if self._vision is None else self._vision.tower,
+            combine=self._combine,
         )
         prompt = facts.prompt
         if prompt.has_visual_tokens or facts.counts["placeholders"]:
@@ -466,8 +476,7 @@ class CallReader:
             return None
         self._layers.check_attention()
         refuse(facts, refusals.PROMPT_RULES)
-        forward = RoutedForward(self._policy, prompt, facts.pad_left, self._combine)
-        return Prefill(self._layers, forward, past, generation.generates)
+        return Prefill(self._layers, facts.forward, past, generation.generates)
 
     def brings_features(self, arguments: dict) -> bool:
         return brings_features(self._adapter, arguments)
@@ -500,7 +509,7 @@ class CallReader:
             return self._on_unrouted_cache(cache, tokens, arguments, generation)
         batch, queries = tokens.shape[:2]
         common = {**self._routing, "arguments": arguments, "cache": cache, "generation": generation}
-        facts = ContinuationFacts(**common, batch=batch, queries=queries, total=0, prompt=prompt)
+        facts = ContinuationFacts(**common, batch=batch, queries=queries, total=0, record=prompt)
         refuse(facts, refusals.CONTINUATION_RULES)
         self._layers.check_attention()
         facts.new_tokens = new_tokens = self._tokens_after(cache, prompt) + queries

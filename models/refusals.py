@@ -1,4 +1,4 @@
-"""Refusals: every reason for which a model, a policy or a call is not routed; docs/refusals.md is written from them.
+"""Refusals: the reasons for which a model, a policy or a call is not routed; docs/refusals.md is written from them.
 
 Rules are checked in order. The first that applies is raised, with the name of the argument, what came and what is
 accepted. The facts `c` that rules read are a `PromptFacts` or a `ContinuationFacts` of calls.py, or the `RoutedLayers`
@@ -54,12 +54,12 @@ TEXT_MODEL = Refusal(
 )
 DTYPE = Refusal("float64", "model must be of dtype {accepted}, got {dtype}")
 HEADS_SPLIT_OTHERWISE = Refusal(
-    "attention heads split over processes by other means than transformers' `tp_plan`",
+    "at the first decision, attention heads split over processes by other means than transformers' `tp_plan`",
     "model must have all {expected[0]} query and {expected[1]} key heads on each process, or be split by transformers "
     "(from_pretrained with a tp_plan), got {got[0]} query and {got[1]} key heads",
 )
 HEADS_SPLIT_UNEVENLY = Refusal(
-    "attention heads split over processes unevenly",
+    "at the first decision, attention heads split over processes unevenly",
     "model must have its {expected[0]} query and {expected[1]} key heads split evenly over {ranks} tensor-parallel "
     "ranks, got {got[0]} query and {got[1]} key heads on this one",
 )
@@ -83,13 +83,14 @@ REDUCER_SHARED_TOWER = Refusal(
     error=ValueError,
 )
 REDUCER_TOWER = Refusal(
-    "reducers on vision towers without a class token, of several feature layers, or of images that are not square",
+    "reducers on vision towers without a class token or of several feature layers; at the call, images that are not "
+    "square",
     "reducer needs a vision tower with {needed}, got {got!r}",
 )
 
 LAYER_RULES = (
     Refusal(
-        "decisions behind the last layer",
+        "decision layers beyond the last layer",
         "schedule must stay below layer {c.num_layers} of this {c.model_class}, got layer {c.last_decision}",
         lambda c: c.last_decision >= c.num_layers,
         ValueError,
@@ -101,7 +102,7 @@ LAYER_RULES = (
         lambda c: c.unable_layer is not None,
     ),
     Refusal(
-        "decisions behind layers without full attention where the previous layer ranks",
+        "decisions right after a layer without full attention, if the ranking uses the previous layer",
         "schedule must decide after layers with full attention where the previous layer ranks, got layer "
         "{c.unranked_layer} after one of {c.unranked_kind!r}",
         lambda c: c.unranked_layer is not None,
@@ -194,7 +195,7 @@ PROMPT_RULES = (
         ValueError,
     ),
     Refusal(
-        "PEFT's activated LoRA called upon before an image",
+        "activation tokens of PEFT's activated LoRA that stand before an image",
         "alora_invocation_tokens must stand behind the last visual token of each sample of a routed prompt, got "
         "{c.counts[activated]} visual tokens behind them",
         lambda c: c.is_activated and c.counts["activated"],
@@ -393,15 +394,15 @@ CONTINUATION_RULES = (
     Refusal(
         "a cache that another policy filled",
         "{c.cache_name} must have been filled under this policy, {c.policy}, got a cache filled under "
-        "{c.prompt.policy}",
-        lambda c: c.prompt.policy != c.policy,
+        "{c.record.policy}",
+        lambda c: c.record.policy != c.policy,
         ValueError,
     ),
     Refusal(
         "a number of samples that is no multiple of the prompt's, as when single samples of a cache were taken "
         "(`batch_select_indices`)",
-        "input_ids must hold {c.prompt.batch} samples or a multiple of it, as the cached prompt, got {c.batch}",
-        lambda c: c.batch % c.prompt.batch,
+        "input_ids must hold {c.record.batch} samples or a multiple of it, as the cached prompt, got {c.batch}",
+        lambda c: c.batch % c.record.batch,
         ValueError,
     ),
 )
@@ -433,8 +434,6 @@ PAGE: dict[str, tuple[Refusal, ...]] = {
         DTYPE,
         *LAYER_RULES,
         *ATTENTION_RULES,
-        HEADS_SPLIT_OTHERWISE,
-        HEADS_SPLIT_UNEVENLY,
         SHARDED,
         REDUCER_FAMILY,
         REDUCER_TOWER,
@@ -454,6 +453,8 @@ PAGE: dict[str, tuple[Refusal, ...]] = {
         REPLACED_DECODER,
         REPLACED_LAYER,
         DECODER_ALONE,
+        HEADS_SPLIT_OTHERWISE,
+        HEADS_SPLIT_UNEVENLY,
     ),
     "By a call on a cache that a routed prompt filled": (
         *CONTINUATION_RULES,

@@ -143,6 +143,8 @@ def _the_budget(**given: float | None) -> tuple[str, float]:
     ((kind, limit),) = budgets.items()
     if isinstance(limit, bool) or not isinstance(limit, Real):
         raise TypeError(f"{kind} must be a number, got {limit!r}")
+    if not math.isfinite(limit):
+        raise ValueError(f"{kind} must be finite, got {limit!r}")
     return kind, limit
 
 

@@ -73,10 +73,13 @@ class Decoder:
         if isinstance(config_or_model, str):
             if config_or_model not in DECODERS:
                 names = ", ".join(map(repr, DECODERS))
-                raise ValueError(f"config_or_model must be one of {names}, got {config_or_model!r}")
+                raise ValueError(
+                    f"config_or_model must be one of {names}, a model or a configuration "
+                    f"(AutoConfig.from_pretrained), got {config_or_model!r}"
+                )
             return DECODERS[config_or_model]
         config = text_config(config_or_model)
-        for name in ("hidden_size", "num_attention_heads", "vocab_size"):
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
             if not hasattr(config, name):
                 raise _no_config(config_or_model, name)
         _check_attention(config)
@@ -108,7 +111,7 @@ def text_config(config_or_model: object):
 
 def _no_config(given: object, missing: str) -> TypeError:
     return TypeError(
-        "config_or_model must be a transformers model or configuration, a Decoder or the name of one, got "
+        "config_or_model must be a transformers model or configuration, or the name of a published model, got "
         f"{type(given).__name__}, which has no {missing!r}"
     )
 
@@ -317,7 +320,7 @@ class Cost:
 
 def cost(
     config_or_model,
-    policy: Policy | None,
+    policy: Policy | str | None,
     text_tokens: int = 64,
     visual_tokens: int = 576,
     batch: int = 1,
@@ -331,7 +334,7 @@ def cost(
 
     Args:
         config_or_model: whose decoder is costed, as in `Decoder.of`.
-        policy: the policy, or None for the model without routing.
+        policy: the policy, or its text as `Policy.parse` takes it for this model; None for no routing.
         text_tokens: tokens of a sample's prompt that are no visual ones; the last token is one of them.
         visual_tokens: visual tokens of a sample's prompt; of its one image if there is a reducer.
         batch: samples, all alike.
@@ -349,6 +352,10 @@ def cost(
     '31.7%'
     """
     decoder = Decoder.of(config_or_model)
+    if isinstance(policy, str):
+        policy = Policy.parse(policy, None if isinstance(config_or_model, Decoder) else config_or_model)
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy, its text or None, got {policy!r}")
     _check_count("text_tokens", text_tokens, 0)
     _check_count("batch", batch, 1)
     kv_width = 2 * decoder.kv_heads * decoder.head_dim * _dtype(dtype).itemsize * batch

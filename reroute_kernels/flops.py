@@ -1,7 +1,7 @@
 """FLOP counts of the registered operations for `torch.utils.flop_counter`; importing this module registers it.
 
-That counter imports triton if it is installed, so this is imported by what is used beside transformers, which does
-the same, and if the counter is there already.
+That counter imports triton if it is installed, so this module is imported with the adapters, beside
+transformers, which does the same.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Stages are joined by `,` or, where commas separate arguments, by `+`.
 
 from __future__ import annotations
 
+from .checks import expect_one_of
 from .cost import text_config
 from .policy import ACTIONS, Policy, Stage
 from .presets import MODELS, Preset, PublishedModel, model_of, preset
@@ -18,8 +19,16 @@ def parse_schedule(text: str) -> tuple[Stage, ...]:
     Raises:
         ValueError: the text is no schedule, or a number is out of range.
     """
-    stages = [stage.split(":") for stage in text.replace("+", ",").split(",")]
-    return tuple(Stage(int(layer), float(keep)) for layer, keep in stages)
+    return tuple(map(_parse_stage, text.replace("+", ",").split(",")))
+
+
+def _parse_stage(text: str) -> Stage:
+    try:
+        layer, keep = text.split(":")
+        parsed = int(layer), float(keep)
+    except ValueError:
+        raise ValueError(f"a stage is a layer and a keep ratio, such as 3:0.25, got {text!r}") from None
+    return Stage(*parsed)
 
 
 def parse_preset(text: str, model: str | None = None) -> Preset:
@@ -32,8 +41,11 @@ def parse_preset(text: str, model: str | None = None) -> Preset:
     if len(parts) == 2 and model is not None:
         parts = [model, *parts]
     if len(parts) != 3:
-        raise ValueError("a preset has three parts, model/method/avg_tokens")
+        accepted = "model/method/avg_tokens" if model is None else "method/avg_tokens or model/method/avg_tokens"
+        raise ValueError(f"a preset is {accepted}")
     model, method, tier = parts
+    if not tier.isdecimal():
+        raise ValueError(f"avg_tokens must be an integer, got {tier!r}")
     return Preset(model, method, int(tier))
 
 
@@ -54,19 +66,26 @@ def parse_policy(text: str, model: object = None) -> Policy:
     try:
         return read_policy(text, model)
     except ValueError as error:
-        example = "llava-1.5-7b/reroute-fastv/192" if published_model(model) is None else "reroute-fastv/192"
-        raise ValueError(
-            f"policy must be a preset like {example} or a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes), "
-            f"got {text!r}: {error}"
-        ) from None
+        raise ValueError(f"policy must be {_accepted(model)}, got {text!r}: {error}") from None
+
+
+def _accepted(model: object) -> str:
+    schedule = "a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes)"
+    if published_model(model) is not None:
+        return f"a preset like reroute-fastv/192 or {schedule}"
+    if model is None:
+        return f"a preset like llava-1.5-7b/reroute-fastv/192 or {schedule}"
+    return f"{schedule}, as this model has no presets of its own (reroute_kernels.suggest gives a policy to begin with)"
 
 
 def read_policy(text: str, model: object = None) -> Policy:
     """As `parse_policy`, with errors that tell the reason alone, for callers that take other texts, too."""
     if ":" in text:
         prefix, _, schedule = text.partition(":")
-        action, schedule = (prefix, schedule) if prefix in ACTIONS else ("reroute", text)
-        return Policy(parse_schedule(schedule), action)
+        if prefix.isalpha():
+            expect_one_of(action=(prefix, ACTIONS))
+            return Policy(parse_schedule(schedule), prefix)
+        return Policy(parse_schedule(text))
     known = published_model(model)
     name = parse_preset(text, None if known is None else known.name)
     policy = preset(*name)

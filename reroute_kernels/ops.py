@@ -281,8 +281,8 @@ def route_tokens(
     """Make a whole decision in one call: rank the tokens, select those that run, and compact what belongs to them.
 
     Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in a single registered
-    call: four launches for at most 4,096 tokens, else eight, the one that compacts included. To find the queries by
-    `key_mask` if `query_index` is None, takes a few more. Differentiable in `tensors`.
+    call: four launches for at most 4,096 tokens, else eight, the one that compacts included. Finding the queries
+    by `key_mask`, if `query_index` is None, takes a few more. Differentiable in `tensors`.
 
     Args:
         query, key, cos, sin, key_mask, query_index, past_key, past_mask: as in `rank_tokens`.

@@ -193,8 +193,9 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
 def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
     """A policy to begin with, which reroutes: decisions at four depths, all with the same keep ratio.
 
-    Published models decide where the Reroute paper does, and at a third follow its preset `reroute-fastv/192`. Others
-    decide at an eighth, a quarter, a half and three quarters of their depth, at the next layers that can.
+    Published models decide where the Reroute paper does, and at a third follow its preset `reroute-fastv/192`, which
+    averages 191.8 of 576 tokens on LLaVA-1.5 and 197.3 on Qwen2.5-VL. Others decide at an eighth, a quarter, a half and
+    three quarters of their depth, at the next layers that can.
 
     Args:
         config_or_model: a transformers model or its configuration, or the name of a published model.
@@ -213,7 +214,11 @@ def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
     if isinstance(keep, bool) or not isinstance(keep, Real):
         raise TypeError(f"keep must be a number in (0, 1], got {keep!r}")
     if isinstance(config_or_model, str):
-        expect_one_of(config_or_model=(config_or_model, tuple(MODELS)))
+        if config_or_model not in MODELS:
+            raise ValueError(
+                f"config_or_model must be one of {', '.join(map(repr, MODELS))}, a model or a configuration "
+                f"(AutoConfig.from_pretrained), got {config_or_model!r}"
+            )
         published = MODELS[config_or_model]
     else:
         published = model_of(config_or_model)
@@ -226,8 +231,9 @@ def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
         count, layers = len(kinds), _decision_layers(kinds)
     first = layers[0]
     if not first / count < keep <= 1:
-        raise ValueError(f"keep must be above {first / count:.4g}, as {first} of {count} layers run all, got {keep}")
-    # Rounded down, as the published ratios are: never above what was asked for.
+        least = f"{first / count:.4g} ({first} of {count} layers run all tokens)"
+        raise ValueError(f"keep must be above {least} and at most 1, got {keep}")
+    # Rounded down, as the published ratios are.
     ratio = math.floor((keep * count - first) / (count - first) * 1e4) / 1e4
     return Policy([Stage(layer, max(ratio, 1e-4)) for layer in layers])
 

@@ -29,7 +29,7 @@ class VisionFeatures:
     """
 
     features: Tensor
-    """(T, N, d), before the projector into the language model, or behind the merger if that is one."""
+    """(T, N, d), before the projector into the language model, or after the merger if the tower has one."""
     grid: tuple[int, int]
     """Rows and columns of the N tokens."""
     _saliency: Callable[[], Tensor] = field(repr=False)
@@ -219,7 +219,7 @@ class Nuwa(Reducer):
         )
 
     def survivors(self, visual_tokens: int) -> int:
-        """The anchors of an image, which are so many if its grid is even."""
+        """Number of anchors of an image; exact for grids of even sides."""
         return min(self._anchors(visual_tokens), math.ceil(visual_tokens * self.per_cell / 4))
 
     def _anchors(self, visual_tokens: int) -> int:

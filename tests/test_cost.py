@@ -235,12 +235,13 @@ def test_where_a_decoder_is_found():
         (
             {"config_or_model": "llava"},
             ValueError,
-            "config_or_model must be one of 'llava-1.5-7b', 'qwen2.5-vl-7b', got 'llava'",
+            "config_or_model must be one of 'llava-1.5-7b', 'qwen2.5-vl-7b', a model or a configuration "
+            "(AutoConfig.from_pretrained), got 'llava'",
         ),
         (
             {"config_or_model": 7},
             TypeError,
-            "config_or_model must be a transformers model or configuration, a Decoder or the name of one, got int, "
+            "config_or_model must be a transformers model or configuration, or the name of a published model, got int, "
             "which has no 'num_hidden_layers'",
         ),
         (
@@ -339,3 +340,13 @@ def test_counters_see_what_ranking_costs(imports):
     run = [sys.executable, "-c", COUNTED.format(imports=imports)]
     output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert int(output) == 2 * 2 * 3 * 4 * 16 * (10 + 15)
+
+
+@pytest.mark.parametrize("text", ["fastv/192", "llava-1.5-7b/reroute-pdrop/64", "3:0.5,16:0.1", "remove:3:0.25"])
+def test_policies_may_be_texts(text):
+    assert rk.cost("llava-1.5-7b", text) == rk.cost("llava-1.5-7b", Policy.parse(text, "llava-1.5-7b"))
+
+
+def test_what_is_no_policy_is_refused():
+    with pytest.raises(TypeError, match="policy must be a Policy, its text or None, got 3"):
+        rk.cost("llava-1.5-7b", 3)

@@ -276,10 +276,10 @@ def test_an_error_in_generate_is_no_empty_answer(tiny, task, policy):
     [
         ("llava_hf", "policy=fastvv,avg_tokens=64", r"policy must be a method \(fastv, .*; got 'fastvv'"),
         ("llava_hf", "policy=3", "policy must be .*; got 3"),
-        ("llava_hf", "policy=2:x", "policy must be .*; got '2:x': could not convert"),
+        ("llava_hf", "policy=2:x", "policy must be .*; got '2:x': a stage is a layer"),
         ("llava_hf", "policy=2:1.5", r"policy must be .*; got '2:1.5': keep must be"),
         ("llava_hf", "policy=qwen/fastv/64", "policy must be .*; got 'qwen/fastv/64': model must be one of"),
-        ("llava_hf", "policy=fastv/64", "a preset has three parts"),
+        ("llava_hf", "policy=fastv/64", "a preset is model/method/avg_tokens"),
         ("llava_hf", "policy=2:0.25,avg_tokens=64", "avg_tokens must be left out where policy is no method, got 64"),
         ("llava_hf", "avg_tokens=64", "avg_tokens must be left out where policy is no method, got 64 beside None"),
         (

@@ -1,5 +1,6 @@
 """Policies as text: one grammar, its inverse, and the policies that are suggested."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -42,7 +43,7 @@ def test_preset_of_another_model_is_refused(model):
 
 @pytest.mark.parametrize("model", [None, config("qwen3_vl", 36), config("llava", 40)])
 def test_preset_without_a_model_needs_a_published_one(model):
-    with pytest.raises(ValueError, match="a preset has three parts, model/method/avg_tokens"):
+    with pytest.raises(ValueError, match=r"policy must be .*: a preset is model/method/avg_tokens$"):
         rk.Policy.parse("fastv/192", model)
 
 
@@ -50,6 +51,28 @@ def test_preset_without_a_model_needs_a_published_one(model):
 def test_what_is_no_policy_is_refused(text):
     with pytest.raises(ValueError, match=f"policy must be a preset like .* or a schedule like .*, got {text!r}"):
         rk.Policy.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("3:0.5,", "a stage is a layer and a keep ratio, such as 3:0.25, got ''"),
+        ("3:a", "a stage is a layer and a keep ratio, such as 3:0.25, got '3:a'"),
+        ("1:2:3", "a stage is a layer and a keep ratio, such as 3:0.25, got '1:2:3'"),
+        ("Remove:3:0.5", "action must be one of 'reroute', 'remove', got 'Remove'"),
+        ("llava-1.5-7b/fastv/many", "avg_tokens must be an integer, got 'many'"),
+        ("fastv", "a preset is model/method/avg_tokens"),
+    ],
+)
+def test_reasons_are_in_the_words_of_policies(text, reason):
+    with pytest.raises(ValueError, match=f": {re.escape(reason)}$"):
+        rk.Policy.parse(text)
+
+
+def test_models_without_presets_are_pointed_to_suggestions():
+    for text in ("reroute-fastv/192", "llava-1.5-7b/reroute-fastv/192"):
+        with pytest.raises(ValueError, match=r"policy must be a schedule .* no presets of its own \(.*suggest"):
+            rk.Policy.parse(text, config("qwen3_vl", 36))
 
 
 def test_policy_text_must_be_a_string():
@@ -93,10 +116,20 @@ def test_suggestion_as_text():
 @pytest.mark.parametrize(
     ("model", "keep", "error", "message"),
     [
-        (LLAVA, 3 / 32, ValueError, "keep must be above 0.09375, as 3 of 32 layers run all, got 0.09375"),
+        (
+            LLAVA,
+            3 / 32,
+            ValueError,
+            r"keep must be above 0.09375 \(3 of 32 layers run all tokens\) and at most 1, got 0.09375",
+        ),
         (LLAVA, 1.1, ValueError, "keep must be above .*, got 1.1"),
         (LLAVA, "1", TypeError, "keep must be a number"),
-        ("gpt", 0.5, ValueError, "config_or_model must be one of 'llava-1.5-7b', 'qwen2.5-vl-7b', got 'gpt'"),
+        (
+            "gpt",
+            0.5,
+            ValueError,
+            "config_or_model must be one of 'llava-1.5-7b', 'qwen2.5-vl-7b', a model or .*, got 'gpt'",
+        ),
         (3, 0.5, TypeError, "config_or_model must be a transformers model or configuration"),
         (config("aya", 2, ["sliding_attention"] * 2), 0.5, ValueError, "must have layers with full attention"),
     ],

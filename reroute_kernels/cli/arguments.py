@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..budget import SHAPES
-from ..cost import Decoder
+from ..cost import Decoder, text_config
+from ..policy import Policy
 from ..presets import MODELS
 
 
@@ -21,8 +22,10 @@ def parse_model(text: str) -> object:
     """
     if text in MODELS:
         return text
-    if "/" not in text and not Path(text).is_dir():  # mistyped: nothing to ask the hub for
-        raise _no_model(text)
+    path = Path(text)
+    is_path = path.is_absolute() or text.startswith(".") or text.count("/") != 1 or path.parent.is_dir()
+    if is_path and not path.is_dir():  # mistyped: nothing to ask the hub for
+        raise _no_model(text, FileNotFoundError("no such folder") if "/" in text else None)
     from transformers import AutoConfig
 
     try:
@@ -40,8 +43,26 @@ def decoder_of(model: object, text: str) -> Decoder:
     """
     try:
         return Decoder.of(model)
+    except NotImplementedError as error:
+        reason = first_line(error).partition("got ")[2]
+        raise ValueError(
+            f"model must have full attention in all layers, and none latent, to be costed, got {text!r} with {reason}"
+        ) from None
     except Exception as error:
         raise _no_model(text, error) from None
+
+
+def check_layers(policy: Policy, model: object) -> None:
+    """Refuse a policy that decides at layers which the model does not have.
+
+    Raises:
+        ValueError: it does.
+    """
+    layers = MODELS[model].decoder.layers if isinstance(model, str) else text_config(model).num_hidden_layers
+    if policy.schedule and policy.schedule[-1].layer >= layers:
+        raise ValueError(
+            f"schedule must stay below layer {layers} of this model, got layer {policy.schedule[-1].layer}"
+        )
 
 
 def architecture_of(model: object, text: str) -> str:

@@ -58,7 +58,7 @@ TextTokens = Annotated[int, typer.Option(min=0, help="Tokens of the prompt that 
 VisualTokens = Annotated[int, typer.Option(min=1, help="Visual tokens of the prompt.")]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts, all alike.")]
 CacheType = Annotated[str, typer.Option(help="Of keys and values in the cache.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -79,7 +79,7 @@ def _reroute_kernels(
 @app.command("presets")
 def list_presets(
     everything: Annotated[
-        bool, typer.Option("--all", help="FastV, PyramidDrop and Nüwa as their own authors run them, too.")
+        bool, typer.Option("--all", help="List FastV, PyramidDrop and Nüwa as their own authors run them, too.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -132,6 +132,7 @@ def count_cost(
 
             check_picture(plot, "plot")
         if gpu is not None:
+            gpu = gpu.lower()
             expect_one_of(gpu=(gpu, tuple(GPUS)))
         parsed = reading.parse_model(model)
         decoder = reading.decoder_of(parsed, model)
@@ -142,7 +143,7 @@ def count_cost(
         if plot is not None:
             draw_schedules(costed).savefig(plot, dpi=110)
     if as_json:
-        _print_json([writing.cost_dict(*each) for each in costed])
+        _print_json([writing.cost_dict(*each, gpu) for each in costed])
         return
     console = _console()
     for table in tables.costs_tables(costed, gpu, console.width):
@@ -151,6 +152,7 @@ def count_cost(
         for table in tables.stages_tables(costed[1][2], console.width):
             console.print(table)
     console.print(
+        f"{text_tokens:,} text and {visual_tokens:,} visual tokens, batch {batch}, cache in {dtype}. "
         "FLOPs: matrix products of the decoder layers, no vision tower, no LM head. "
         "Percentages: of unrouted; for ranking, of its prefill."
         + ("" if gpu is None else " Estimates: the least time that arithmetic and memory take, not a measurement."),
@@ -322,7 +324,7 @@ def view(
     dtype: RunType = "float32",
     max_new_tokens: AnswerLength = 32,
 ) -> None:
-    """Show in one page of HTML which patches run, wait or are gone in every layer, under two policies.
+    """Show in one page of HTML which patches run, are deferred or are gone in every layer, under two policies.
 
     Example: reroute-kernels view --image photo.jpg --prompt "Where is the cup?" --policy remove:3:0.25,7:0.25
     """
@@ -427,8 +429,10 @@ def print_vllm_arguments(
     with _one_line_errors():
         parsed = reading.parse_model(model)
         architecture = reading.architecture_of(parsed, model)
+        given_policy = parse_policy(policy, parsed)
+        reading.check_layers(given_policy, parsed)
         try:
-            settings = Settings(parse_policy(policy, parsed), own_groups)
+            settings = Settings(given_policy, own_groups)
         except NotImplementedError as error:
             raise ValueError(str(error)) from None
         of_engine = engine_arguments(architecture, settings, max_model_len)

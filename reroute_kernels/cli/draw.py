@@ -58,7 +58,8 @@ def draw(
         for axis, share in zip(line, [None, *row.shares], strict=False):
             axis.imshow(photo)
             if share is None:
-                axis.set_title("\n".join(wrap(row.name.replace(",", ", "), 38)) or "what the model sees", fontsize=10)
+                name = "\n".join(wrap(row.name.replace(",", ", "), 38)) or "what the model sees"
+                axis.set_title(name, fontsize=10, parse_math=False)
                 for box, style in ((truth, TRUE_BOX), (row.box, READ_BOX)):
                     if box is not None:
                         axis.add_patch(_rectangle(box, photo.shape, **style))
@@ -87,7 +88,7 @@ def draw(
     handles = [handle for is_there, handle in legend if is_there]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     if question is not None:
-        figure.suptitle(question)
+        figure.suptitle("\n".join(wrap(question, 100)), parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -8,6 +8,7 @@ from ..cost import Cost
 from ..notation import policy_text
 from ..policy import Budget, Policy
 from ..presets import Preset
+from ..roofline import decode_seconds, prefill_seconds
 
 
 def policy_python(policy: Policy) -> str:
@@ -51,10 +52,18 @@ def preset_dict(name: Preset, policy: Policy, average: float) -> dict[str, objec
     return name._asdict() | {"average_visual_tokens": average, "policy": policy_dict(policy)}
 
 
-def cost_dict(name: str, policy: Policy | None, cost: Cost) -> dict[str, object]:
-    """Cost of a policy as JSON values."""
-    policy = policy and policy_dict(policy)
-    return {"name": name, "policy": policy, "cost": cost.as_dict(), "next_token_flops": next_token_flops(cost)}
+def cost_dict(name: str, policy: Policy | None, cost: Cost, gpu: str | None = None) -> dict[str, object]:
+    """Cost of a policy as JSON values, with estimates of seconds if a GPU is given."""
+    told = {
+        "name": name,
+        "policy": policy and policy_dict(policy),
+        "cost": cost.as_dict(),
+        "next_token_flops": next_token_flops(cost),
+    }
+    if gpu is not None:
+        seconds = {"prefill_seconds": prefill_seconds(cost, gpu), "decode_seconds": decode_seconds(cost, gpu)}
+        told["estimate"] = {"gpu": gpu, **seconds}
+    return told
 
 
 def solution_dict(policy: Policy) -> dict[str, object]:

@@ -108,7 +108,7 @@ def _draw_schedule(axis: Axes, name: str, policy: Policy | None, cost: Cost, unr
         f"{cost.prefill_flops / unrouted.prefill_flops:.1%} of unrouted prefill FLOPs, "
         f"{cost.kv_bytes / unrouted.kv_bytes:.1%} of its KV bytes",
     ]
-    axis.set_title("\n".join(title), fontsize=10)
+    axis.set_title("\n".join(title), fontsize=10, parse_math=False)
 
 
 def draw_trace(trace: Trace, sample: int) -> Figure:
@@ -118,9 +118,14 @@ def draw_trace(trace: Trace, sample: int) -> Figure:
 
     removed, deferred, run = range(3)
     places = trace.visual_positions[sample].tolist()
-    candidates = set(places if trace.reduction is None else trace.reduction.selected[sample].tolist())
-    states = []
+    left = set(places if trace.reduction is None else trace.reduction.selected[sample].tolist())
+    candidates, first = left, trace.stages[0].layer if trace.stages else None
+    states, names = [], []
+    if first != 0:
+        states.append([run if each in left else removed for each in places])
+        names.append("layer 0")
     for stage in trace.stages:
+        names.append(f"layer {stage.layer}")
         ran = set(stage.selected[sample].tolist())
         if trace.policy.action == "remove":
             candidates = ran
@@ -128,8 +133,9 @@ def draw_trace(trace: Trace, sample: int) -> Figure:
     figure = Figure(figsize=(8, 0.5 * len(states) + 1.2), layout="constrained")
     axis = figure.subplots()
     colors = ListedColormap(list(_COLORS.values()))
-    axis.imshow(states, aspect="auto", cmap=colors, vmin=0, vmax=2, interpolation="nearest")
-    axis.set_yticks(range(len(states)), [f"layer {stage.layer}" for stage in trace.stages])
+    if places:
+        axis.imshow(states, aspect="auto", cmap=colors, vmin=0, vmax=2, interpolation="nearest")
+    axis.set_yticks(range(len(states)), names)
     axis.set_xlabel("visual token")
     _add_legend(figure)
     return figure

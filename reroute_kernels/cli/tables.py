@@ -29,7 +29,7 @@ def presets_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
         Column("preset", no_wrap=True), Column("schedule", overflow="fold"), Column("average\nof 576", justify="right")
     )
     for name, policy, average in listed:
-        table.add_row(str(name), policy_text(policy).replace(",", ", "), f"{average:.1f}")
+        table.add_row(str(name), policy_text(policy), f"{average:.1f}")
     return table
 
 

@@ -74,7 +74,8 @@ def test_the_example_in_the_help_runs(name, tmp_path, monkeypatch):
 
 def test_the_examples_of_the_pages_run(tmp_path, monkeypatch):
     pages = [(ROOT / name).read_text() for name in ("README.md", "docs/commands.md")]
-    commands = [text for page in pages for text in re.findall(r"^reroute-kernels (.*)$", page, flags=re.MULTILINE)]
+    found = (re.findall(r"^reroute-kernels (.*?)(?: +#.*)?$", page, flags=re.MULTILINE) for page in pages)
+    commands = [command for of_page in found for command in of_page]
     assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view"}
     monkeypatch.chdir(tmp_path)
     for command in commands:
@@ -189,6 +190,13 @@ def test_estimates_of_time(gpu):
         assert cells == [f"{seconds(cost, gpu) * 1e3:,.4g}" for cost in (unrouted, routed)]
         assert seconds(routed, gpu) < seconds(unrouted, gpu)
     assert "not a measurement" in output
+    estimates = [each["estimate"] for each in answer("cost", LLAVA, "reroute-fastv/192", "--gpu", gpu.upper())]
+    assert estimates[1] == {
+        "gpu": gpu,
+        "prefill_seconds": prefill_seconds(routed, gpu),
+        "decode_seconds": decode_seconds(routed, gpu),
+    }
+    assert "estimate" not in answer("cost", LLAVA)[0]
 
 
 def test_estimates_by_hand():
@@ -276,12 +284,15 @@ def test_solve(options, keywords):
     [
         ("cost llava", "model must be llava-1.5-7b, qwen2.5-vl-7b, or .*, got 'llava'"),
         ("cost ./missing", "model must be .*, got './missing': "),
-        ("cost {gemma}", "model must be .*, got '.*': .*sliding_attention"),
+        ("cost {gemma}", "model must have full attention .*, got '.*' with .*'sliding_attention' at layer 0"),
         (
             "cost llava-1.5-7b nonsense",
-            "policy must be a preset like reroute-fastv/192 or .*, got 'nonsense': a preset has three parts",
+            "policy must be a preset like reroute-fastv/192 or .*, got 'nonsense': a preset is method/avg_tokens or ",
         ),
-        ("cost {llama} fastv/192", "policy must be a preset like llava-1.5-7b/.*, got 'fastv/192': a preset has three"),
+        (
+            "cost {llama} fastv/192",
+            "policy must be a schedule like .*, got 'fastv/192': a preset is model/method/avg_tokens",
+        ),
         ("cost {llama} 3:0.5,6:0.5", "schedule must stay below layer 6 of this model, got layer 6"),
         ("cost llava-1.5-7b fastv/100", "got 'fastv/100': avg_tokens must be one of 192, 128, 64, got 100"),
         ("cost llava-1.5-7b --gpu tpu", "gpu must be one of 'a100', .*, got 'tpu'"),
@@ -300,6 +311,9 @@ def test_solve(options, keywords):
         ("solve llava-1.5-7b 3,40 --flops 1", r"decision_layers must hold .* from 0 to 31, got \[3, 40\]"),
         ("solve llava-1.5-7b 3 --avg-tokens 5", "avg_tokens must be 54.90625 or more, .* got 5.0"),
         ("solve llava-1.5-7b 3 --flops 9e12 --shape cone", "shape must be uniform, pyramid or numbers .* got 'cone'"),
+        ("cost llava-1.5-7bb/x/y 3:0.5", "model must be .*, got 'llava-1.5-7bb/x/y': no such folder"),
+        ("vllm-args llava-1.5-7b 99:0.5", "schedule must stay below layer 32 of this model, got layer 99"),
+        ("solve llava-1.5-7b 3 --avg-tokens inf", "avg_tokens must be finite, got inf"),
         ("solve llava-1.5-7b 3 --flops 9e12 --action drop", "action must be one of 'reroute', 'remove', got 'drop'"),
     ],
     ids=lambda value: value.replace("llava-1.5-7b ", "").replace(" ", "_"),

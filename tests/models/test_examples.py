@@ -75,13 +75,26 @@ def test_picture_of_a_trace(text, subject):
     figure = trace.plot()
     (image,) = figure.axes[0].images
     states = torch.tensor(image.get_array().filled())
-    assert states.shape == (2, 144)
-    for row, stage in zip(states, trace.stages, strict=True):
+    assert states.shape == (3, 144)
+    assert set(states[0].tolist()) == {2}  # before the first decision
+    for row, stage in zip(states[1:], trace.stages, strict=True):
         assert torch.equal(trace.visual_positions[0][row == 2], stage.selected[0])
-    assert set(states[1].tolist()) == ({0, 2} if text.startswith("remove") else {1, 2})
+    assert set(states[2].tolist()) == ({0, 2} if text.startswith("remove") else {1, 2})
     html = trace._repr_html_()
     assert html.count("<tr>") == 3
     assert "<td>36</td>" in html
     assert "data:image/png;base64," in html
     with pytest.raises(IndexError, match="sample must be from 0 to 0, got 1"):
         trace.plot(1)
+
+
+@torch.no_grad()
+def test_picture_of_a_reducer_alone(subject):
+    with rk.apply(subject.model, rk.Policy([], reducer=rk.reducers.Nuwa(0.5, per_cell=3))) as routing:
+        subject.model(**subject.inputs)
+    trace = routing.trace
+    (image,) = trace.plot().axes[0].images
+    states = torch.tensor(image.get_array().filled())
+    assert states.shape == (1, 144)
+    assert torch.equal(trace.visual_positions[0][states[0] == 2], trace.reduction.selected[0])
+    assert "<img" in trace._repr_html_()
