@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import report
 from tests.conftest import HAS_GPU
