@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -51,7 +51,11 @@ TENSORS = Attention._fields[: Attention._fields.index("scale")]
 """The fields that hold a tensor; in a call the others are given by keyword."""
 
 
-def takes_attention(function: Callable) -> Callable:
+Others = ParamSpec("Others")
+Result = TypeVar("Result")
+
+
+def takes_attention(function: Callable[Concatenate[Attention, Others], Result]) -> Callable[..., Result]:
     """Let a function of an `Attention` be called with its fields, too: tensors by position or name, options by name."""
 
     @wraps(function)
@@ -59,7 +63,7 @@ def takes_attention(function: Callable) -> Callable:
         if args and isinstance(args[0], Attention):
             return function(*args, **kwargs)
         options = {name: kwargs.pop(name) for name in Attention._fields if name in kwargs}
-        return function(Attention(*args, **options), **kwargs)
+        return function(Attention(*args, **options), **kwargs)  # type: ignore[call-arg]
 
     own = inspect.signature(function)
     _, *others = own.parameters.values()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import library, ref  # noqa: F401 (the first registers the operations)
-from .attention import Attention
+from .attention import Attention, takes_attention
 from .backends import backend, forced_backend
 from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
 
@@ -257,20 +257,9 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     return _gather(index, tensors)
 
 
+@takes_attention
 def route_tokens(
-    query: Tensor,
-    key: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    query_index: Tensor | None = None,
-    past_key: Tensor | None = None,
-    past_mask: Tensor | None = None,
-    *,
-    scale: float | None = None,
-    query_reduction: str = "mean",
-    head_reduction: str = "mean",
-    rotary_style: str = "rotate_half",
+    attention: Attention,
     pool: Tensor,
     pinned: Tensor,
     keep: int | Sequence[int] | Tensor,
@@ -285,8 +274,8 @@ def route_tokens(
     by `key_mask`, if `query_index` is None, takes a few more. Differentiable in `tensors`.
 
     Args:
-        query, key, cos, sin, key_mask, query_index, past_key, past_mask: as in `rank_tokens`.
-        scale, query_reduction, head_reduction, rotary_style: as in `rank_tokens`.
+        attention: an `Attention`; or in its place the arguments of `rank_tokens` (`query`, `key` and other tensors by
+            position or name, options by name), and what follows by name.
         pool, pinned, keep, length: as in `select_tokens`.
         tensors: each (B, L, ...), as in `gather_tokens`; may be none.
         return_scores: also return what `rank_tokens` does. It is computed anyway, and costs nothing.
@@ -306,24 +295,11 @@ def route_tokens(
     >>> index, compact.shape
     (tensor([[1, 2, 4]]), torch.Size([1, 3, 8]))
     """
-    attention = Attention(
-        query,
-        key,
-        cos,
-        sin,
-        key_mask,
-        query_index,
-        past_key,
-        past_mask,
-        scale,
-        query_reduction,
-        head_reduction,
-        rotary_style,
-    )
     operands = _registered(attention)
     expect_tensor("pool", pool)
     expect_tensor("pinned", pinned)
     _expect_length(length)
+    key = attention.key
     keep = _counts(keep, key.shape[0] if key.ndim else 0, key.device)
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")

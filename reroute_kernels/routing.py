@@ -378,8 +378,8 @@ class RoutedForward:
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         """`ops.route_tokens`, in steps if there are scores, or if they must be combined."""
         if isinstance(ranked, Attention) and self.combine is None:
-            arguments = {"pool": pool, "pinned": pinned, "keep": keep, "length": length, "tensors": tensors}
-            return ops.route_tokens(**ranked._asdict(), **arguments, return_scores=True)  # type: ignore[arg-type, return-value]
+            selection = pool, pinned, keep, length, tensors
+            return ops.route_tokens(ranked, *selection, return_scores=True)  # type: ignore[return-value]
         if isinstance(ranked, Attention):
             ranked = self._all_scores(ranked)
         index = ops.select_tokens(ranked, pool, pinned, keep, length)

@@ -94,30 +94,24 @@ def test_a_small_decoder_by_hand():
     policy = Policy([Stage(1, 0.25)])
     counted = rk.cost(SMALL, policy, text_tokens=3, visual_tokens=8, batch=10, dtype="float32")
     projections = 2 * 6 * (8 + 4 + 4 + 8)  # of one token
-    first = StageCost(
-        first_layer=0,
-        layers=1,
-        visual_tokens=8,
-        tokens=11,
-        projections=10 * 11 * projections,
-        attention=10 * 2 * (2 * 8 * 11 * 11),
-        mlp=10 * 11 * 2 * 3 * 6 * 5,
-        ranking=0,
-        kv_bytes=10 * 11 * 2 * 4 * 4,
-        visual_kv_bytes=10 * 8 * 2 * 4 * 4,
-    )
-    second = StageCost(
-        first_layer=1,
-        layers=1,
-        visual_tokens=2,
-        tokens=5,
-        projections=10 * 5 * projections,
-        attention=10 * 2 * (2 * 8 * 5 * 5),
-        mlp=10 * 5 * 2 * 3 * 6 * 7,
-        ranking=10 * (2 * 6 * (11 * 4 + 8) + 2 * 8 * 11),
-        kv_bytes=10 * 5 * 2 * 4 * 4,
-        visual_kv_bytes=10 * 2 * 2 * 4 * 4,
-    )
+
+    def stage(first_layer, visual_tokens, width, ranking):
+        tokens = visual_tokens + 3
+        return StageCost(
+            first_layer=first_layer,
+            layers=1,
+            visual_tokens=visual_tokens,
+            tokens=tokens,
+            projections=10 * tokens * projections,
+            attention=10 * 2 * (2 * 8 * tokens * tokens),
+            mlp=10 * tokens * 2 * 3 * 6 * width,
+            ranking=ranking,
+            kv_bytes=10 * tokens * 2 * 4 * 4,
+            visual_kv_bytes=10 * visual_tokens * 2 * 4 * 4,
+        )
+
+    first = stage(0, 8, 5, ranking=0)
+    second = stage(1, 2, 7, ranking=10 * (2 * 6 * (11 * 4 + 8) + 2 * 8 * 11))
     assert counted == Cost(SMALL, text_tokens=3, visual_tokens=8, batch=10, stages=(first, second))
     assert counted.prefill_flops == first.flops + second.flops
     assert first.flops == first.projections + first.attention + first.mlp

@@ -33,9 +33,9 @@ from tests.models.slow_way import SlowWay, decoder_of, layer_types
 def llava():
     return tiny(
         "Llava",
+        image_token_index=IMAGE,
         vision_config={**CLIP, "model_type": "clip_vision_model"},
         text_config={**TEXT, "model_type": "llama"},
-        image_token_index=IMAGE,
     )
 
 
