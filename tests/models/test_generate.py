@@ -385,9 +385,9 @@ def test_cached_rows_without_a_token_do_not_rank(family, model, prompt, monkeypa
     masks = []
     route_tokens = rk.ops.route_tokens
 
-    def remember(**arguments):
-        masks.append(arguments.get("past_mask"))
-        return route_tokens(**arguments)
+    def remember(attention, *selection, **options):
+        masks.append(attention.past_mask)
+        return route_tokens(attention, *selection, **options)
 
     firsts = batch([prompt(1, 5, 12, seed=1), prompt(2, 7, 20, seed=2)])
     second = batch([prompt(1, 3, 6, seed=3), prompt(1, 3, 6, seed=4)])
