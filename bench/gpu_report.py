@@ -239,9 +239,7 @@ def run_sections(sections: Sections, plan: Plan) -> None:
         sections.run("eager", lambda: decisions.measure_against_eager(clock, plan.shapes, plan.dtype))
     sections.run("tests", lambda: run_tests(plan.shards, 200, plan.tests))
     with rk.backend(plan.models_backend):
-        for decoder, cases in plan.more.items():
-            prefills = partial(decoders.measure_prefill, clock, models, decoder, cases)
-            sections.run(f"prefill-more-{decoder.family}", prefills)
+        run_prefills(sections, clock, models, plan.more, "prefill-more")
     sections.run("sanitizer", plan.sanitizer)
 
 
@@ -249,15 +247,24 @@ def run_models(sections: Sections, plan: Plan, models: Models) -> None:
     """Whole prefills, their decisions part by part, and decoding."""
     from bench import decoders
 
-    for decoder, cases in plan.headlines.items():
-        prefills = partial(decoders.measure_prefill, plan.clock, models, decoder, cases)
-        sections.run(f"prefill-{decoder.family}", prefills)
+    run_prefills(sections, plan.clock, models, plan.headlines, "prefill")
     for decoder, cases in plan.headlines.items():
         parts = partial(decoders.measure_decision, plan.clock, models, decoder, cases)
         sections.run(f"decision-{decoder.family}", parts)
     first = next(iter(plan.headlines))
     decode = partial(decoders.measure_decoding, plan.clock, models, first, plan.decoding)
     sections.run(f"decode-{first.family}", decode)
+
+
+def run_prefills(
+    sections: Sections, clock: Clock, models: Models, cases_of: dict[Decoder, list[Case]], prefix: str
+) -> None:
+    """Whole prefills, a section `<prefix>-<family>` for each decoder."""
+    from bench import decoders
+
+    for decoder, cases in cases_of.items():
+        prefills = partial(decoders.measure_prefill, clock, models, decoder, cases)
+        sections.run(f"{prefix}-{decoder.family}", prefills)
 
 
 @dataclass

@@ -223,7 +223,7 @@ def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
     else:
         published = model_of(config_or_model)
     if published is not None and keep == 1 / 3:
-        return preset(published.name, "reroute-fastv", 192)
+        return preset(*_suggested_preset(published))
     if published is not None:
         count, layers = published.decoder.layers, [3, *published.later_layers]
     else:
@@ -241,7 +241,11 @@ def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
 def suggested(config_or_model: object) -> str:
     """Text of the default suggestion, for `Policy.parse`: the name of a preset if there is one."""
     published = model_of(config_or_model)
-    return str(suggest(config_or_model)) if published is None else str(Preset(published.name, "reroute-fastv", 192))
+    return str(suggest(config_or_model) if published is None else _suggested_preset(published))
+
+
+def _suggested_preset(model: PublishedModel) -> Preset:
+    return Preset(model.name, "reroute-fastv", 192)
 
 
 def _decision_layers(kinds: list[str]) -> list[int]:
