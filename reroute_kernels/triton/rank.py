@@ -51,18 +51,16 @@ def _nan_maximum(a, b):
 @triton.jit
 def _rotated_pairs(
     rows,
-    cos,
-    sin,
+    tables,  # cos and sin, and their strides of tokens
     places,
     mask,
-    stride_cos_l,
-    stride_sin_l,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
     """Channel pairs of `rows`, rotated by what the tables have at `places`; both are (ROWS, 1)."""
+    cos, sin, stride_cos_l, stride_sin_l = tables
     x, y = _channel_pairs(rows, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
     cos_x, cos_y = _channel_pairs(cos + places * stride_cos_l, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
     sin_x, sin_y = _channel_pairs(sin + places * stride_sin_l, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
@@ -82,73 +80,64 @@ def _sum_of_channels(products, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _split_of_logits(
-    query,  # at the sample
-    keys,  # [L, D] of one sample and key head
-    cos,  # at the sample
-    sin,  # at the sample
-    key_mask,  # at the sample
-    query_index,  # at the sample
-    logits,  # at the sample
-    kv_head,
-    heads,
-    first_row,
-    first,
-    end,
+def _load_queries(
+    query_rows,  # pointers, (BLOCK_ROWS, 1)
+    tables,  # cos and sin, at the sample, and their strides of tokens
+    positions,  # (BLOCK_ROWS,)
+    is_row,  # (BLOCK_ROWS,)
     length,
-    scale,
-    stride_query_q,
-    stride_query_h,
-    stride_key_l,
-    stride_cos_l,
-    stride_sin_l,
-    stride_mask_l,
-    IS_PAST: tl.constexpr,
-    QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+):
+    """Rotated pairs of every query, and its channels after those; 0 in place of a kind that there is none of."""
+    first, second, rest = 0.0, 0.0, 0.0
+    if HALF > 0:
+        places = tl.minimum(tl.maximum(positions, 0), length - 1).to(tl.int64)[:, None]
+        first, second = _rotated_pairs(
+            query_rows, tables, places, is_row[:, None], BLOCK_ROWS, HALF, BLOCK_HALF, INTERLEAVED
+        )
+    if REST > 0:
+        columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        mask = is_row[:, None] & (columns < 2 * HALF + REST)
+        rest = tl.load(query_rows + columns, mask=mask, other=0.0).to(tl.float32)
+    return first, second, rest
+
+
+@triton.jit
+def _split_of_logits(
+    queries,  # see `_load_queries`
+    positions,  # (BLOCK_ROWS,) of the queries
+    logit_rows,  # pointers, (BLOCK_ROWS,), at a row's first token
+    is_row,  # (BLOCK_ROWS,)
+    keys,  # [L, D] of one sample and key head
+    key_mask,  # at the sample
+    tables,  # cos and sin, at the sample, and their strides of tokens
+    strides,  # of tokens, of keys and key_mask
+    first,
+    end,
+    scale,
+    IS_PAST: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCKS: tl.constexpr,  # HALF to BLOCK_REST, as below
 ):
     """Write the logits of the keys `first` to `end`; returns the softmax statistics of every row over them.
 
     A row is one query of one head. Keys of the past come rotated, are seen by every query that has a place, and have
     no logits written.
     """
-    rows = first_row + tl.arange(0, BLOCK_ROWS)
-    is_row = rows < GROUP * QUERIES
-    query_numbers = (rows % QUERIES).to(tl.int64)
-    row_heads = kv_head * GROUP + rows // QUERIES
-    if HAS_INDEX:
-        positions = tl.load(query_index + query_numbers, mask=is_row, other=-1)
-    else:
-        positions = length - QUERIES + query_numbers
-    query_rows = query + query_numbers[:, None] * stride_query_q + row_heads[:, None] * stride_query_h
-    if HALF > 0:
-        query_first, query_second = _rotated_pairs(
-            query_rows,
-            cos,
-            sin,
-            tl.minimum(tl.maximum(positions, 0), length - 1).to(tl.int64)[:, None],
-            is_row[:, None],
-            stride_cos_l,
-            stride_sin_l,
-            BLOCK_ROWS,
-            HALF,
-            BLOCK_HALF,
-            INTERLEAVED,
-        )
+    HALF: tl.constexpr = BLOCKS[0]
+    REST: tl.constexpr = BLOCKS[1]
+    INTERLEAVED: tl.constexpr = BLOCKS[2]
+    TILE: tl.constexpr = BLOCKS[3]
+    BLOCK_ROWS: tl.constexpr = BLOCKS[4]
+    BLOCK_HALF: tl.constexpr = BLOCKS[5]
+    BLOCK_REST: tl.constexpr = BLOCKS[6]
+    query_first, query_second, query_rest = queries
     rest_columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-    rest_mask = rest_columns < 2 * HALF + REST
-    if REST > 0:
-        query_rest = tl.load(query_rows + rest_columns, mask=is_row[:, None] & rest_mask, other=0.0).to(tl.float32)
-
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(first, end, TILE):
@@ -157,8 +146,8 @@ def _split_of_logits(
         offsets = tokens.to(tl.int64)[:, None]
         visible = in_sequence
         if HAS_MASK:
-            visible &= tl.load(key_mask + tokens.to(tl.int64) * stride_mask_l, mask=in_sequence, other=0) != 0
-        key_rows = keys + offsets * stride_key_l
+            visible &= tl.load(key_mask + tokens.to(tl.int64) * strides[1], mask=in_sequence, other=0) != 0
+        key_rows = keys + offsets * strides[0]
         mask = in_sequence[:, None]
         score = tl.zeros([TILE, BLOCK_ROWS], tl.float32)
         if HALF > 0:
@@ -166,22 +155,13 @@ def _split_of_logits(
                 key_first, key_second = _channel_pairs(key_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
             else:
                 key_first, key_second = _rotated_pairs(
-                    key_rows,
-                    cos,
-                    sin,
-                    offsets,
-                    mask,
-                    stride_cos_l,
-                    stride_sin_l,
-                    TILE,
-                    HALF,
-                    BLOCK_HALF,
-                    INTERLEAVED,
+                    key_rows, tables, offsets, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED
                 )
             products = _products(key_first, query_first, BLOCK_ROWS) + _products(key_second, query_second, BLOCK_ROWS)
             score += _sum_of_channels(products, TILE, BLOCK_ROWS)
         if REST > 0:
-            key_rest = tl.load(key_rows + rest_columns, mask=mask & rest_mask, other=0.0).to(tl.float32)
+            rest_mask = mask & (rest_columns < 2 * HALF + REST)
+            key_rest = tl.load(key_rows + rest_columns, mask=rest_mask, other=0.0).to(tl.float32)
             score += _sum_of_channels(_products(key_rest, query_rest, BLOCK_ROWS), TILE, BLOCK_ROWS)
         if IS_PAST:
             seen = visible[:, None] & (positions >= 0)[None, :]
@@ -189,8 +169,7 @@ def _split_of_logits(
             seen = visible[:, None] & (tokens[:, None] <= positions[None, :])
         score = tl.where(seen, score * scale, float("-inf"))
         if not IS_PAST:
-            places = (query_numbers * heads + row_heads)[None, :] * length + tokens[:, None]
-            tl.store(logits + places, score, mask=in_sequence[:, None] & is_row[None, :])
+            tl.store(logit_rows[None, :] + tokens[:, None], score, mask=in_sequence[:, None] & is_row[None, :])
 
         after = tl.maximum(row_max, tl.max(score, axis=0))
         finite = tl.where(after == float("-inf"), 0.0, after)
@@ -253,12 +232,35 @@ def attention_logits(
     first_row = tl.program_id(1) % row_blocks * BLOCK_ROWS
     sample = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1) // row_blocks * GROUP
-    query += sample * stride_query_b
     if HALF > 0:
         cos += sample * stride_cos_b
         sin += sample * stride_sin_b
+    tables = (cos, sin, stride_cos_l, stride_sin_l)
+
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    is_row = rows < GROUP * QUERIES
+    query_numbers = (rows % QUERIES).to(tl.int64)
+    row_heads = kv_head * GROUP + rows // QUERIES
     if HAS_INDEX:
-        query_index += sample * QUERIES
+        positions = tl.load(query_index + sample * QUERIES + query_numbers, mask=is_row, other=-1)
+    else:
+        positions = length - QUERIES + query_numbers
+    query_rows = query + sample * stride_query_b + query_numbers * stride_query_q + row_heads * stride_query_h
+    queries = _load_queries(
+        query_rows[:, None],
+        tables,
+        positions,
+        is_row,
+        length,
+        HALF,
+        REST,
+        INTERLEAVED,
+        BLOCK_ROWS,
+        BLOCK_HALF,
+        BLOCK_REST,
+    )
+    row_numbers = (sample * QUERIES + query_numbers) * heads + row_heads
+    logit_rows = logits + row_numbers * length
 
     # The splits of the past follow those of the new tokens.
     if HAS_PAST:
@@ -266,86 +268,51 @@ def attention_logits(
         is_past = past_split >= 0
     else:
         is_past: tl.constexpr = False  # type: ignore[no-redef]
+    blocks: tl.constexpr = (HALF, REST, INTERLEAVED, TILE, BLOCK_ROWS, BLOCK_HALF, BLOCK_REST)
     if is_past:
         if HAS_PAST_MASK:
             past_mask += sample * stride_past_mask_b
+        first = past_split * SPLIT
         row_max, row_sum = _split_of_logits(
-            query,
+            queries,
+            positions,
+            logit_rows,
+            is_row,
             past_key + sample * stride_past_b + kv_head * stride_past_h,
-            cos,
-            sin,
             past_mask,
-            query_index,
-            logits,
-            kv_head,
-            heads,
-            first_row,
-            past_split * SPLIT,
-            min(past_split * SPLIT + SPLIT, past_length),
-            length,
+            tables,
+            (stride_past_l, stride_past_mask_l),
+            first,
+            min(first + SPLIT, past_length),
             scale,
-            stride_query_q,
-            stride_query_h,
-            stride_past_l,
-            stride_cos_l,
-            stride_sin_l,
-            stride_past_mask_l,
             True,
-            QUERIES,
-            GROUP,
-            HALF,
-            REST,
-            INTERLEAVED,
             HAS_PAST_MASK,
-            HAS_INDEX,
-            TILE,
-            BLOCK_ROWS,
-            BLOCK_HALF,
-            BLOCK_REST,
+            blocks,
         )
     else:
         if HAS_MASK:
             key_mask += sample * stride_mask_b
+        first = split * SPLIT
         row_max, row_sum = _split_of_logits(
-            query,
+            queries,
+            positions,
+            logit_rows,
+            is_row,
             key + sample * stride_key_b + kv_head * stride_key_h,
-            cos,
-            sin,
             key_mask,
-            query_index,
-            logits + sample * QUERIES * heads * length,
-            kv_head,
-            heads,
-            first_row,
-            split * SPLIT,
-            min(split * SPLIT + SPLIT, length),
-            length,
+            tables,
+            (stride_key_l, stride_mask_l),
+            first,
+            min(first + SPLIT, length),
             scale,
-            stride_query_q,
-            stride_query_h,
-            stride_key_l,
-            stride_cos_l,
-            stride_sin_l,
-            stride_mask_l,
             False,
-            QUERIES,
-            GROUP,
-            HALF,
-            REST,
-            INTERLEAVED,
             HAS_MASK,
-            HAS_INDEX,
-            TILE,
-            BLOCK_ROWS,
-            BLOCK_HALF,
-            BLOCK_REST,
+            blocks,
         )
 
-    rows = first_row + tl.arange(0, BLOCK_ROWS)
-    statistics = (sample * QUERIES + rows % QUERIES) * heads + kv_head * GROUP + rows // QUERIES
-    statistics = statistics * tl.num_programs(0) + split
-    tl.store(split_max + statistics, row_max, mask=rows < GROUP * QUERIES)
-    tl.store(split_sum + statistics, row_sum, mask=rows < GROUP * QUERIES)
+    statistics = row_numbers * tl.num_programs(0) + split
+    tl.store(split_max + statistics, row_max, mask=is_row)
+    tl.store(split_sum + statistics, row_sum, mask=is_row)
 
 
 @triton.jit

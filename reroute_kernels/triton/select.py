@@ -31,18 +31,13 @@ def _order_preserving(scores):
 
 
 @triton.jit
-def _load_flags(pool, pinned, tokens, length, stride_pool, stride_pinned):
-    """Candidates and pinned tokens; pointers stand at the sample's first token."""
+def _load_tile(scores, pool, pinned, strides, sample, tokens, length):
+    """Sortable scores of a sample's `tokens`; which of them are candidates, and which are pinned."""
     mask, offsets = tokens < length, tokens.to(tl.int64)
-    is_pinned = tl.load(pinned + offsets * stride_pinned, mask=mask, other=0) != 0
-    is_candidate = (tl.load(pool + offsets * stride_pool, mask=mask, other=0) != 0) & (is_pinned == 0)
-    return is_candidate, is_pinned
-
-
-@triton.jit
-def _load_scores(scores, tokens, length, stride_scores):
-    """Sortable scores; the pointer stands at the sample's first token."""
-    return _order_preserving(tl.load(scores + tokens.to(tl.int64) * stride_scores, mask=tokens < length, other=0.0))
+    score = tl.load(scores + sample * strides[0] + offsets * strides[1], mask=mask, other=0.0)
+    in_pool = tl.load(pool + sample * strides[2] + offsets * strides[3], mask=mask, other=0) != 0
+    is_pinned = tl.load(pinned + sample * strides[4] + offsets * strides[5], mask=mask, other=0) != 0
+    return _order_preserving(score), in_pool & (is_pinned == 0), is_pinned
 
 
 @triton.jit
@@ -100,12 +95,7 @@ def select_and_compact(
     index,  # [B, M] contiguous
     length,
     index_length,
-    stride_scores_b,
-    stride_scores_l,
-    stride_pool_b,
-    stride_pool_l,
-    stride_pinned_b,
-    stride_pinned_l,
+    strides,  # of scores, pool and pinned, each of samples and of tokens
     TILE: tl.constexpr,
     PARTS: tl.constexpr,  # that the range of the last selected score is cut into at a time
 ):
@@ -117,15 +107,7 @@ def select_and_compact(
     sample = tl.program_id(0).to(tl.int64)
     index += sample * index_length
     tokens = tl.arange(0, TILE)
-    ordered = _load_scores(scores + sample * stride_scores_b, tokens, length, stride_scores_l)
-    is_candidate, is_pinned = _load_flags(
-        pool + sample * stride_pool_b,
-        pinned + sample * stride_pinned_b,
-        tokens,
-        length,
-        stride_pool_l,
-        stride_pinned_l,
-    )
+    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, sample, tokens, length)
     ordered = tl.where(is_candidate, ordered, 0).to(tl.uint32)
     both = tl.sum(is_candidate.to(tl.int32) + (is_pinned.to(tl.int32) << 16), axis=0)
     low = tl.min(tl.where(is_candidate, ordered, 0xFFFFFFFF).to(tl.uint32), axis=0)
@@ -181,12 +163,7 @@ def count_digits(
     certain,  # [B, tiles] contiguous: tokens of a tile that are known to be kept
     state,  # [B, 3, 2] contiguous: threshold and remaining candidates after each pass
     length,
-    stride_scores_b,
-    stride_scores_l,
-    stride_pool_b,
-    stride_pool_l,
-    stride_pinned_b,
-    stride_pinned_l,
+    strides,  # of scores, pool and pinned, each of samples and of tokens
     DIGIT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
@@ -195,15 +172,7 @@ def count_digits(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)
     tokens = tile * TILE + tl.arange(0, TILE)
-    ordered = _load_scores(scores + sample * stride_scores_b, tokens, length, stride_scores_l)
-    is_candidate, is_pinned = _load_flags(
-        pool + sample * stride_pool_b,
-        pinned + sample * stride_pinned_b,
-        tokens,
-        length,
-        stride_pool_l,
-        stride_pinned_l,
-    )
+    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, sample, tokens, length)
     here = sample * tiles + tile
     threshold = tl.full([], 0, tl.uint32)
     if DIGIT == 0:
@@ -235,12 +204,7 @@ def compact_tiles(
     index,  # [B, M] contiguous
     length,
     index_length,
-    stride_scores_b,
-    stride_scores_l,
-    stride_pool_b,
-    stride_pool_l,
-    stride_pinned_b,
-    stride_pinned_l,
+    strides,  # of scores, pool and pinned, each of samples and of tokens
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
@@ -248,15 +212,7 @@ def compact_tiles(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)[None, :]
     tokens = tile * TILE + tl.arange(0, TILE)
-    ordered = _load_scores(scores + sample * stride_scores_b, tokens, length, stride_scores_l)
-    is_candidate, is_pinned = _load_flags(
-        pool + sample * stride_pool_b,
-        pinned + sample * stride_pinned_b,
-        tokens,
-        length,
-        stride_pool_l,
-        stride_pinned_l,
-    )
+    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, sample, tokens, length)
     last_counts = counts + (3 * (batch * tiles).to(tl.int64) + sample * tiles) * 256
     threshold, remaining, digit = _threshold_so_far(
         keep + sample, last_counts, state + sample * 6, tiles, 4, BLOCK_TILES
@@ -297,7 +253,6 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
     strides = (*scores.stride(), *pool.stride(), *pinned.stride())
     with on_device_of(scores):
         if total <= ONE_PROGRAM_TOKENS:
-            blocks = {"TILE": max(256, next_power_of_2(total)), "PARTS": 4, "num_warps": 8}
             select_and_compact[(batch,)](
                 scores,
                 pool,
@@ -306,7 +261,7 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
                 index,
                 total,
                 length,
-                *strides,
+                strides,
                 TILE=max(256, next_power_of_2(total)),
                 PARTS=4,
                 num_warps=8,
@@ -320,9 +275,9 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
         blocks = {"TILE": tile, "BLOCK_TILES": 4, "num_warps": 8}
         for digit in range(4):
             count_digits[(tiles, batch)](
-                scores, pool, pinned, keep, counts, certain, state, total, *strides, DIGIT=digit, **blocks
+                scores, pool, pinned, keep, counts, certain, state, total, strides, DIGIT=digit, **blocks
             )
         compact_tiles[(tiles, batch)](
-            scores, pool, pinned, keep, counts, certain, state, index, total, length, *strides, **blocks
+            scores, pool, pinned, keep, counts, certain, state, index, total, length, strides, **blocks
         )
     return index
