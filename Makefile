@@ -54,7 +54,7 @@ test-matrix: .venv-oldest/ready .venv-middle/ready .venv-previous/ready .venv/re
 	  OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -q $(PARALLEL:loadfile=load) \
 	    --support-record=bench/results/models tests/models; \
 	done
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.pages
 
 browser:  ## install Chromium for the tests of the page, where it is missing, with apt and as root
 	@for name in $(CHROMIUM); do command -v $$name >/dev/null && exit 0; done; \
@@ -83,7 +83,7 @@ compile-matrix: .venv/ready  ## compile every kernel with every supported Triton
 	  PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -q tests/test_compile.py \
 	    --compile-record bench/results/compile; \
 	done
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.pages
 
 gpu-report:  ## test and measure the GPU that torch of $(PYTHON) sees; without one a dry run on the CPU
 	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
@@ -94,13 +94,13 @@ demo: .venv/ready  ## route a photo through a tiny model; ARGS="--model ... --im
 	$(BIN)/python -m reroute_kernels demo $(ARGS)
 
 bench: .venv/ready  ## run the benchmarks; rewrites bench/results/<device> and the tables in README.md and docs/
-	mkdir -p $$($(BIN)/python -m bench.device)
-	$(BIN)/python -m pytest --benchmark -q --benchmark-json=$$($(BIN)/python -m bench.device)/benchmarks.json
-	$(BIN)/python -m bench.report
+	mkdir -p $$($(BIN)/python -m bench.speed.device)
+	$(BIN)/python -m pytest --benchmark -q --benchmark-json=$$($(BIN)/python -m bench.speed.device)/benchmarks.json
+	$(BIN)/python -m bench.pages
 
 bench-vllm: .venv-vllm/ready  ## measure routing inside vLLM; rewrites bench/results/cpu/serving.json and docs/performance.md
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m bench.serving
-	$(BIN)/python -m bench.report
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m bench.speed.serving
+	$(BIN)/python -m bench.pages
 
 scenes: .venv-lmms-eval/ready  ## ask a model about held-out scenes, run by lmms-eval; ARGS="pretrained=...,policy=..."
 	.venv-lmms-eval/bin/python -m bench.grounding.lmms_eval_task build/scenes
@@ -109,7 +109,7 @@ scenes: .venv-lmms-eval/ready  ## ask a model about held-out scenes, run by lmms
 
 grounding: .venv/ready  ## ask the tiny model about held-out scenes under every policy; rewrites docs/grounding.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.benchmark
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.pages
 
 train: .venv/ready  ## train the tiny model anew; goes on where it was interrupted
 	$(BIN)/python -m bench.grounding.train

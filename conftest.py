@@ -7,7 +7,7 @@ from pathlib import Path
 from bench.source_tree import make_importable
 
 make_importable()
-BENCHMARKS = Path(__file__).parent / "bench"
+BENCHMARKS = Path(__file__).parent / "bench" / "speed"
 
 
 def pytest_addoption(parser):
@@ -20,7 +20,7 @@ def pytest_addoption(parser):
         help="random cases of tests/test_fuzz.py (150), half of those of tests/models/test_call_fuzz.py",
     )
     parser.addoption("--fuzz-seed", type=int, default=0, help="seed of the first random case (0)")
-    parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ instead of the tests")
+    parser.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/speed/ instead of the tests")
     parser.addoption(
         "--support-record", metavar="FOLDER", help="call every model in every way, and keep what happened, as JSON"
     )

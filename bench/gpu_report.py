@@ -28,9 +28,9 @@ from xml.etree import ElementTree
 import torch
 
 if TYPE_CHECKING:
-    from bench.decoders import Case, Models
-    from bench.device import Clock
-    from bench.prefill import Decoder
+    from bench.speed.decoders import Case, Models
+    from bench.speed.device import Clock
+    from bench.speed.prefill import Decoder
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("test_rank", "test_select", "test_gather", "test_scatter", "test_route", "test_ops", "test_fuzz", "test_gpu")
@@ -159,7 +159,7 @@ def run_sanitizer() -> dict[str, str]:
             "no",
             sys.executable,
             "-m",
-            "bench.sanitized",
+            "bench.speed.sanitized",
         ]
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         process = _start(command, environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -195,8 +195,9 @@ def main() -> int:
     from bench.source_tree import make_importable
 
     make_importable()
-    from bench import report
-    from bench.device import description, results_folder
+    from bench.pages.performance import performance_page
+    from bench.pages.report import write_pages
+    from bench.speed.device import description, results_folder
 
     device = torch.device("cpu" if dry else "cuda")
     with tempfile.TemporaryDirectory() as scratch:
@@ -206,7 +207,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         sections = Sections(folder, {**description(device), "dry_run": dry}, options.only)
         apart = dry or options.output
-        sections.write_page = (lambda: report.performance_page([folder], folder)) if apart else report.main
+        sections.write_page = (lambda: performance_page([folder], folder)) if apart else write_pages
         torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
         if dry:
             print("dry run on a CPU: tiny shapes, Triton's interpreter; the times mean nothing and are not kept")
@@ -221,8 +222,8 @@ def main() -> int:
 def run_sections(sections: Sections, plan: Plan) -> None:
     """Run the sections, those first that matter most."""
     import reroute_kernels as rk
-    from bench import decisions, decoders
-    from bench.device import floors
+    from bench.speed import decisions, decoders
+    from bench.speed.device import floors
 
     clock, models = plan.clock, decoders.Models(plan.clock.device, plan.dtype, plan.longest)
     compiling = precompile(plan.compilers) if sections.wants("prefill") else []
@@ -245,7 +246,7 @@ def run_sections(sections: Sections, plan: Plan) -> None:
 
 def run_models(sections: Sections, plan: Plan, models: Models) -> None:
     """Whole prefills, their decisions part by part, and decoding."""
-    from bench import decoders
+    from bench.speed import decoders
 
     run_prefills(sections, plan.clock, models, plan.headlines, "prefill")
     for decoder, cases in plan.headlines.items():
@@ -260,7 +261,7 @@ def run_prefills(
     sections: Sections, clock: Clock, models: Models, cases_of: dict[Decoder, list[Case]], prefix: str
 ) -> None:
     """Whole prefills, a section `<prefix>-<family>` for each decoder."""
-    from bench import decoders
+    from bench.speed import decoders
 
     for decoder, cases in cases_of.items():
         prefills = partial(decoders.measure_prefill, clock, models, decoder, cases)
@@ -303,8 +304,8 @@ class Plan:
 
 def plan_of(device: torch.device) -> Plan:
     """The plan for a GPU."""
-    from bench import decisions, decoders
-    from bench.device import Clock
+    from bench.speed import decisions, decoders
+    from bench.speed.device import Clock
 
     return Plan(
         clock=Clock(device, seconds=0.1),
@@ -326,10 +327,10 @@ def plan_of(device: torch.device) -> Plan:
 
 def dry_plan(device: torch.device) -> Plan:
     """The plan for a CPU: tiny shapes."""
-    from bench import decisions
-    from bench.decoders import Case
-    from bench.device import Clock
-    from bench.prefill import Decoder
+    from bench.speed import decisions
+    from bench.speed.decoders import Case
+    from bench.speed.device import Clock
+    from bench.speed.prefill import Decoder
 
     llava, qwen = Decoder("tiny", "llava", 4, 32, 4, 2, 64), Decoder("tiny Qwen", "qwen2_5_vl", 4, 64, 4, 2, 64)
     return Plan(
@@ -353,15 +354,15 @@ def dry_plan(device: torch.device) -> Plan:
 
 def precompile(parts: int) -> list[subprocess.Popen]:
     """Processes that compile the kernels of the prefills, all at once."""
-    command = [sys.executable, "-m", "bench.precompile"]
+    command = [sys.executable, "-m", "bench.speed.precompile"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return [_start([*command, f"{part}/{parts}"], **quiet) for part in range(parts)]
 
 
 def _sanitized_without_a_device() -> dict[str, str]:
-    import bench.sanitized
+    from bench.speed import sanitized
 
-    bench.sanitized.main()
+    sanitized.main()
     return {"compute-sanitizer": "needs a GPU"}
 
 

@@ -10,9 +10,14 @@ import torch
 from torch import nn
 
 import reroute_kernels as rk
-from bench import report
-from bench.eager import gather_tokens, rank_tokens, scatter_tokens_, select_tokens
 from bench.grounding import report as grounding
+from bench.pages.cpu import hooks_table
+from bench.pages.markdown import replace_between
+from bench.pages.models import runs_of
+from bench.pages.performance import performance_page
+from bench.pages.records import gpu_folders, read_all
+from bench.pages.report import GROUNDING, TABLES
+from bench.speed.eager import gather_tokens, rank_tokens, scatter_tokens_, select_tokens
 
 ROOT = Path(__file__).parents[1]
 BACKEND = (ROOT / "docs" / "backend.md").read_text()
@@ -88,38 +93,30 @@ def test_guide_replaces_an_eager_router(backend, launches, device):
 
 
 def test_tables_are_those_of_the_records(tmp_path):
-    for path in ("README.md", "docs/kernels.md", "docs/methods.md", "docs/models.md", "docs/refusals.md"):
-        target = tmp_path / Path(path).name
-        target.write_text((ROOT / path).read_text())
-    records = [report._read(path) for path in sorted((report.RESULTS / "compile").glob("triton-*.json"))]
-    assert [record["triton"] for record in records] == ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
-    report.replace_between(tmp_path / "kernels.md", "compiled", report.compile_tables(records))
-    assert (tmp_path / "kernels.md").read_text() == (ROOT / "docs" / "kernels.md").read_text()
-    records = [report._read(path) for path in (report.RESULTS / "models").glob("*.json")]
-    assert {record["versions"]["transformers"] for record in records} == {"5.4.0", "5.17.0", "5.23.0", "5.24.0"}
-    report.replace_between(tmp_path / "models.md", "support", report.support_tables(records))
-    assert (tmp_path / "models.md").read_text() == (ROOT / "docs" / "models.md").read_text()
-    results = report._read(report.RESULTS / "grounding" / "results.json")
-    report.replace_between(tmp_path / "README.md", "gpus", report.gpu_summary(report.gpu_folders()))
-    report.replace_between(tmp_path / "README.md", "grounding", grounding.summary_table(results))
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
-    report.replace_between(tmp_path / "refusals.md", "refusals", report.refusals_list())
-    assert (tmp_path / "refusals.md").read_text() == (ROOT / "docs" / "refusals.md").read_text()
-    report.replace_between(tmp_path / "methods.md", "methods", report.methods_tables())
-    assert (tmp_path / "methods.md").read_text() == (ROOT / "docs" / "methods.md").read_text()
+    pages = {page: tmp_path / Path(page).name for page, _, _ in TABLES}
+    for page, copy in pages.items():
+        copy.write_text((ROOT / page).read_text())
+    for page, marker, text in TABLES:
+        replace_between(pages[page], marker, text())
+    for page, copy in pages.items():
+        assert copy.read_text() == (ROOT / page).read_text(), page
+    assert [record["triton"] for record in read_all("compile/*.json")] == ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
+    versions = {record["versions"]["transformers"] for record in read_all("models/*.json")}
+    assert versions == {"5.4.0", "5.17.0", "5.23.0", "5.24.0"}
+    results = json.loads(GROUNDING.read_text())
     assert "\n".join(grounding.page(results)) + "\n" == (ROOT / "docs" / "grounding.md").read_text()
     model = ROOT / "models" / "tiny_grounding"
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
     assert grounding.model_card(results, log) == (model / "README.md").read_text()
-    report.performance_page(report.gpu_folders(), tmp_path)
+    performance_page(gpu_folders(), tmp_path)
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
 def test_versions_that_follow_on_each_other_are_a_run():
     versions = ["5.4.0", "5.17.0", "5.23.0", "5.24.0"]
-    assert report.runs_of(versions, [False, True, True, True]) == "5.17.0 to 5.24.0"
-    assert report.runs_of(versions, [True, False, False, True]) == "5.4.0, 5.24.0"
-    assert report.runs_of(versions, [True, True, False, True]) == "5.4.0 to 5.17.0, 5.24.0"
+    assert runs_of(versions, [False, True, True, True]) == "5.17.0 to 5.24.0"
+    assert runs_of(versions, [True, False, False, True]) == "5.4.0, 5.24.0"
+    assert runs_of(versions, [True, True, False, True]) == "5.4.0 to 5.17.0, 5.24.0"
 
 
 def test_table_of_what_hooks_add():
@@ -129,14 +126,14 @@ def test_table_of_what_hooks_add():
         "microseconds": {"unrouted": 4000.0, "routed": 4210.0},
         "added_microseconds": {"routed": 200.0},
     }
-    lines = report.hooks_table([{"group": "hooks", "extra_info": python}])
+    lines = hooks_table([{"group": "hooks", "extra_info": python}])
     assert lines[-1] == "| decode step | 4,000 | 4,210 | 200 |"
-    assert not report.hooks_table([{"group": "prefill", "extra_info": {}}])
+    assert not hooks_table([{"group": "prefill", "extra_info": {}}])
 
 
 def test_no_kernel_spills_in_any_record():
-    for path in (report.RESULTS / "compile").glob("triton-*.json"):
-        assert not [row for row in report._read(path)["kernels"] if row["spills"] or row["stack"]]
+    for record in read_all("compile/triton-*.json"):
+        assert not [row for row in record["kernels"] if row["spills"] or row["stack"]]
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

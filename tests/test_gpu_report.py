@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench.pages.performance import performance_page
+from bench.pages.targets import targets
 from tests.conftest import HAS_GPU
 
 pytest.importorskip("transformers")
@@ -75,12 +76,12 @@ def test_page_says_that_its_times_mean_nothing(dry_run):
 
 
 def test_page_without_any_result(tmp_path):
-    report.performance_page([], tmp_path)
+    performance_page([], tmp_path)
     assert "No GPU has been measured yet" in (tmp_path / "performance.md").read_text()
 
 
 def test_page_judges_targets():
-    rows = report.targets(
+    rows = targets(
         {
             "operations": [
                 {"operation": "decision", "shape": "LLaVA-1.5-7B", "batch": 1, "graph": {"median": 15.5}},
@@ -112,7 +113,7 @@ def test_a_failed_section_is_named_and_kept(tmp_path, capsys):
     assert section.failed == ["copies"]
     record = json.loads((tmp_path / "copies.json").read_text())
     assert record["error"] == "ZeroDivisionError: division by zero"
-    report.performance_page([tmp_path], tmp_path)
+    performance_page([tmp_path], tmp_path)
     assert "`copies` failed: ZeroDivisionError" in (tmp_path / "performance.md").read_text()
 
 
@@ -174,8 +175,8 @@ def test_a_section_stops_when_its_time_is_over(tmp_path):
 def test_kernels_that_are_compiled_ahead_are_those_of_the_prefill():
     """Of a shallow decoder the decisions have the same tokens, widths and heads."""
     import reroute_kernels as rk
-    from bench.decoders import HEADLINES
-    from bench.precompile import shallow
+    from bench.speed.decoders import HEADLINES
+    from bench.speed.precompile import shallow
 
     for decoder in HEADLINES:
         policy = decoder.policies(192)["reroute"]
@@ -191,7 +192,7 @@ def test_page_names_what_was_not_measured(tmp_path):
 
     for name in {"floors", "prefill-more-qwen2_5_vl", *SECTIONS} - {"sanitizer", "prefill-llava"}:
         Sections(tmp_path, {"device": "CPU", "dry_run": True}).run(name, lambda: None)
-    report.performance_page([tmp_path], tmp_path)
+    performance_page([tmp_path], tmp_path)
     assert "- not measured: `prefill-llava`, `sanitizer`\n" in (tmp_path / "performance.md").read_text()
 
 
@@ -201,7 +202,7 @@ def test_page_without_floors(tmp_path):
     section = Sections(tmp_path, {"device": "CPU", "dry_run": True})
     section.run("copies", lambda: [{"operation": "gather_tokens", "gb_per_s": 86.0}])
     section.run("floors", lambda: 1 / 0)
-    report.performance_page([tmp_path], tmp_path)
+    performance_page([tmp_path], tmp_path)
     page = (tmp_path / "performance.md").read_text()
     assert "`floors` failed" in page
     assert "share of copy bandwidth" not in page
@@ -244,7 +245,7 @@ def test_no_section_begins_after_the_deadline(tmp_path, capsys):
 
 
 def test_percentiles_lie_within_what_was_measured():
-    from bench.device import Timing
+    from bench.speed.device import Timing
 
     timing = Timing.of([1.0, 2.0, 3.0])
     assert 1e6 <= timing.p20 < timing.median == 2e6 < timing.p80 <= 3e6

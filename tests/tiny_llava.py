@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from bench import llava_folder
-from bench.llava_folder import BOS, EOS, IMAGE, PAD, UNK, add_special_tokens, make_config, published_name
+from bench.grounding import llava_folder
+from bench.grounding.llava_folder import BOS, EOS, IMAGE, PAD, UNK, add_special_tokens, make_config, published_name
 
 IMAGE_SIZE = 336
 PATCH_SIZE = 14

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from bench.llava_folder import IMAGE
+from bench.grounding.llava_folder import IMAGE
 
 from .checkpoint import FOLDER
 from .scenes import MOST_OBJECTS, Question, Scene, held_out_scene

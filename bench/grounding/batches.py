@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.llava_folder import EOS, MEAN, STD
+from bench.grounding.llava_folder import EOS, MEAN, STD
 
 from . import scenes
 from .checkpoint import TOKEN_ID

@@ -22,7 +22,7 @@ import torch
 from rich.progress import Progress
 
 import reroute_kernels as rk
-from bench.device import description
+from bench.speed.device import description
 
 from .answers import SEED, Answerer, Item, batches, held_out_items
 from .checkpoint import FOLDER

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from bench.llava_folder import SPECIAL, UNK, add_special_tokens, make_config, write
+from bench.grounding.llava_folder import SPECIAL, UNK, add_special_tokens, make_config, write
 
 from . import scenes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.markdown import table
+from bench.pages.markdown import table
 
 from .metrics import MEASURES, measures
 from .policies import KEEPS, METHODS

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from rich.progress import Progress, TimeRemainingColumn
 from torch import Tensor, nn
 
-from bench.llava_folder import BOS
+from bench.grounding.llava_folder import BOS
 from reroute_kernels.boxes import overlap
 
 from . import scenes

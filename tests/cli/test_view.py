@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from bench.screenshot import NAMES, chromium, find_chromium
+from bench.pages.screenshot import NAMES, chromium, find_chromium
 from reroute_kernels.boxes import overlap, read_box
 from reroute_kernels.cli import demo, view
 from reroute_kernels.cli.commands import app

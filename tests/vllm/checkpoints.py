@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-from bench.llava_folder import MEAN, STD
+from bench.grounding.llava_folder import MEAN, STD
 from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START
 
 ROOT = Path(__file__).parents[2]

@@ -1,11 +1,11 @@
-"""One small run of every kernel, for compute-sanitizer: `compute-sanitizer python -m bench.sanitized`."""
+"""One small run of every kernel, for compute-sanitizer: `compute-sanitizer python -m bench.speed.sanitized`."""
 
 from __future__ import annotations
 
 import torch
 
 import reroute_kernels as rk
-from bench.decisions import Decision, Shape
+from bench.speed.decisions import Decision, Shape
 
 SHAPES = (Shape("one program", 4, 2, 32, 48, 200), Shape("a program per tile", 1, 1, 16, 24, 4200, 0.01))
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import reroute_kernels as rk
-from bench.device import Clock, Timing
-from bench.prefill import Decoder, make_inputs, make_model
+from bench.speed.device import Clock, Timing
+from bench.speed.prefill import Decoder, make_inputs, make_model
 from reroute_kernels.models.adapter import cache_name, cache_of
 
 TRIVIAL = Decoder("32 layers, d = 32", "llava", 32, 32, 2, 2, 32)

@@ -1,6 +1,6 @@
 """The device that is measured: its name, its clock, and the floors that no kernel can beat.
 
-`python -m bench.device` prints the folder of its results.
+`python -m bench.speed.device` prints the folder of its results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def device_name(device: torch.device) -> str:

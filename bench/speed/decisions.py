@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 
 import reroute_kernels as rk
-from bench import eager
-from bench.device import Clock
+from bench.speed import eager
+from bench.speed.device import Clock
 
 TEXT = 64
 

@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache
 
 import reroute_kernels as rk
-from bench.device import Clock, Timing
-from bench.prefill import Decoder, Prefill, make_inputs, make_model
+from bench.speed.device import Clock, Timing
+from bench.speed.prefill import Decoder, Prefill, make_inputs, make_model
 
 DECODER = Decoder("16 layers, d = 512", "llava", 16, 512, 8, 8, 1376)
 POLICY = rk.Policy([rk.Stage(layer, 0.0835) for layer in (3, 7, 11, 14)])

@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from bench.device import percentiles, versions
+from bench.speed.device import percentiles, versions
 
 HAS_GPU = torch.cuda.is_available()
 

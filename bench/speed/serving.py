@@ -26,7 +26,7 @@ import reroute_kernels as rk
 from bench.grounding.answers import held_out_items
 from reroute_kernels.vllm import Settings, engine_arguments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny_grounding"
 RECORD = ROOT / "bench" / "results" / "cpu" / "serving.json"
 LAYERS, VISUAL, BLOCK = 16, 144, 32

@@ -1,6 +1,6 @@
 """Take the picture of the page that `reroute-kernels view` writes: docs/view.png.
 
-    python -m bench.screenshot [--scores] [arguments of the command, such as --policy 3:0.25,7:0.25]
+    python -m bench.pages.screenshot [--scores] [arguments of the command, such as --policy 3:0.25,7:0.25]
 
 It needs Chromium, which `make browser` installs.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PICTURE = Path(__file__).parents[1] / "docs" / "view.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "view.png"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ARGUMENTS = [
     "--no-sandbox",
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     from reroute_kernels.cli.commands import app
 
     if find_chromium() is None:
-        sys.exit(f"bench.screenshot needs one of {', '.join(NAMES)}: make browser")
+        sys.exit(f"bench.pages.screenshot needs one of {', '.join(NAMES)}: make browser")
     shows_scores = "--scores" in arguments
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "view.html"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import reroute_kernels as rk
-from bench.device import Clock, Timing
-from bench.prefill import (
+from bench.speed.device import Clock, Timing
+from bench.speed.prefill import (
     LLAVA_7B,
     QWEN_7B,
     TEXT_AFTER,

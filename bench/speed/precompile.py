@@ -1,6 +1,6 @@
-"""Compile the kernels of the report's prefills ahead, into Triton's cache: `python -m bench.precompile PART/PARTS`.
+"""Compile the kernels of the GPU report's prefills ahead: `python -m bench.speed.precompile PART/PARTS`.
 
-Several processes at once fill it, while the report makes its models; a kernel takes up to seconds to compile.
+Several processes at once fill Triton's cache, while the report makes its models; a kernel takes up to seconds.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from bench.source_tree import make_importable
 make_importable()
 
 import reroute_kernels as rk  # noqa: E402
-from bench.decoders import HEADLINES, Case  # noqa: E402
-from bench.prefill import Decoder, Prefill, make_inputs, make_model  # noqa: E402
+from bench.speed.decoders import HEADLINES, Case  # noqa: E402
+from bench.speed.prefill import Decoder, Prefill, make_inputs, make_model  # noqa: E402
 
 
 def shallow(decoder: Decoder, policy: rk.Policy) -> tuple[Decoder, rk.Policy]:

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import reroute_kernels as rk
-from bench.device import Clock, Timing
+from bench.speed.device import Clock, Timing
 
 ROUNDS = 3
 TEXT = {"num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 16, "max_position_embeddings": 16}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from bench.conftest import HAS_GPU
-from bench.decisions import TEXT, Decision, Shape
+from bench.speed.conftest import HAS_GPU
+from bench.speed.decisions import TEXT, Decision, Shape
 
 BACKENDS = ("eager", "ref", "triton") if HAS_GPU else ("eager", "ref")
 OPERATIONS = ("rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_", "route_tokens")

@@ -1,0 +1,1 @@
+"""Pages of docs/ and tables of README.md, written from the records in bench/results."""

@@ -1,0 +1,99 @@
+"""Microbenchmarks on a CPU, in docs/performance.md: prefill, operations, hooks, reducers."""
+
+from __future__ import annotations
+
+from bench.pages.markdown import table
+
+
+def cpu_section(results: dict) -> list[str]:
+    """Tables of the microbenchmarks on a CPU, and what they compare."""
+    return [
+        "## A CPU",
+        "",
+        "Plain `pytest` runs no benchmark, `pytest --benchmark` runs them all. The prefill is that of a decoder",
+        "with random weights. The oracle is its lower bound: the same layers on the selected tokens only, with",
+        "every index known in advance, and the one key projection of all tokens that each decision needs. Eager is",
+        "the usual way to write each operation, with whole attention matrices, masks and `nonzero`. On a CPU the",
+        "PyTorch reference runs, which is written to be read, so single operations can be slower than eager; the",
+        "ranking and the whole prefill are what gets faster. What the hooks cost in Python is measured on 32 layers",
+        "too small to count. The towers that stage 1 of Nüwa is set beside have random weights too.",
+        "",
+        cpu_tables(results),
+    ]
+
+
+def cpu_tables(results: dict) -> str:
+    machine, entries = results["machine_info"], results["benchmarks"]
+    prefills = [entry["extra_info"] for entry in entries if entry["group"] == "prefill"]
+    lines = [
+        f"Measured by `make bench` on {machine['gpu'] or 'a CPU'} ({machine['cpu']}, {machine['torch_threads']} "
+        f"threads, torch {machine['torch']}, transformers {machine['transformers']}); the record is "
+        "`bench/results/cpu/benchmarks.json`. Medians, in milliseconds.",
+        "",
+        *table(
+            [
+                "prefill, 16 layers, d = 512, keep 8.35% at layers 3, 7, 11, 14",
+                "unrouted",
+                "routed",
+                "oracle",
+                "unrouted / routed",
+                "routed / oracle",
+            ],
+            (
+                [
+                    f"{prefill['visual_tokens']:,} visual tokens",
+                    *(f"{prefill['milliseconds'][name]['median']:.0f}" for name in ("unrouted", "routed", "oracle")),
+                    f"{prefill['unrouted_over_routed']:.2f}",
+                    f"{prefill['routed_over_oracle']:.3f}",
+                ]
+                for prefill in prefills
+            ),
+        ),
+        "",
+    ]
+    operations = [entry for entry in entries if "operation" in entry["extra_info"]]
+    backends = list(dict.fromkeys(entry["extra_info"]["backend"] for entry in operations))
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for entry in operations:
+        info = entry["extra_info"]
+        rows.setdefault((info["operation"], info["shape"]), {})[info["backend"]] = entry["stats"]["median"] * 1e3
+    lines += table(
+        ["operation", "shape", *backends],
+        (
+            [f"`{operation}`", shape, *(f"{medians[name]:.3f}" if name in medians else "" for name in backends)]
+            for (operation, shape), medians in rows.items()
+        ),
+    )
+    return "\n".join([*lines, *hooks_table(entries), *reducers_table(entries)])
+
+
+def hooks_table(entries: list[dict]) -> list[str]:
+    """Table of the time that hooks add to a forward; empty if it was not measured."""
+    infos = [entry["extra_info"] for entry in entries if entry["group"] == "hooks"]
+    calls = {info["call"]: info for info in infos if "call" in info}
+    rows = []
+    for call, info in calls.items():
+        times, added = info["microseconds"], info["added_microseconds"]["routed"]
+        rows.append([call, *(f"{value:,.0f}" for value in (times["unrouted"], times["routed"], added))])
+        if "microseconds_of_a_decision" in info:
+            rows.append(["of it, one decision", "", "", f"{info['microseconds_of_a_decision']:,.0f}"])
+    if not rows:
+        return []
+    layers = next(iter(calls.values()))["layers"]
+    return ["", *table([f"hooks on {layers} layers of width 32, microseconds", "unrouted", "routed", "added"], rows)]
+
+
+def reducers_table(entries: list[dict]) -> list[str]:
+    """Table of a reducer's cost beside the vision tower; empty if it was not measured."""
+    infos = [entry["extra_info"] for entry in entries if entry["group"] == "reducers"]
+    rows = (
+        [
+            info["description"],
+            f"{info['tower_milliseconds']['median']:,.0f} ({info['measured']})",
+            f"{info['stage_1_milliseconds']['median']:,.1f}",
+            f"{info['stage_1_over_tower']:.1%}",
+        ]
+        for info in infos
+    )
+    header = ["one image through a vision tower", "tower, milliseconds", "stage 1 of Nüwa", "stage 1 / tower"]
+    return ["", *table(header, rows)] if infos else []

@@ -1,0 +1,51 @@
+"""docs/methods.md: costs of the published methods, counted."""
+
+from __future__ import annotations
+
+from bench.pages.markdown import table
+from reroute_kernels.budget import solve_like
+from reroute_kernels.cost import Cost, cost
+from reroute_kernels.presets import METHODS, MODELS, ORIGINALS, TIERS, VISUAL_TOKENS, preset, tiers
+
+METHOD_TEXT = 64  # text tokens of the prompt that methods are costed for
+
+
+def methods_tables() -> str:
+    """Tables of every method's cost at three budgets, and at those published for it alone."""
+    lines = [
+        f"Of {VISUAL_TOKENS} visual and {METHOD_TEXT} text tokens, as `reroute_kernels.cost` counts. Each cell: visual "
+        "tokens per layer on average; prefill FLOPs (with the ranking) and KV cache as shares of the unrouted model's. "
+        "\\*: no schedule was published for this budget; this one is solved from the published keep ratios (under Nüwa "
+        "with the reducer of its smallest budget). --: cannot be reached with these decision layers (and, under Nüwa, "
+        "this reducer), whatever the decisions keep. Empty: not published for this method.",
+    ]
+    for model in MODELS:
+        unrouted = cost(model, None, METHOD_TEXT, VISUAL_TOKENS)
+        published = {method: tiers(model, method) for method in (*METHODS, *ORIGINALS)}
+        others = sorted({tier for each in published.values() for tier in each} - set(TIERS), reverse=True)
+        rows = []
+        for method in published:
+            if method.endswith("-stagewise"):
+                continue
+            cells = [methods_cell(model, method, tier, unrouted) for tier in TIERS]
+            cells += [
+                methods_cell(model, method, tier, unrouted) if tier in published[method] else "" for tier in others
+            ]
+            rows.append([f"`{method}`", *cells])
+        lines += ["", f"**{model}**", "", *table(["method", *(f"tier {tier}" for tier in (*TIERS, *others))], rows)]
+    return "\n".join(lines)
+
+
+def methods_cell(model: str, method: str, tier: int, unrouted: Cost) -> str:
+    """Costs of a method at a budget, published or solved."""
+    mark = "" if tier in tiers(model, method) else "\\*"
+    like = preset(model, method, tier if not mark else tiers(model, method)[-1])
+    try:
+        policy = solve_like(model, like, avg_tokens=tier) if mark else like
+    except ValueError:
+        return "--"
+    if mark and policy.budget.under > 1:
+        return "--"  # all that the reducer leaves is less
+    counted = cost(model, policy, METHOD_TEXT, VISUAL_TOKENS)
+    flops, cached = (getattr(counted, name) / getattr(unrouted, name) for name in ("prefill_flops", "kv_bytes"))
+    return f"{counted.average_visual_tokens:.1f}{mark}; {flops:.1%}; {cached:.1%}"

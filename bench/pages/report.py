@@ -1,0 +1,37 @@
+"""Every page and table of figures, the records it is made from, and the function that makes it."""
+
+from __future__ import annotations
+
+import json
+
+from bench.grounding.report import grounding_page, model_card, summary_table
+from bench.pages.gpu import gpu_summary
+from bench.pages.kernels import compile_tables
+from bench.pages.markdown import replace_between
+from bench.pages.methods import methods_tables
+from bench.pages.models import support_tables
+from bench.pages.performance import performance_page
+from bench.pages.records import RESULTS, ROOT, gpu_folders, read, read_all
+from bench.pages.refusals import refusals_list
+
+GROUNDING = RESULTS / "grounding" / "results.json"
+TABLES = (
+    ("README.md", "gpus", lambda: gpu_summary(gpu_folders())),
+    ("README.md", "grounding", lambda: summary_table(read(GROUNDING))),
+    ("docs/kernels.md", "compiled", lambda: compile_tables(read_all("compile/triton-*.json"))),
+    ("docs/models.md", "support", lambda: support_tables(read_all("models/transformers-*.json"))),
+    ("docs/methods.md", "methods", methods_tables),
+    ("docs/refusals.md", "refusals", refusals_list),
+)
+"""Pages that are written by hand but for what lies between two markers: the page, the marker, the text."""
+
+
+def write_pages() -> None:
+    """Write the tables, and the pages that hold nothing else."""
+    for page, marker, text in TABLES:
+        replace_between(ROOT / page, marker, text())
+    performance_page(gpu_folders(), ROOT / "docs")
+    grounding_page(read(GROUNDING), ROOT / "docs")
+    model = ROOT / "models" / "tiny_grounding"
+    log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
+    (model / "README.md").write_text(model_card(read(GROUNDING), log))

@@ -1,0 +1,1 @@
+"""Everything that measures speed: microbenchmarks, and the parts of the GPU report."""
