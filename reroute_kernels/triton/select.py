@@ -34,10 +34,10 @@ def _order_preserving(scores):
 def _load_tile(scores, pool, pinned, strides, sample, tokens, length):
     """Sortable scores of a sample's `tokens`; which of them are candidates, and which are pinned."""
     mask, offsets = tokens < length, tokens.to(tl.int64)
-    score = tl.load(scores + sample * strides[0] + offsets * strides[1], mask=mask, other=0.0)
+    ordered = _order_preserving(tl.load(scores + sample * strides[0] + offsets * strides[1], mask=mask, other=0.0))
     in_pool = tl.load(pool + sample * strides[2] + offsets * strides[3], mask=mask, other=0) != 0
     is_pinned = tl.load(pinned + sample * strides[4] + offsets * strides[5], mask=mask, other=0) != 0
-    return _order_preserving(score), in_pool & (is_pinned == 0), is_pinned
+    return ordered, in_pool & (is_pinned == 0), is_pinned
 
 
 @triton.jit
