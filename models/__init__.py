@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -24,8 +25,9 @@ from .families import (
 )
 from .hooks import Routing, routings_on
 from .refusals import BIDIRECTIONAL, MODEL_TYPE
+from .warm_up import make_decisions
 
-__all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register", "remove", "routing_of"]
+__all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register", "remove", "routing_of", "warm_up"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "aya_vision": AyaVisionAdapter,
@@ -100,10 +102,41 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
     >>> [len(stage.selected[0]) for stage in routing.trace.stages]
     [36, 14]
     """
-    if not isinstance(policy, Policy | str):
-        raise TypeError(f"policy must be a Policy or its text, got {type(policy).__name__}")
     if not isinstance(replace, bool):
         raise TypeError(f"replace must be a bool, got {replace!r}")
+    return Routing(*_adapted(model, policy), replace)
+
+
+def warm_up(model: nn.Module, policy: Policy | str, lengths: Iterable[int], *, batch_size: int = 1) -> None:
+    """Compile the kernels of a policy's decisions ahead, so that no prompt of these lengths waits for a compiler.
+
+    The decisions of made-up prompts are made, with and without padding. Kernels differ by the power of two that a
+    length reaches, not by the length; that is a few seconds for all of `range(300, 4001)` the first time on a machine,
+    whose disk keeps what Triton compiles. Nothing is compiled for a backend without a compiler, such as the reference.
+
+    Args:
+        model: as for `apply`; whether it is routed is no matter.
+        policy: as for `apply`.
+        lengths: of the prompts to come, in tokens, 2 or more.
+        batch_size: samples of a call.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `apply`, or a length or a batch size is not accepted.
+
+    >>> warm_up(model, "3:0.25,7:0.1", range(300, 4001))
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be an integer, got {batch_size!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    adapter, policy = _adapted(model, policy)
+    make_decisions(adapter, policy, lengths, batch_size)
+
+
+def _adapted(model: nn.Module, policy: Policy | str) -> tuple[Adapter, Policy]:
+    """The adapter of a model and the policy that is meant, or an error that tells what is accepted."""
+    if not isinstance(policy, Policy | str):
+        raise TypeError(f"policy must be a Policy or its text, got {type(policy).__name__}")
     inside = _unwrapped(model)
     model_type = getattr(getattr(inside, "config", None), "model_type", None)
     if not isinstance(inside, nn.Module) or model_type is None:
@@ -115,7 +148,7 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
     check_transformers()
     if isinstance(policy, str):
         policy = Policy.parse(policy, inside)
-    return Routing(ADAPTERS[model_type](inside), policy, replace)
+    return ADAPTERS[model_type](inside), policy
 
 
 def routing_of(model: nn.Module) -> Routing | None:

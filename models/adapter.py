@@ -197,6 +197,11 @@ class Adapter:
         """
         return []
 
+    def embeddings_at(self, hidden: Tensor, positions: Tensor) -> object:
+        """Position embeddings of layers at positions (B, M) that count tokens, on the device of `hidden`."""
+        axes = self.position_axes
+        return self.decoder.rotary_emb(hidden, positions if axes == 1 else positions.expand(axes, -1, -1))
+
     def ranking(
         self,
         layer: Module,

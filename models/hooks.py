@@ -54,12 +54,13 @@ class _Call:
 
 
 @dataclass(eq=False)
-class _Projection:
+class LayerProjection:
     """Queries and keys of one layer, and the keys that its cache holds, as rankings ask for them."""
 
     adapter: Adapter
     head_group: Any
-    call: Prefill
+    call: Prefill | None
+    """The routed call whose cache holds earlier keys, if there is one."""
     layer_idx: int
     layer: Module
 
@@ -71,8 +72,9 @@ class _Projection:
         with onloaded(self.layer, self.layer.self_attn):
             attention = self.adapter.ranking(self.layer, hidden, cos, sin, key_mask, positions)
         check_heads(attention.query, attention.key, self.adapter.decoder.config, self.head_group)
-        call, past = self.call, self.call.past
-        if past is None:
+        call = self.call
+        past = None if call is None else call.past
+        if call is None or past is None:
             return attention
         keys = self.adapter.cached_keys(call.cache, self.layer_idx)[:, :, : past.lengths[call.stage]]
         valid = past.seen(call.stage)
@@ -415,7 +417,9 @@ class Routing:
             kwargs["position_embeddings"] = call.position_embeddings
             kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
         elif self.policy.positions == "contiguous":
-            kwargs["position_embeddings"] = call.position_embeddings(stage, partial(self._embeddings_at, hidden))
+            kwargs["position_embeddings"] = call.position_embeddings(
+                stage, partial(self._adapter.embeddings_at, hidden)
+            )
         kwargs["attention_mask"] = call.mask(stage, layer_idx, hidden, kwargs)
         return (hidden, *others), kwargs
 
@@ -431,7 +435,7 @@ class Routing:
         rotary = self._rotary(layer, hidden, kwargs["position_embeddings"])
         hidden = call.forward.decide(hidden, rotary, self._projection(call, layer_idx, layer))
         if self.policy.positions == "contiguous":
-            call.position_embeddings = self._embeddings_at(hidden, call.forward.position_ids(hidden.device))
+            call.position_embeddings = self._adapter.embeddings_at(hidden, call.forward.position_ids(hidden.device))
             call.forward.rotary = self._rotary(layer, hidden, call.position_embeddings)
         else:
             call.position_embeddings = self._adapter.position_embeddings(*call.forward.rotary)
@@ -450,14 +454,8 @@ class Routing:
         cos_and_sin = self._adapter.rotary(layer, position_embeddings)
         return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in cos_and_sin)
 
-    def _embeddings_at(self, hidden: Tensor, positions: Tensor) -> object:
-        """Position embeddings of layers at positions (B, M) that count tokens."""
-        axes = self._adapter.position_axes
-        positions = positions if axes == 1 else positions.expand(axes, -1, -1)
-        return self._adapter.decoder.rotary_emb(hidden, positions)
-
-    def _projection(self, call: Prefill, layer_idx: int, layer: Module) -> _Projection:
-        return _Projection(self._adapter, self._head_group, call, layer_idx, layer)
+    def _projection(self, call: Prefill, layer_idx: int, layer: Module) -> LayerProjection:
+        return LayerProjection(self._adapter, self._head_group, call, layer_idx, layer)
 
     def _add_layer_features(self, layer_idx: int, layer: Module, args: tuple, output: Tensor) -> Tensor | None:
         call = self._routed

@@ -15,7 +15,7 @@ from .trace import Trace
 
 if TYPE_CHECKING:
     from reroute_kernels import models, triton
-    from reroute_kernels.models import Adapter, Routing, apply, remove, routing_of
+    from reroute_kernels.models import Adapter, Routing, apply, remove, routing_of, warm_up
 
 try:
     __version__ = version("reroute-kernels")
@@ -46,10 +46,11 @@ __all__ = [
     "solve",
     "suggest",
     "triton",
+    "warm_up",
 ]
 
 _MODULES = ("triton", "models")
-_OF_MODELS = ("Adapter", "Routing", "apply", "remove", "routing_of")
+_OF_MODELS = ("Adapter", "Routing", "apply", "remove", "routing_of", "warm_up")
 
 
 def __getattr__(name):

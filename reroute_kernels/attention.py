@@ -47,9 +47,12 @@ class Attention(NamedTuple):
         return ops.rank_tokens(**self._asdict())
 
 
-TENSORS = Attention._fields[: Attention._fields.index("scale")]
+NUM_TENSORS = Attention._fields.index("scale")
+TENSORS = Attention._fields[:NUM_TENSORS]
 """The fields that hold a tensor; in a call the others are given by keyword."""
 
+
+_FIELDS = frozenset(Attention._fields)
 
 Others = ParamSpec("Others")
 Result = TypeVar("Result")
@@ -62,7 +65,7 @@ def takes_attention(function: Callable[Concatenate[Attention, Others], Result]) 
     def call(*args, **kwargs):
         if args and isinstance(args[0], Attention):
             return function(*args, **kwargs)
-        options = {name: kwargs.pop(name) for name in Attention._fields if name in kwargs}
+        options = {name: kwargs.pop(name) for name in kwargs.keys() & _FIELDS}
         return function(Attention(*args, **options), **kwargs)  # type: ignore[call-arg]
 
     own = inspect.signature(function)

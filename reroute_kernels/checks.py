@@ -157,9 +157,20 @@ def check_selection(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, 
     """
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise _refused("scores", scores, "(B, L) float32")
-    check_flags("pool", pool, scores.shape, scores.device)
-    check_flags("pinned", pinned, scores.shape, scores.device)
-    batch, device = scores.shape[0], scores.device
+    check_candidates(pool, pinned, keep, length, scores.shape, scores.device)
+
+
+def check_candidates(
+    pool: Tensor, pinned: Tensor, keep: Tensor, length: int, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Refuse what `select_tokens` does not accept beside scores (B, L) of this shape on this device.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+    check_flags("pool", pool, shape, device)
+    check_flags("pinned", pinned, shape, device)
+    batch = shape[0]
     if keep.shape != (batch,) or keep.dtype not in (torch.int32, torch.int64) or keep.device != device:
         raise _refused("keep", keep, f"({batch},) int32 or int64 on {device}")
     if length < 0:

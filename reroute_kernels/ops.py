@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from operator import index as as_integer
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import library, ref  # noqa: F401 (the first registers the operations)
-from .attention import Attention, takes_attention
-from .backends import backend, forced_backend
+from .attention import NUM_TENSORS, Attention, takes_attention
+from .backends import backend, forced_backend, operations_for
 from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
 
 
@@ -38,6 +39,35 @@ def _registered(attention: Attention) -> Attention:
     elif not isinstance(scale, (Real, torch.SymFloat)):
         raise TypeError(f"scale must be a real number or None, got {scale!r}")
     return attention._replace(scale=float(scale))
+
+
+def _direct(tensors: Iterable[object], optional: Iterable[object] = ()) -> ModuleType | None:
+    """The backend's operations, if nothing looks at a call on its way there; None if a registered call must be made.
+
+    That is so under a compiler, a mode, a transform or a profiler, and with subclasses of `torch.Tensor`; a call that
+    needs gradients, or with objects that are no dense tensors, takes that way as well.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.autograd._profiler_enabled():
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or _differentiated_by_torch():
+        return None
+    records, strided = torch.is_grad_enabled(), torch.strided
+    for tensor in (*tensors, *[tensor for tensor in optional if tensor is not None]):
+        if type(tensor) is not Tensor or tensor.layout is not strided or (records and tensor.requires_grad):
+            return None
+    return None if tensor.is_meta else operations_for(tensor.device)
+
+
+def _is_count(length: object) -> bool:
+    return type(length) is int and 0 <= length < 2**63
+
+
+def _has_plain_options(attention: Attention) -> bool:
+    """Whether the options of an attention are of the usual types; a backend looks at their values."""
+    scale, query_reduction, head_reduction, rotary_style = attention[NUM_TENSORS:]
+    if scale is not None and type(scale) is not float:
+        return False
+    return type(query_reduction) is type(head_reduction) is type(rotary_style) is str
 
 
 def rank_tokens(
@@ -107,6 +137,8 @@ def rank_tokens(
         head_reduction,
         rotary_style,
     )
+    if _has_plain_options(attention) and (operations := _direct(attention[:2], attention[2:NUM_TENSORS])) is not None:
+        return operations.rank_tokens(attention)
     with torch.no_grad():
         return torch.ops.reroute_kernels.rank_tokens(*_registered(attention))
 
@@ -163,6 +195,8 @@ def select_tokens(
     >>> select_tokens(scores, pool, ~pool, keep=2, length=3)
     tensor([[1, 2, 4]])
     """
+    if _is_count(length) and (operations := _direct((scores, pool, pinned, keep))) is not None:
+        return operations.select_tokens(scores, pool, pinned, keep, length)
     for name, tensor in (("scores", scores), ("pool", pool), ("pinned", pinned)):
         expect_tensor(name, tensor)
     _expect_length(length)
@@ -250,6 +284,8 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     >>> compact[0, :, 0]
     tensor([1., 2., 4., 0.])
     """
+    if tensors and (operations := _direct((index, *tensors))) is not None:
+        return operations.gather_tokens(index, *tensors)
     expect_tensor("index", index)
     if not tensors:
         raise ValueError("tensors must hold at least one tensor, got none")
@@ -295,6 +331,10 @@ def route_tokens(
     >>> index, compact.shape
     (tensor([[1, 2, 4]]), torch.Size([1, 3, 8]))
     """
+    if isinstance(tensors, (tuple, list)) and _is_count(length) and _has_plain_options(attention):
+        operations = _direct((*attention[:2], pool, pinned, keep, *tensors), attention[2:NUM_TENSORS])
+        if operations is not None:
+            return operations.route_tokens(attention, pool, pinned, keep, length, tuple(tensors), return_scores)
     operands = _registered(attention)
     expect_tensor("pool", pool)
     expect_tensor("pinned", pinned)
@@ -367,6 +407,11 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     >>> scatter_tokens_(full, index, torch.ones(1, 3, 1))[0, :, 0]
     tensor([0., 1., 1., 0., 1.])
     """
+    operations = _direct((full, index, compact))
+    if operations is not None and not full.is_neg() and not full.is_inference():
+        operations.scatter_tokens_(full, index, compact)
+        torch.autograd.graph.increment_version(full)
+        return full
     for name, tensor in (("full", full), ("index", index), ("compact", compact)):
         expect_tensor(name, tensor)
     if not torch.compiler.is_compiling() and full.is_neg():

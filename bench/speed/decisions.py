@@ -47,13 +47,21 @@ class Decision:
         shape: of a sample.
         batch: samples.
         device, dtype: of the tensors.
+        fill: makes them; `torch.empty` if no one computes with them.
     """
 
-    def __init__(self, shape: Shape, batch: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        shape: Shape,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        fill: Callable[..., torch.Tensor] = torch.randn,
+    ):
         self.shape, self.batch, length = shape, batch, shape.length
 
         def random(*size: int) -> torch.Tensor:
-            return torch.randn(batch, length, *size, device=device, dtype=dtype)
+            return fill(batch, length, *size, device=device, dtype=dtype)
 
         self.queries = random(shape.heads, shape.head_dim)
         angles = torch.rand(1, length, shape.head_dim // 2, device=device).repeat(1, 1, 2) * 6

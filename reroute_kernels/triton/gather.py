@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_gather
-from .launch import as_rows, copy_grid, on_device_of, row_block
+from .launch import as_rows, copy_grid, row_block
+from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "index_length"])
 def copy_rows_to_compact(
     index,  # [B, M] contiguous
     sources,  # each [B, L, W_t]
@@ -40,33 +42,57 @@ def copy_rows_to_compact(
 
 def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """See `reroute_kernels.ops.gather_tokens`."""
-    check_gather(index, tensors)
-    outputs = tuple(
-        torch.empty(*index.shape, *tensor.shape[2:], dtype=tensor.dtype, device=tensor.device) for tensor in tensors
-    )
-    # Sources and outputs without a single element have nothing to copy and no pointer to pass.
-    pairs = [(as_rows(source), output) for source, output in zip(tensors, outputs, strict=True) if output.numel()]
+    inputs = index, *tensors
+    key = "gather", layout(inputs)
+    plan = find_plan(key)
+    if plan is None:
+        check_gather(index, tensors)
+        if tensors[0].shape[1] == 0:  # no row to read, and no pointer to pass
+            return tuple(x.new_zeros(*index.shape, *x.shape[2:]) for x in tensors)
+        plan = Plan(inputs)
+        if not index.is_contiguous():
+            plan.prepare(0, lambda tensors: tensors[0].contiguous())
+        add_gather(plan, Slot(0), index.shape, 1)
+        keep_plan(key, plan)
+    return tuple(plan.run(inputs))
+
+
+def add_gather(plan: Plan, index: Slot, shape: tuple[int, ...], first: int) -> None:
+    """Plan the copies of all inputs from a number on; each adds a result.
+
+    Args:
+        plan: whose inputs they are; they have a row at least.
+        index: (B, M) contiguous.
+        shape: its shape.
+        first: number of the first of them.
+    """
+    batch, places = shape
+    pairs = []
+    for number, tensor in enumerate(plan.tensors[first:], first):
+        assert tensor is not None
+        output = plan.result(batch, places, *tensor.shape[2:], dtype=tensor.dtype)
+        if batch * places * math.prod(tensor.shape[2:]):  # else there is nothing to copy
+            rows = as_rows(tensor)
+            if rows.data_ptr() != tensor.data_ptr():
+                rows = plan.prepare(number, lambda tensors, number=number: as_rows(tensors[number]))
+            pairs.append((Slot(number), output, rows))
     if not pairs:
-        return outputs
-    length = tensors[0].shape[1]
-    if length == 0:
-        for output in outputs:
-            output.zero_()
-        return outputs
-    sources = tuple(source for source, _ in pairs)
-    widths = tuple(source.shape[2] for source in sources)
+        return
+    sources, outputs, rows = zip(*pairs, strict=True)
+    widths = tuple(x.shape[2] for x in rows)
     block = row_block(max(widths))
-    with on_device_of(index):
-        copy_rows_to_compact[copy_grid(index.numel(), max(widths), block)](
-            index.contiguous(),
-            sources,
-            tuple(output for _, output in pairs),
-            tuple(source.stride(0) for source in sources),
-            tuple(source.stride(1) for source in sources),
-            length,
-            index.shape[1],
-            WIDTHS=widths,
-            BLOCK=block,
-            num_warps=4,
-        )
-    return outputs
+    plan.launch(
+        copy_rows_to_compact,
+        copy_grid(batch * places, max(widths), block),
+        index=index,
+        sources=sources,
+        outputs=outputs,
+        # Of one sample whatever it is: kernels are compiled anew for one that is no multiple of 16.
+        source_strides_b=tuple(x.stride(0) if batch > 1 else 0 for x in rows),
+        source_strides_l=tuple(x.stride(1) for x in rows),
+        length=rows[0].shape[1],
+        index_length=places,
+        WIDTHS=widths,
+        BLOCK=block,
+        num_warps=4,
+    )

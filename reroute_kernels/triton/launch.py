@@ -1,18 +1,8 @@
-"""Helpers of every launch: the current device, sizes of grids and blocks, and rows that a kernel can address."""
+"""Sizes of grids and blocks, and rows that a kernel can address."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 from torch import Tensor
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Makes the tensor's device current: Triton launches on the current device, whatever its pointers say."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
 
 
 def as_stored(tensor: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention import Attention, takes_attention
+from ..attention import NUM_TENSORS, TENSORS, Attention, takes_attention
 from ..checks import check_ranking
 from ..ref.rank import last_queries
-from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, on_device_of, parts_of_batch
+from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, parts_of_batch
+from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 # Splits of a sequence at most; how many there are, the shape alone decides, never the size of the device.
 MAX_SPLITS = 128
@@ -109,22 +110,19 @@ def _load_queries(
 
 @triton.jit
 def _split_of_logits(
-    queries,  # see `_load_queries`
-    positions,  # (BLOCK_ROWS,) of the queries
-    logit_rows,  # pointers, (BLOCK_ROWS,), at a row's first token
-    is_row,  # (BLOCK_ROWS,)
+    queries,  # see `_load_queries`; their positions; pointers to the first logit of each; which of them are any
     keys,  # [L, D] of one sample and key head
     key_mask,  # at the sample
+    strides,  # of the tokens of keys and key_mask
     tables,  # cos and sin, at the sample, and their strides of tokens
-    strides,  # of tokens, of keys and key_mask
-    first,
+    start,
     end,
     scale,
     IS_PAST: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCKS: tl.constexpr,  # HALF to BLOCK_REST, as below
 ):
-    """Write the logits of the keys `first` to `end`; returns the softmax statistics of every row over them.
+    """Write the logits of the keys `start` to `end`; returns the softmax statistics of every row over them.
 
     A row is one query of one head. Keys of the past come rotated, are seen by every query that has a place, and have
     no logits written.
@@ -136,12 +134,12 @@ def _split_of_logits(
     BLOCK_ROWS: tl.constexpr = BLOCKS[4]
     BLOCK_HALF: tl.constexpr = BLOCKS[5]
     BLOCK_REST: tl.constexpr = BLOCKS[6]
-    query_first, query_second, query_rest = queries
+    query_first, query_second, query_rest, positions, logit_rows, is_row = queries
     rest_columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(first, end, TILE):
-        tokens = start + tl.arange(0, TILE)
+    for first in range(start, end, TILE):
+        tokens = first + tl.arange(0, TILE)
         in_sequence = tokens < end
         offsets = tokens.to(tl.int64)[:, None]
         visible = in_sequence
@@ -178,7 +176,7 @@ def _split_of_logits(
     return row_max, row_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "past_length", "stride_mask_b", "stride_past_mask_b"])
 def attention_logits(
     query,  # [B, Q, Hq, D]
     key,  # [B, L, Hkv, D]
@@ -188,12 +186,13 @@ def attention_logits(
     query_index,  # [B, Q] contiguous
     past_key,  # [B, P, Hkv, D]
     past_mask,  # [B, P]
-    logits,  # [B, Q, Hq, L] contiguous
+    logits,  # [B, Q, Hq, L]
     split_max,  # [B, Q, Hq, splits] contiguous
     split_sum,  # [B, Q, Hq, splits] contiguous
     length,
     past_length,
     scale,
+    stride_logits,
     stride_query_b,
     stride_query_q,
     stride_query_h,
@@ -246,7 +245,7 @@ def attention_logits(
     else:
         positions = length - QUERIES + query_numbers
     query_rows = query + sample * stride_query_b + query_numbers * stride_query_q + row_heads * stride_query_h
-    queries = _load_queries(
+    first, second, rest = _load_queries(
         query_rows[:, None],
         tables,
         positions,
@@ -260,7 +259,6 @@ def attention_logits(
         BLOCK_REST,
     )
     row_numbers = (sample * QUERIES + query_numbers) * heads + row_heads
-    logit_rows = logits + row_numbers * length
 
     # The splits of the past follow those of the new tokens.
     if HAS_PAST:
@@ -269,45 +267,26 @@ def attention_logits(
     else:
         is_past: tl.constexpr = False  # type: ignore[no-redef]
     blocks: tl.constexpr = (HALF, REST, INTERLEAVED, TILE, BLOCK_ROWS, BLOCK_HALF, BLOCK_REST)
+    queries = (first, second, rest, positions, logits + row_numbers * stride_logits, is_row)
     if is_past:
         if HAS_PAST_MASK:
             past_mask += sample * stride_past_mask_b
-        first = past_split * SPLIT
+        past_keys = past_key + sample * stride_past_b + kv_head * stride_past_h
+        past_strides = (stride_past_l, stride_past_mask_l)
+        start = past_split * SPLIT
+        end = min(start + SPLIT, past_length)
         row_max, row_sum = _split_of_logits(
-            queries,
-            positions,
-            logit_rows,
-            is_row,
-            past_key + sample * stride_past_b + kv_head * stride_past_h,
-            past_mask,
-            tables,
-            (stride_past_l, stride_past_mask_l),
-            first,
-            min(first + SPLIT, past_length),
-            scale,
-            True,
-            HAS_PAST_MASK,
-            blocks,
+            queries, past_keys, past_mask, past_strides, tables, start, end, scale, True, HAS_PAST_MASK, blocks
         )
     else:
         if HAS_MASK:
             key_mask += sample * stride_mask_b
-        first = split * SPLIT
+        keys = key + sample * stride_key_b + kv_head * stride_key_h
+        key_strides = (stride_key_l, stride_mask_l)
+        start = split * SPLIT
+        end = min(start + SPLIT, length)
         row_max, row_sum = _split_of_logits(
-            queries,
-            positions,
-            logit_rows,
-            is_row,
-            key + sample * stride_key_b + kv_head * stride_key_h,
-            key_mask,
-            tables,
-            (stride_key_l, stride_mask_l),
-            first,
-            min(first + SPLIT, length),
-            scale,
-            False,
-            HAS_MASK,
-            blocks,
+            queries, keys, key_mask, key_strides, tables, start, end, scale, False, HAS_MASK, blocks
         )
 
     statistics = row_numbers * tl.num_programs(0) + split
@@ -315,7 +294,7 @@ def attention_logits(
     tl.store(split_sum + statistics, row_sum, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "splits"])
 def reduce_attention(
     logits,  # [B, Q, Hq, L]
     split_max,  # [B, Q, Hq, splits]
@@ -323,6 +302,7 @@ def reduce_attention(
     scores,  # [B, L]
     length,
     splits,
+    stride_logits,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
     MAX_OVER_QUERIES: tl.constexpr,
@@ -347,7 +327,7 @@ def reduce_attention(
             finite = tl.where(row_max == float("-inf"), 0.0, row_max)
             row_sum = tl.sum(sums * tl.exp(maxima - finite[:, None]), axis=1)
             token_mask = (heads < HEADS)[:, None] & (tokens < length)[None, :]
-            logit = tl.load(logits + rows * length + tokens[None, :], mask=token_mask, other=float("-inf"))
+            logit = tl.load(logits + rows * stride_logits + tokens[None, :], mask=token_mask, other=float("-inf"))
             attention = tl.exp(logit - finite[:, None]) / row_sum[:, None]
             attention = tl.where(logit == float("-inf"), 0.0, attention)
             if MAX_OVER_QUERIES:
@@ -384,23 +364,37 @@ def logits_blocks(length: int, past_length: int, rows: int, head_dim: int) -> di
 @takes_attention
 def rank_tokens(attention: Attention) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
-    check_ranking(attention)
-    query, key, cos, sin, key_mask, query_index, past_key, past_mask, scale, *_names = attention
-    batch, queries, heads, head_dim = query.shape
-    length, kv_heads = key.shape[1:3]
-    if batch > MAX_PROGRAMS:
-        return torch.cat([rank_tokens(attention.samples(part)) for part in parts_of_batch(batch)])
-    scores = torch.empty(batch, length, dtype=torch.float32, device=key.device)
-    if scores.numel() == 0:
-        return scores
-    if query_index is None and key_mask is not None:
-        query_index = last_queries(key, key_mask, queries)
-    if past_key is not None and past_key.shape[1] == 0:
-        past_key = past_mask = None
-    past_length = 0 if past_key is None else past_key.shape[1]
+    inputs, options = attention[:NUM_TENSORS], attention[NUM_TENSORS:]
+    key = "rank", options, layout(inputs)
+    plan = find_plan(key)
+    if plan is None:
+        check_ranking(attention)
+        batch = attention.key.shape[0]
+        if batch > MAX_PROGRAMS:
+            return torch.cat([rank_tokens(attention.samples(part)) for part in parts_of_batch(batch)])
+        plan = Plan(inputs)
+        add_ranking(plan, attention)
+        keep_plan(key, plan)
+    return plan.run(inputs)[0]
 
-    query, key = _as_read(query), _as_read(key)
-    past_key, cos, sin = (x if x is None else _as_read(x) for x in (past_key, cos, sin))
+
+def add_ranking(plan: Plan, attention: Attention) -> Slot:
+    """Plan a ranking, which is a result.
+
+    Args:
+        plan: whose first inputs are the tensors of the attention, in order.
+        attention: with these tensors.
+
+    Returns:
+        (B, L) contiguous, the scores.
+    """
+    batch, queries, heads, head_dim = attention.query.shape
+    length, kv_heads = attention.key.shape[1:3]
+    scores = plan.result(batch, length, dtype=torch.float32)
+    if batch * length == 0:
+        return scores
+    query, key, cos, sin, key_mask, query_index, past_key, past_mask = _prepared(plan, queries)
+    past_length = 0 if past_key is None else past_key.shape[1]
     half = 0 if cos is None else cos.shape[-1] // 2
     rest = head_dim - 2 * half
     rows = heads // kv_heads * queries
@@ -410,74 +404,92 @@ def rank_tokens(attention: Attention) -> Tensor:
         most = MAX_PROGRAMS // kv_heads * blocks["BLOCK_ROWS"] // (heads // kv_heads)
         raise ValueError(f"query must have at most {most} queries of {heads} heads for this backend, got {queries}")
     splits = cdiv(length, blocks["SPLIT"]) + cdiv(past_length, blocks["SPLIT"])
-
-    def scratch(*last_dim: int) -> Tensor:
-        return torch.empty(batch, queries, heads, *last_dim, dtype=torch.float32, device=key.device)
-
-    logits, split_max, split_sum = scratch(length), scratch(splits), scratch(splits)
-    with on_device_of(key):
-        attention_logits[(splits, row_blocks, batch)](
-            query,
-            key,
-            cos,
-            sin,
-            key_mask,
-            query_index if query_index is None else query_index.contiguous(),
-            past_key,
-            past_mask,
-            logits,
-            split_max,
-            split_sum,
-            length,
-            past_length,
-            head_dim**-0.5 if scale is None else scale,
-            *query.stride()[:3],
-            *key.stride()[:3],
-            *_row_strides(cos),
-            *_row_strides(sin),
-            *((0, 0) if key_mask is None else key_mask.stride()),
-            *((0, 0, 0) if past_key is None else past_key.stride()[:3]),
-            *((0, 0) if past_mask is None else past_mask.stride()),
-            QUERIES=queries,
-            GROUP=heads // kv_heads,
-            HALF=half,
-            REST=rest,
-            INTERLEAVED=attention.rotary_style == "interleaved",
-            HAS_MASK=key_mask is not None,
-            HAS_INDEX=query_index is not None,
-            HAS_PAST=past_key is not None,
-            HAS_PAST_MASK=past_mask is not None,
-            BLOCK_HALF=next_power_of_2(max(half, 1)),
-            BLOCK_REST=next_power_of_2(max(rest, 1)),
-            **blocks,
-        )
-        reduce_attention[(cdiv(length, REDUCED_TILE), batch)](
-            logits,
-            split_max,
-            split_sum,
-            scores,
-            length,
-            splits,
-            QUERIES=queries,
-            HEADS=heads,
-            MAX_OVER_QUERIES=attention.query_reduction == "max",
-            MAX_OVER_HEADS=attention.head_reduction == "max",
-            BLOCK_SPLITS=max(16, next_power_of_2(splits)),  # fewer would be loaded by every thread
-            BLOCK_HEADS=min(32, next_power_of_2(heads)),
-            TILE=REDUCED_TILE,
-            num_warps=4,
-        )
+    padded_length = cdiv(length, 16) * 16  # rows of logits begin at aligned places, whatever the length
+    work = {
+        "logits": plan.scratch(batch, queries, heads, padded_length, dtype=torch.float32),
+        "split_max": plan.scratch(batch, queries, heads, splits, dtype=torch.float32),
+        "split_sum": plan.scratch(batch, queries, heads, splits, dtype=torch.float32),
+        "length": length,
+        "stride_logits": padded_length,
+        "QUERIES": queries,
+    }
+    plan.launch(
+        attention_logits,
+        (splits, row_blocks, batch),
+        **work,
+        **_pointers(query=query, key=key, cos=cos, sin=sin),
+        **_pointers(key_mask=key_mask, query_index=query_index, past_key=past_key, past_mask=past_mask),
+        past_length=past_length,
+        scale=head_dim**-0.5 if attention.scale is None else float(attention.scale),
+        **_strides("query", query, "bqh"),
+        **_strides("key", key, "blh"),
+        **_strides("cos", cos, "bl"),
+        **_strides("sin", sin, "bl"),
+        **_strides("mask", key_mask, "bl"),
+        **_strides("past", past_key, "blh"),
+        **_strides("past_mask", past_mask, "bl"),
+        GROUP=heads // kv_heads,
+        HALF=half,
+        REST=rest,
+        INTERLEAVED=attention.rotary_style == "interleaved",
+        HAS_MASK=key_mask is not None,
+        HAS_INDEX=query_index is not None,
+        HAS_PAST=past_key is not None,
+        HAS_PAST_MASK=past_mask is not None,
+        BLOCK_HALF=next_power_of_2(max(half, 1)),
+        BLOCK_REST=next_power_of_2(max(rest, 1)),
+        **blocks,
+    )
+    plan.launch(
+        reduce_attention,
+        (cdiv(length, REDUCED_TILE), batch),
+        **work,
+        scores=scores,
+        splits=splits,
+        HEADS=heads,
+        MAX_OVER_QUERIES=attention.query_reduction == "max",
+        MAX_OVER_HEADS=attention.head_reduction == "max",
+        BLOCK_SPLITS=max(16, next_power_of_2(splits)),  # fewer would be loaded by every thread
+        BLOCK_HEADS=min(32, next_power_of_2(heads)),
+        TILE=REDUCED_TILE,
+        num_warps=4,
+    )
     return scores
+
+
+def _prepared(plan: Plan, queries: int) -> list[Tensor | None]:
+    """The tensors of the attention as the kernels read them, with the place of each query if padding hides it."""
+    for number, name in enumerate(TENSORS):
+        tensor = plan.tensors[number]
+        if name in _READ_BY_CHANNEL and tensor is not None and (tensor.is_neg() or tensor.stride(-1) != 1):
+            plan.prepare(number, lambda tensors, number=number: _as_read(tensors[number]))
+    mask, index = map(TENSORS.index, ("key_mask", "query_index"))
+    if plan.tensors[index] is None and plan.tensors[mask] is not None:
+        plan.prepare(index, lambda tensors: last_queries(tensors[1], tensors[mask], queries))
+    elif plan.tensors[index] is not None:
+        plan.prepare(index, lambda tensors: tensors[index].contiguous())
+    tensors = plan.tensors[:NUM_TENSORS]
+    past_key = tensors[TENSORS.index("past_key")]
+    return tensors if past_key is None or past_key.shape[1] else [*tensors[:-2], None, None]
+
+
+_READ_BY_CHANNEL = ("query", "key", "cos", "sin", "past_key")
+
+
+def _pointers(**tensors: Tensor | None) -> dict[str, Slot | None]:
+    """Arguments of a kernel for inputs of a plan that has the tensors of an attention first."""
+    return {name: None if tensor is None else Slot(TENSORS.index(name)) for name, tensor in tensors.items()}
+
+
+def _strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
+    """Arguments of a kernel: strides of the first axes, 0 without a tensor; one table serves all samples."""
+    strides = [0] * len(axes) if tensor is None else list(tensor.stride()[: len(axes)])
+    if name in ("cos", "sin") and tensor is not None and tensor.shape[0] == 1:
+        strides[0] = 0
+    return {f"stride_{name}_{axis}": stride for axis, stride in zip(axes, strides, strict=True)}
 
 
 def _as_read(tensor: Tensor) -> Tensor:
     """With unit stride along channels, as the kernels walk them, and without a lazy negation, which they do not see."""
     tensor = as_stored(tensor)
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _row_strides(table: Tensor | None) -> tuple[int, int]:
-    """Strides of samples and tokens; one table serves all samples if there is only one."""
-    if table is None:
-        return 0, 0
-    return table.stride(0) if table.shape[0] > 1 else 0, table.stride(1)

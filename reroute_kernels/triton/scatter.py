@@ -7,10 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_scatter, check_written
-from .launch import as_rows, copy_grid, on_device_of, row_block
+from .launch import as_rows, copy_grid, row_block
+from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "index_length"])
 def copy_rows_to_full(
     index,  # [B, M] contiguous
     compact,  # [B, M, W]
@@ -40,43 +41,64 @@ def copy_rows_to_full(
 
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     """See `reroute_kernels.ops.scatter_tokens_`."""
-    check_scatter(full, index, compact)
-    check_written(full)
-    if compact.numel() == 0 or full.numel() == 0:
-        return full
-    target = as_rows(full)
-    if target.data_ptr() != full.data_ptr():  # the inner layout forced a copy: write there, then back
-        return full.copy_(scatter_tokens_(target, index, as_rows(compact)).view(full.shape))
+    inputs = full, index, compact
+    key = "scatter", layout(inputs)
+    plan = find_plan(key)
+    if plan is None:
+        check_scatter(full, index, compact)
+        check_written(full)
+        if compact.numel() == 0 or full.numel() == 0:
+            return full
+        target = as_rows(full)
+        if target.data_ptr() != full.data_ptr():  # the inner layout forced a copy: write there, then back
+            return full.copy_(scatter_tokens_(target, index, as_rows(compact)).view(full.shape))
+        plan = keep_plan(key, _plan(full, index, compact))
     # A source in the memory of the full sequence could be read after it was written.
     if _may_overlap(full, compact):
-        compact = compact.clone()
+        return scatter_tokens_(full, index, compact.clone())
     if _may_overlap(full, index):
-        index = index.clone()
-    source = as_rows(compact)
+        return scatter_tokens_(full, index.clone(), compact)
+    plan.run(inputs)
+    return full
+
+
+def _plan(full: Tensor, index: Tensor, compact: Tensor) -> Plan:
+    plan = Plan((full, index, compact))
+    target, source = as_rows(full), as_rows(compact)
+    if not index.is_contiguous():
+        plan.prepare(1, lambda tensors: tensors[1].contiguous())
+    if source.data_ptr() != compact.data_ptr():
+        source = plan.prepare(2, lambda tensors: as_rows(tensors[2]))
     width = source.shape[2]
     block = row_block(width)
-    with on_device_of(full):
-        copy_rows_to_full[copy_grid(index.numel(), width, block)](
-            index.contiguous(),
-            source,
-            target,
-            *source.stride()[:2],
-            *target.stride()[:2],
-            full.shape[1],
-            index.shape[1],
-            WIDTH=width,
-            BLOCK=block,
-            num_warps=4,
-        )
-    return full
+    plan.launch(
+        copy_rows_to_full,
+        copy_grid(index.numel(), width, block),
+        index=Slot(1),
+        compact=Slot(2),
+        full=Slot(0),
+        stride_compact_b=source.stride(0),
+        stride_compact_m=source.stride(1),
+        stride_full_b=target.stride(0),
+        stride_full_l=target.stride(1),
+        length=full.shape[1],
+        index_length=index.shape[1],
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return plan
 
 
 def _may_overlap(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of at least one element lie in the same stretch of memory."""
-    (start, end), (other_start, other_end) = _extent(one), _extent(other)
-    return start < other_end and other_start < end
+    start, other_start = one.data_ptr(), other.data_ptr()
+    return start < other_start + _extent(other) and other_start < start + _extent(one)
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.element_size()

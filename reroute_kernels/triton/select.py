@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_selection
-from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, on_device_of, parts_of_batch
+from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, parts_of_batch
+from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 # Up to this many tokens one program holds a whole sample.
 ONE_PROGRAM_TOKENS = 4096
@@ -31,12 +32,12 @@ def _order_preserving(scores):
 
 
 @triton.jit
-def _load_tile(scores, pool, pinned, strides, sample, tokens, length):
-    """Sortable scores of a sample's `tokens`; which of them are candidates, and which are pinned."""
+def _load_tile(scores, pool, pinned, strides, tokens, length):
+    """Sortable scores of `tokens`, which of them are candidates, and which are pinned; pointers stand at the sample."""
     mask, offsets = tokens < length, tokens.to(tl.int64)
-    ordered = _order_preserving(tl.load(scores + sample * strides[0] + offsets * strides[1], mask=mask, other=0.0))
-    in_pool = tl.load(pool + sample * strides[2] + offsets * strides[3], mask=mask, other=0) != 0
-    is_pinned = tl.load(pinned + sample * strides[4] + offsets * strides[5], mask=mask, other=0) != 0
+    ordered = _order_preserving(tl.load(scores + offsets * strides[0], mask=mask, other=0.0))
+    in_pool = tl.load(pool + offsets * strides[1], mask=mask, other=0) != 0
+    is_pinned = tl.load(pinned + offsets * strides[2], mask=mask, other=0) != 0
     return ordered, in_pool & (is_pinned == 0), is_pinned
 
 
@@ -86,7 +87,7 @@ def _write_filler(index, written, first, index_length, TILE: tl.constexpr):
         tl.store(index + places, filler, mask=(places >= written) & (places < index_length))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "index_length", "stride_scores_b", "stride_pool_b", "stride_pinned_b"])
 def select_and_compact(
     scores,  # [B, L]
     pool,  # [B, L]
@@ -95,7 +96,10 @@ def select_and_compact(
     index,  # [B, M] contiguous
     length,
     index_length,
-    strides,  # of scores, pool and pinned, each of samples and of tokens
+    stride_scores_b,
+    stride_pool_b,
+    stride_pinned_b,
+    strides,  # of the tokens of scores, pool and pinned
     TILE: tl.constexpr,
     PARTS: tl.constexpr,  # that the range of the last selected score is cut into at a time
 ):
@@ -107,7 +111,10 @@ def select_and_compact(
     sample = tl.program_id(0).to(tl.int64)
     index += sample * index_length
     tokens = tl.arange(0, TILE)
-    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, sample, tokens, length)
+    scores += sample * stride_scores_b
+    pool += sample * stride_pool_b
+    pinned += sample * stride_pinned_b
+    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, tokens, length)
     ordered = tl.where(is_candidate, ordered, 0).to(tl.uint32)
     both = tl.sum(is_candidate.to(tl.int32) + (is_pinned.to(tl.int32) << 16), axis=0)
     low = tl.min(tl.where(is_candidate, ordered, 0xFFFFFFFF).to(tl.uint32), axis=0)
@@ -153,7 +160,7 @@ def _threshold_so_far(keep, counts, state, tiles, DIGITS: tl.constexpr, BLOCK_TI
     return threshold, remaining, digit
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "stride_scores_b", "stride_pool_b", "stride_pinned_b"])
 def count_digits(
     scores,  # [B, L]
     pool,  # [B, L]
@@ -163,7 +170,10 @@ def count_digits(
     certain,  # [B, tiles] contiguous: tokens of a tile that are known to be kept
     state,  # [B, 3, 2] contiguous: threshold and remaining candidates after each pass
     length,
-    strides,  # of scores, pool and pinned, each of samples and of tokens
+    stride_scores_b,
+    stride_pool_b,
+    stride_pinned_b,
+    strides,  # of the tokens of scores, pool and pinned
     DIGIT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
@@ -172,7 +182,10 @@ def count_digits(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)
     tokens = tile * TILE + tl.arange(0, TILE)
-    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, sample, tokens, length)
+    scores += sample * stride_scores_b
+    pool += sample * stride_pool_b
+    pinned += sample * stride_pinned_b
+    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, tokens, length)
     here = sample * tiles + tile
     threshold = tl.full([], 0, tl.uint32)
     if DIGIT == 0:
@@ -192,7 +205,7 @@ def count_digits(
     tl.store(after + here * 256 + digits, _digit_counts(ordered, is_candidate, threshold, DIGIT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "index_length", "stride_scores_b", "stride_pool_b", "stride_pinned_b"])
 def compact_tiles(
     scores,  # [B, L]
     pool,  # [B, L]
@@ -204,7 +217,10 @@ def compact_tiles(
     index,  # [B, M] contiguous
     length,
     index_length,
-    strides,  # of scores, pool and pinned, each of samples and of tokens
+    stride_scores_b,
+    stride_pool_b,
+    stride_pinned_b,
+    strides,  # of the tokens of scores, pool and pinned
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
@@ -212,7 +228,10 @@ def compact_tiles(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)[None, :]
     tokens = tile * TILE + tl.arange(0, TILE)
-    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, sample, tokens, length)
+    scores += sample * stride_scores_b
+    pool += sample * stride_pool_b
+    pinned += sample * stride_pinned_b
+    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, tokens, length)
     last_counts = counts + (3 * (batch * tiles).to(tl.int64) + sample * tiles) * 256
     threshold, remaining, digit = _threshold_so_far(
         keep + sample, last_counts, state + sample * 6, tiles, 4, BLOCK_TILES
@@ -241,43 +260,74 @@ def compact_tiles(
 
 def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
     """See `reroute_kernels.ops.select_tokens`."""
-    check_selection(scores, pool, pinned, keep, length)
-    batch, total = scores.shape
-    if batch > MAX_PROGRAMS:
-        parts = parts_of_batch(batch)
-        return torch.cat([select_tokens(scores[s], pool[s], pinned[s], keep[s], length) for s in parts])
-    index = torch.empty(batch, length, dtype=torch.int64, device=scores.device)
-    if index.numel() == 0:
+    inputs = scores, pool, pinned, keep
+    key = "select", length, layout(inputs)
+    plan = find_plan(key)
+    if plan is None:
+        check_selection(scores, pool, pinned, keep, length)
+        batch = scores.shape[0]
+        if batch > MAX_PROGRAMS:
+            parts = parts_of_batch(batch)
+            return torch.cat([select_tokens(*(x[part] for x in inputs), length) for part in parts])
+        plan = Plan(inputs)
+        if scores.is_neg():
+            scores = plan.prepare(0, lambda tensors: as_stored(tensors[0]))
+        add_selection(plan, Slot(0), scores.stride(), 1, length)
+        keep_plan(key, plan)
+    return plan.run(inputs)[0]
+
+
+def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], first: int, length: int) -> Slot:
+    """Plan a selection, which is a result.
+
+    Args:
+        plan: whose inputs hold `pool`, `pinned` and `keep`.
+        scores: (B, L).
+        score_strides: their strides.
+        first: number of `pool` among the inputs; `pinned` and `keep` follow.
+        length: M.
+
+    Returns:
+        (B, M), the kept index.
+    """
+    pool, pinned, keep = plan.tensors[first : first + 3]
+    assert pool is not None
+    assert pinned is not None
+    assert keep is not None
+    batch, total = pool.shape
+    index = plan.result(batch, length, dtype=torch.int64)
+    if batch * length == 0:
         return index
-    scores, keep = as_stored(scores), keep.contiguous()
-    strides = (*scores.stride(), *pool.stride(), *pinned.stride())
-    with on_device_of(scores):
-        if total <= ONE_PROGRAM_TOKENS:
-            select_and_compact[(batch,)](
-                scores,
-                pool,
-                pinned,
-                keep,
-                index,
-                total,
-                length,
-                strides,
-                TILE=max(256, next_power_of_2(total)),
-                PARTS=4,
-                num_warps=8,
-            )
-            return index
-        tile = max(MIN_TILE, min(MAX_TILE, next_power_of_2(total) // 32))
-        tiles = cdiv(total, tile)
-        counts = torch.empty(4, batch, tiles, 256, dtype=torch.int32, device=scores.device)
-        certain = torch.empty(batch, tiles, dtype=torch.int32, device=scores.device)
-        state = torch.empty(batch, 3, 2, dtype=torch.int32, device=scores.device)
-        blocks = {"TILE": tile, "BLOCK_TILES": 4, "num_warps": 8}
-        for digit in range(4):
-            count_digits[(tiles, batch)](
-                scores, pool, pinned, keep, counts, certain, state, total, strides, DIGIT=digit, **blocks
-            )
-        compact_tiles[(tiles, batch)](
-            scores, pool, pinned, keep, counts, certain, state, index, total, length, strides, **blocks
-        )
+    if not keep.is_contiguous():
+        plan.prepare(first + 2, lambda tensors: tensors[first + 2].contiguous())
+    strides = score_strides, pool.stride(), pinned.stride()
+    given = {
+        "scores": scores,
+        "pool": Slot(first),
+        "pinned": Slot(first + 1),
+        "keep": Slot(first + 2),
+        "length": total,
+        "stride_scores_b": strides[0][0],
+        "stride_pool_b": strides[1][0],
+        "stride_pinned_b": strides[2][0],
+        "strides": tuple(stride for _, stride in strides),
+        "num_warps": 8,
+    }
+    written = {"index": index, "index_length": length}
+    if total <= ONE_PROGRAM_TOKENS:
+        tile = max(256, next_power_of_2(total))
+        plan.launch(select_and_compact, (batch,), **given, **written, TILE=tile, PARTS=4)
+        return index
+    tile = max(MIN_TILE, min(MAX_TILE, next_power_of_2(total) // 32))
+    tiles = cdiv(total, tile)
+    given |= {
+        "counts": plan.scratch(4, batch, tiles, 256, dtype=torch.int32),
+        "certain": plan.scratch(batch, tiles, dtype=torch.int32),
+        "state": plan.scratch(batch, 3, 2, dtype=torch.int32),
+        "TILE": tile,
+        "BLOCK_TILES": 4,
+    }
+    for digit in range(4):
+        plan.launch(count_digits, (tiles, batch), **given, DIGIT=digit)
+    plan.launch(compact_tiles, (tiles, batch), **given, **written)
     return index

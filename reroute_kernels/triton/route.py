@@ -1,0 +1,47 @@
+"""A whole decision, planned as one: its launches follow each other, and its memory is taken at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..attention import NUM_TENSORS, Attention, takes_attention
+from ..checks import check_candidates, check_ranking, check_rows
+from ..decision import route_tokens_by
+from .gather import add_gather, gather_tokens
+from .launch import MAX_PROGRAMS
+from .plan import Plan, find_plan, keep_plan, layout
+from .rank import add_ranking, rank_tokens
+from .select import add_selection, select_tokens
+
+_in_steps = route_tokens_by(rank_tokens, select_tokens, gather_tokens)
+
+
+@takes_attention
+def route_tokens(
+    attention: Attention,
+    pool: Tensor,
+    pinned: Tensor,
+    keep: Tensor,
+    length: int,
+    tensors: tuple[Tensor, ...],
+    return_scores: bool = False,
+) -> tuple:
+    """See `reroute_kernels.ops.route_tokens`."""
+    inputs = *attention[:NUM_TENSORS], pool, pinned, keep, *tensors
+    key = "route", attention[NUM_TENSORS:], length, layout(inputs)
+    plan = find_plan(key)
+    if plan is None:
+        batch, total = attention.key.shape[:2]
+        if total == 0 or batch > MAX_PROGRAMS:
+            return _in_steps(attention, pool, pinned, keep, length, tensors, return_scores)
+        check_ranking(attention)
+        check_candidates(pool, pinned, keep, length, attention.key.shape[:2], attention.key.device)
+        check_rows(tensors, batch, total, attention.key.device)
+        plan = Plan(inputs)
+        scores = add_ranking(plan, attention)
+        index = add_selection(plan, scores, (total, 1), NUM_TENSORS, length)
+        add_gather(plan, index, (batch, length), NUM_TENSORS + 3)
+        keep_plan(key, plan)
+    scores, index, *compact = plan.run(inputs)
+    result = index, tuple(compact)
+    return (*result, scores) if return_scores else result
