@@ -16,8 +16,8 @@ from bench.grounding.scenes import Object, Question, Scene
 FOLDER = checkpoint.FOLDER
 
 
-def scene_of(*objects):
-    return Scene(np.zeros((scenes.SIDE, scenes.SIDE, 3), np.uint8), objects, night=False)
+def scene_of(*objects, brightness=0):
+    return Scene(np.full((scenes.SIDE, scenes.SIDE, 3), brightness, np.uint8), objects, night=False)
 
 
 def put(name, left, top, side=30):
@@ -199,7 +199,7 @@ def test_followed_tokens():
 def test_example_agrees_with_the_rates():
     target = put("small red ring", 0, 0, side=48)
     question = Question("box", "", "", target)
-    items = [answers.Item(number, scene_of(target), question) for number in range(4)]
+    items = [answers.Item(number, scene_of(target, brightness=128), question) for number in range(4)]
     right, wrong = "0.00 0.00 0.24 0.24", "0.50 0.50 0.60 0.60"
     given = {
         policies.UNROUTED: [right, wrong, right, right],
@@ -208,6 +208,9 @@ def test_example_agrees_with_the_rates():
     }
     assert example.pick(items, given, better=example.REROUTE, worse=example.REMOVE) == 2
     assert example.pick(items, given, better=example.REMOVE, worse=example.REROUTE) == 3
+    outside = [answers.Item(0, scene_of(target, brightness=brightness), question) for brightness in (95, 161)]
+    shows_it = {way: 3 * each[2:3] for way, each in given.items()}
+    assert example.pick([*outside, items[2]], shows_it, better=example.REROUTE, worse=example.REMOVE) == 2
     given[example.REMOVE] = [right] * 4
     with pytest.raises(ValueError, match=r"no scene shows that reroute fastv .* is better than remove"):
         example.pick(items, given, better=example.REROUTE, worse=example.REMOVE)

@@ -25,7 +25,7 @@ def photos(tmp_path):
 
 
 def test_one_image(photos, capsys):
-    main_of("one_image")(TINY, str(photos / "a.png"), "box of the small red cross")
+    main_of("one_image")(TINY, str(photos / "a.png"), "box of the small red triangle")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("unrouted: 0.")
     assert lines[1].startswith("rerouted: 0.")
@@ -36,7 +36,7 @@ def test_one_image(photos, capsys):
 def test_folder(photos, capsys, monkeypatch):
     script = main_of("folder")
     monkeypatch.setitem(script.__globals__, "BATCH", 2)
-    script(TINY, str(photos), "box of the small red cross")
+    script(TINY, str(photos), "box of the small red triangle")
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["a.png", "b.png", "c.png"]
     assert all(len(line.split()) == 5 for line in lines)
