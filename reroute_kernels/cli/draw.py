@@ -11,7 +11,8 @@ from ..boxes import Box
 from .demo import StageShare, Subject
 
 # How patches and boxes are drawn.
-DEFERRED, RETURNED = (0.725, 0.824, 0.933, 0.84), "#ff2bd6"
+RETURNED = "#ff2bd6"
+DEFERRED = {"facecolor": (0.725, 0.824, 0.933, 0.55), "edgecolor": "#2563a8", "hatch": "...", "linewidth": 0}
 REMOVED = {"facecolor": "#c9cbd1", "edgecolor": "#5c5f68", "hatch": "/////", "linewidth": 0}
 READ_BOX = {"edgecolor": "#ffd60a", "linewidth": 2.4}
 TRUE_BOX = {"edgecolor": "#00b4f0", "linewidth": 2.4, "linestyle": "--"}
@@ -64,10 +65,7 @@ def draw(
                     if box is not None:
                         axis.add_patch(_rectangle(box, photo.shape, **style))
                 continue
-            veil = np.zeros((*patches, 4))
-            veil.reshape(-1, 4)[sorted(share.deferred)] = DEFERRED
-            axis.imshow(veil, extent=(0, photo.shape[1], photo.shape[0], 0), interpolation="nearest")
-            for places, style in ((share.removed, REMOVED), (share.returned, frame)):
+            for places, style in ((share.deferred, DEFERRED), (share.removed, REMOVED), (share.returned, frame)):
                 for place in sorted(places):
                     corner = (place % patches[1] * width, place // patches[1] * height)
                     axis.add_patch(Rectangle(corner, width, height, **style))
@@ -76,7 +74,7 @@ def draw(
     shares = [share for row in rows for share in row.shares]
     legend = [
         (True, Patch(facecolor="white", edgecolor="black", label="ran")),
-        (any(share.deferred for share in shares), Patch(facecolor="#b9d2ee", label="deferred")),
+        (any(share.deferred for share in shares), Patch(**DEFERRED, label="deferred")),
         (any(share.removed for share in shares), Patch(**REMOVED, label="removed for good")),
         (
             any(share.deferred for share in shares),

@@ -1,10 +1,12 @@
 """The page that `reroute-kernels view` writes: what is in it, and what a browser shows of it."""
 
+import io
 import json
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +23,7 @@ QUESTION = (
 ANSWER = "At [0.25, 0.30, 0.50, 0.60] <img src=x onerror=alert(1)></script>"
 TRUTH = (0.25, 0.3, 0.75, 0.6)
 SCHEDULE = "2:0.4,6:0.2,9:0.3"
-COLOURS = {"deferred": "rgba(185, 210, 238, 0.84)", "removed": 'url("#hatch")', "active": "none", "returned": "none"}
+COLOURS = {"deferred": 'url("#veil")', "removed": 'url("#hatch")', "active": "none", "returned": "none"}
 
 
 def run(*arguments):
@@ -92,6 +94,11 @@ def test_data_are_what_the_traces_say(made):
     }
 
 
+def test_default_scene_is_neither_dark_nor_white(made):
+    """A veil over it is seen."""
+    assert 96 <= np.asarray(made.subject.picture).mean() <= 160
+
+
 def test_boxes(made):
     removed, rerouted = made.data["panes"]
     assert made.data["truth"] == list(TRUTH)
@@ -124,7 +131,7 @@ def test_page_needs_nothing_else(made):
     assert "http:" not in template
     assert "https:" not in template
     assert "@import" not in template
-    assert set(re.findall(r"url\((.*?)\)", template)) == {"#hatch"}
+    assert set(re.findall(r"url\((.*?)\)", template)) == {"#hatch", "#veil"}
 
 
 def test_text_stays_text(made):
@@ -317,7 +324,9 @@ def test_scores(opened, made):
 def test_texts_and_boxes(opened, made):
     page = opened()
     assert page.title() == "Which patches run in every layer"
-    assert page.text_content("h1") == QUESTION
+    label, title = page.text_content("header p"), page.text_content("h1")
+    assert (label, title) == ("Question", QUESTION)
+    assert page.locator("header p b").all_text_contents()[1:] == ["remove", "reroute"]  # a sentence on each
     assert page.text_content("#unrouted") == made.data["unrouted"] != ""
     assert page.locator("section .answer").all_text_contents() == [pane.answer for pane in made.panes]
     assert page.locator("section h2").all_text_contents() == [f"remove: {SCHEDULE}", f"reroute: {SCHEDULE}"]
@@ -342,3 +351,45 @@ def test_layout(opened, width, beside, scheme):
     ink, paper = (sum(map(int, re.findall(r"\d+", channel))) for channel in channels)
     assert (ink < paper) == (scheme == "light")
     assert abs(ink - paper) > 400
+
+
+def pixels_of(locator):
+    """(height, width, 3) of what the browser draws, in float."""
+    return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB"), dtype=float)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_states_look_different(opened, made, scheme):
+    """Over the picture itself: a deferred patch is no active one, and its picture is still seen; a removed one is not.
+
+    In the legends no swatch is empty.
+    """
+    page = opened(color_scheme=scheme)
+    page.add_style_tag(content=".box, .frame { display: none }")
+    pictures = page.locator("section .picture")
+
+    def patches(pane, layer):
+        page.fill("#layer", str(layer))
+        whole = Image.fromarray(pixels_of(pictures.nth(pane)).astype(np.uint8)).resize((384, 384))
+        return np.asarray(whole, dtype=float).reshape(12, 32, 12, 32, 3).swapaxes(1, 2).reshape(144, 32, 32, 3)
+
+    for pane, state in ((0, "removed"), (1, "deferred")):
+        plain, drawn = patches(pane, 0), patches(pane, 2)
+        states, _ = expected(made.panes[pane], made.subject.visual_positions(), 2)
+        changed = np.abs(drawn - plain).mean((1, 2, 3))
+        those = np.array([each == state for each in states])
+        assert changed[those].min() > 15
+        assert changed[~those].max() < 8  # edges are blended
+        means, before = (each[those].mean((1, 2, 3)) for each in (drawn, plain))
+        seen = means.std() / before.std()
+        assert (0.3 < seen < 0.7) if state == "deferred" else seen < 0.1
+
+    paper = page.locator("aside").evaluate("each => getComputedStyle(each).backgroundColor")
+    paper = np.array(re.findall(r"\d+", paper), dtype=float)
+    for overlay in ("state", "score"):
+        page.check(f"[value={overlay}]")
+        swatches = page.locator(".legend .swatch:visible")
+        assert swatches.count() == {"state": 6, "score": 5}[overlay]
+        for swatch in swatches.all():
+            inked = np.abs(pixels_of(swatch) - paper).mean(2) > 30
+            assert inked.mean() > 0.35
