@@ -8,9 +8,8 @@ Stages are joined by `,` or, where commas separate arguments, by `+`.
 from __future__ import annotations
 
 from .checks import expect_one_of
-from .cost import text_config
 from .policy import ACTIONS, Policy, Stage
-from .presets import MODELS, Preset, PublishedModel, model_of, preset
+from .presets import MODELS, Preset, PublishedModel, layers_of, model_of, preset
 
 
 def parse_schedule(text: str) -> tuple[Stage, ...]:
@@ -101,13 +100,9 @@ def published_model(model: object) -> PublishedModel | None:
 
 
 def _check_layers(name: Preset, model: object) -> None:
-    if model is None:
+    if model is None or (isinstance(model, str) and model not in MODELS):
         return
-    layers = MODELS[name.model].decoder.layers
-    if isinstance(model, str):
-        found = MODELS[model].decoder.layers if model in MODELS else layers
-    else:
-        found = text_config(model).num_hidden_layers
+    layers, found = layers_of(name.model), layers_of(model)
     if found != layers:
         raise ValueError(f"presets of {name.model} are for {layers} decoder layers, and this model has {found}")
 

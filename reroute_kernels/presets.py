@@ -74,6 +74,12 @@ _QWEN = PublishedModel(
 MODELS: dict[str, PublishedModel] = {model.name: model for model in (_LLAVA, _QWEN)}
 """The published models by name."""
 
+
+def layers_of(model: object) -> int:
+    """Decoder layers of a model; of a published one by its name, else of a transformers model or configuration."""
+    return MODELS[model].decoder.layers if isinstance(model, str) else text_config(model).num_hidden_layers
+
+
 _FASTV = {192: 0.2644, 128: 0.1418, 64: 0.01916}
 """Keep ratio of FastV's one decision, and of each decision of `reroute-fastv`, by tier."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..budget import SHAPES
-from ..cost import Decoder, text_config
+from ..cost import Decoder
 from ..policy import Policy
-from ..presets import MODELS
+from ..presets import MODELS, layers_of
 
 
 def parse_model(text: str) -> object:
@@ -58,7 +58,7 @@ def check_layers(policy: Policy, model: object) -> None:
     Raises:
         ValueError: it does.
     """
-    layers = MODELS[model].decoder.layers if isinstance(model, str) else text_config(model).num_hidden_layers
+    layers = layers_of(model)
     if policy.schedule and policy.schedule[-1].layer >= layers:
         raise ValueError(
             f"schedule must stay below layer {layers} of this model, got layer {policy.schedule[-1].layer}"
