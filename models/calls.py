@@ -190,7 +190,7 @@ class PromptFacts(CallFacts):
         """An argument, or what the configuration has in its place."""
         return self.arguments.get(name, getattr(self.adapter.decoder.config, name, default))
 
-    @property
+    @cached_property
     def counts(self) -> Counter[str]:
         """The counts read from the device, by name; 0 of what was not counted."""
         return Counter(self.prompt.extra_counts)
