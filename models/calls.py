@@ -93,11 +93,8 @@ class CallFacts:
     @property
     def has_one_mask_for_windows(self) -> bool:
         """Whether one mask of four dimensions is the model's in all layers, which then have no window."""
-        return self.differences is not None and self.layers.has_windows(self.total) and not self._is_by_kind
-
-    @property
-    def _is_by_kind(self) -> bool:
-        return isinstance(self.arguments.get("attention_mask"), dict)
+        is_by_kind = isinstance(self.arguments.get("attention_mask"), dict)
+        return self.differences is not None and self.layers.has_windows(self.total) and not is_by_kind
 
     @property
     def cache_name(self) -> str:
