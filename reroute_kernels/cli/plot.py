@@ -119,23 +119,17 @@ def draw_trace(trace: Trace, sample: int) -> Figure:
     removed, deferred, run = range(3)
     places = trace.visual_positions[sample].tolist()
     left = set(places if trace.reduction is None else trace.reduction.selected[sample].tolist())
-    candidates, first = left, trace.stages[0].layer if trace.stages else None
-    states, names = [], []
-    if first != 0:
-        states.append([run if each in left else removed for each in places])
-        names.append("layer 0")
-    for stage in trace.stages:
-        names.append(f"layer {stage.layer}")
-        ran = set(stage.selected[sample].tolist())
-        if trace.policy.action == "remove":
-            candidates = ran
-        states.append([run if each in ran else deferred if each in candidates else removed for each in places])
+    stages = [(stage.layer, set(stage.selected[sample].tolist())) for stage in trace.stages]
+    if not stages or stages[0][0] > 0:
+        stages.insert(0, (0, left))
+    back = left if trace.policy.action == "reroute" else set()  # may run in a later stage
+    states = [[run if each in ran else deferred if each in back else removed for each in places] for _, ran in stages]
     figure = Figure(figsize=(8, 0.5 * len(states) + 1.2), layout="constrained")
     axis = figure.subplots()
     colors = ListedColormap(list(_COLORS.values()))
     if places:
         axis.imshow(states, aspect="auto", cmap=colors, vmin=0, vmax=2, interpolation="nearest")
-    axis.set_yticks(range(len(states)), names)
+    axis.set_yticks(range(len(stages)), [f"layer {layer}" for layer, _ in stages])
     axis.set_xlabel("visual token")
     _add_legend(figure)
     return figure
