@@ -72,11 +72,7 @@ class Decoder:
             return config_or_model
         if isinstance(config_or_model, str):
             if config_or_model not in DECODERS:
-                names = ", ".join(map(repr, DECODERS))
-                raise ValueError(
-                    f"config_or_model must be one of {names}, a model or a configuration "
-                    f"(AutoConfig.from_pretrained), got {config_or_model!r}"
-                )
+                raise unknown_name(config_or_model)
             return DECODERS[config_or_model]
         config = text_config(config_or_model)
         for name in ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"):
@@ -107,6 +103,15 @@ def text_config(config_or_model: object):
     if not hasattr(config, "num_hidden_layers"):
         raise _no_config(config_or_model, "num_hidden_layers")
     return config
+
+
+def unknown_name(given: str) -> ValueError:
+    """Error that tells which names stand for a model, and what else does."""
+    names = ", ".join(map(repr, DECODERS))
+    return ValueError(
+        f"config_or_model must be one of {names}, a model or a configuration (AutoConfig.from_pretrained), "
+        f"got {given!r}"
+    )
 
 
 def _no_config(given: object, missing: str) -> TypeError:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .budget import keep_ratio, solve_like
 from .checks import expect_one_of
-from .cost import DECODERS, Decoder, layer_types, text_config
+from .cost import DECODERS, Decoder, layer_types, text_config, unknown_name
 from .policy import Policy, Stage
 from .rankings import LastQuery
 from .reducers import Nuwa
@@ -221,10 +221,7 @@ def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
         raise TypeError(f"keep must be a number in (0, 1], got {keep!r}")
     if isinstance(config_or_model, str):
         if config_or_model not in MODELS:
-            raise ValueError(
-                f"config_or_model must be one of {', '.join(map(repr, MODELS))}, a model or a configuration "
-                f"(AutoConfig.from_pretrained), got {config_or_model!r}"
-            )
+            raise unknown_name(config_or_model)
         published = MODELS[config_or_model]
     else:
         published = model_of(config_or_model)
