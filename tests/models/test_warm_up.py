@@ -7,7 +7,7 @@ import reroute_kernels as rk
 from reroute_kernels.routing import RoutedForward
 from tests.models.families import MODELS, load
 from tests.models.prompts import ACTIONS
-from tests.models.slow_way import layer_types
+from tests.models.slow_way import decoder_of, layer_types
 
 POLICY = rk.Policy([rk.Stage(2, 0.5), rk.Stage(3, 0.25)])
 
@@ -17,7 +17,7 @@ POLICY = rk.Policy([rk.Stage(2, 0.5), rk.Stage(3, 0.25)])
 @pytest.mark.parametrize("family", MODELS)
 def test_every_decision_is_made_and_the_model_stays_as_it_was(family, action, layer, monkeypatch):
     model = load(family).model
-    kinds = layer_types(model)
+    kinds = layer_types(decoder_of(model))
     able = [i for i in range(1, len(kinds)) if {kinds[i], kinds[i - (layer == "previous")]} == {"full_attention"}]
     schedule = [rk.Stage(i, keep) for i, keep in zip(able[:2], (0.5, 0.25), strict=False)]
     if not schedule:
