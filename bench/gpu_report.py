@@ -1,9 +1,9 @@
 """Benchmarks and tests on this GPU, in one command, made to end within ten minutes: `make gpu-report`.
 
-What matters most comes first: whole prefills, then a decision part by part, decoding, operations, tests. A row is
-printed and written to bench/results/<device> the moment it is known, and docs/performance.md from that, so that a run
-which is cut off has kept what it found. Without a GPU it is a dry run: every
-step on a CPU, in Triton's interpreter and on tiny shapes, to know that the command works; nothing of it is kept.
+The most important figures come first: whole prefills, then a decision part by part, decoding, operations, tests. A row
+is printed and written to bench/results/<device> the moment it is known, and docs/performance.md is written from that,
+so that a run which is cut off keeps its results. Without a GPU it is a dry run: every step runs on a CPU, in Triton's
+interpreter and on tiny shapes, to check that the command works. Its results are not kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SECTION_SECONDS = 150  # after which a section makes no further row
 
 
 class Sections:
-    """The parts of the report: runs each, and keeps what it returns or how it failed."""
+    """The parts of the report: runs each, and keeps its result or its error."""
 
     def __init__(self, folder: Path, description: dict[str, object], only: list[str] | None = None):
         self.folder, self.description, self.only, self.failed = folder, description, only, []
@@ -48,7 +48,7 @@ class Sections:
         self.write_page: Callable[[], object] = lambda: None
 
     def wants(self, kind: str) -> bool:
-        """Whether sections whose names begin so are to be run."""
+        """Whether sections whose names begin with this prefix are to be run."""
         return self.only is None or any(name.startswith(kind) for name in self.only)
 
     def run(self, name: str, work: Callable[[], object], seconds: float = SECTION_SECONDS) -> object:
@@ -139,7 +139,7 @@ def run_tests(shards: int, seconds: float, arguments: list[str]) -> dict[str, ob
 
 
 def run_sanitizer() -> dict[str, str]:
-    """Memory errors and races in one small run of every kernel, where compute-sanitizer is installed.
+    """Memory errors and races in one small run of every kernel, if compute-sanitizer is installed.
 
     Raises:
         RuntimeError: it found some.
@@ -166,7 +166,7 @@ def run_sanitizer() -> dict[str, str]:
         try:
             text, _ = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it watches, which would go on
+            os.killpg(process.pid, signal.SIGKILL)  # with its child processes, which would go on
             process.wait()
             raise RuntimeError(f"{tool}: did not end in 120 s") from None
         summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
@@ -270,7 +270,7 @@ def run_prefills(
 
 @dataclass
 class Plan:
-    """Sizes of everything that is measured.
+    """Sizes of all measurements.
 
     Attributes:
         clock, dtype: of all measurements.
@@ -279,9 +279,9 @@ class Plan:
         shapes, batches, large: of single operations.
         copied: bytes of the copy whose bandwidth is a floor.
         tests, shards: arguments of pytest, and in how many processes.
-        sanitizer: the section of that name.
+        sanitizer: gives the section of that name.
         compilers: processes that compile kernels ahead.
-        models_backend, operations_backend: what is forced for whole models and for operations, or None.
+        models_backend, operations_backend: the backend forced for whole models and for operations, or None.
     """
 
     clock: Clock

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from reroute_kernels import flops  # noqa: F401 (registers what the operations count for)
+from reroute_kernels import flops  # noqa: F401 (registers the FLOPs of the operations)
 from reroute_kernels.policy import Policy
 from reroute_kernels.versions import check_transformers
 
@@ -58,7 +58,7 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
 
     Args:
         model_type: its `config.model_type`.
-        adapter: `Adapter` if the model is built like the default, or a subclass with what is different.
+        adapter: `Adapter` if the model is built like the default, or a subclass that overrides the parts that differ.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -81,10 +81,10 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
     Args:
         model: a transformers model of a type in `ADAPTERS`, also wrapped by PEFT, `torch.compile` or
             `DistributedDataParallel`.
-        policy: what to route; or its text, as `Policy.parse` takes it for this model: `"reroute-fastv/192"`,
+        policy: the policy, or its text as `Policy.parse` takes it for this model: `"reroute-fastv/192"`,
             `"3:0.25,7:0.25"`.
-        replace: whether a routing that is on the model already is removed for this one; it stays as it is if this
-            one is refused. The handle of what was replaced is then a removed one.
+        replace: whether a routing that is on the model already is removed for this one; it stays as it is if this one
+            is refused. The handle of the replaced routing is then a removed one.
 
     Returns:
         The handle: a context manager with `remove()` and `trace`.
@@ -94,10 +94,10 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
         ValueError: the model type is not supported, the model is routed already and `replace` is False, or the
             policy does not fit it.
         NotImplementedError: the model or the policy asks for something that is not supported, which is named, or
-            transformers is older than all that are.
+            transformers is older than all supported versions.
         AttributeError: this version of transformers builds the model differently, which is named.
 
-    >>> with apply(model, "3:0.25,7:0.1") as routing:  # a LLaVA, and what its processor made of a prompt with a photo
+    >>> with apply(model, "3:0.25,7:0.1") as routing:  # a LLaVA, and its processor's output for a prompt with a photo
     ...     output = model.generate(**inputs, max_new_tokens=2)
     >>> [len(stage.selected[0]) for stage in routing.trace.stages]
     [36, 14]
@@ -155,7 +155,7 @@ def routing_of(model: nn.Module) -> Routing | None:
     """The routing that is on a model, for handles that were lost.
 
     Args:
-        model: what `apply` was given, or what is wrapped around it.
+        model: the model that `apply` was given, or a wrapper around it.
 
     Returns:
         The handle that `apply` returned, or None if the model is not routed.
@@ -176,7 +176,7 @@ def remove(model: nn.Module) -> None:
     """Remove the routing that is on a model, if any, as `remove()` of its handle does.
 
     Args:
-        model: what `apply` was given, or what is wrapped around it.
+        model: the model that `apply` was given, or a wrapper around it.
 
     Raises:
         TypeError: the argument is no module.
@@ -188,7 +188,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _unwrapped(model: Any) -> Any:
-    """The transformers model inside what PEFT, `torch.compile` and `DistributedDataParallel` wrap around it."""
+    """The transformers model inside the wrappers of PEFT, `torch.compile` and `DistributedDataParallel`."""
     while isinstance(model, nn.Module):
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()  # type: ignore[operator]

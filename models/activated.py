@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 def activated_counts(model: nn.Module, decoder: nn.Module) -> list[int] | None:
-    """How many tokens at the end of each row PEFT has its layers act on in this call; None if it does not count.
+    """How many tokens at the end of each row PEFT's layers act on in this call; None if PEFT does not count tokens.
 
     Args:
         model: the transformers model, which PEFT has told of its adapters.
-        decoder: in it.
+        decoder: the decoder in that model.
     """
     configs = getattr(model, "peft_config", None) or {}
     if not any(getattr(config, "alora_invocation_tokens", None) for config in configs.values()):
         return None
-    # PEFT hands the counts to its layers by hooks, which are there while it calls the model. The last one has its way:
-    # a call that failed leaves its own.
+    # PEFT hands the counts to its layers by hooks, which are there while it calls the model. The last hook holds the
+    # counts of this call: a call that failed leaves its hook behind.
     for module in decoder.modules():
         for hook in reversed(module._forward_pre_hooks.values()):
             if isinstance(hook, partial) and hook.keywords.get("alora_offsets") is not None:
@@ -28,7 +28,7 @@ def activated_counts(model: nn.Module, decoder: nn.Module) -> list[int] | None:
 
 
 def activated_visual(visual: Tensor, counts: list[int]) -> Tensor:
-    """How many visual tokens, of (B, L) bool, are among those at the end of their rows."""
+    """How many visual tokens are among the last `counts` tokens of their rows; visual: (B, L) bool."""
     batch, length = visual.shape
     if len(counts) != batch:
         raise ValueError(f"alora_offsets must hold a number for each of {batch} samples, got {len(counts)}")

@@ -17,7 +17,7 @@ from .tensor_parallel import check_not_sharded
 from .vision import ReducedVision
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""The argument that holds the KV cache: since transformers 5.24, and before."""
+"""Names of the argument that holds the KV cache: since transformers 5.24, and before."""
 
 
 def cache_of(arguments: Mapping):
@@ -39,10 +39,10 @@ def visual_token_ids(config) -> list[int]:
 
 
 class Adapter:
-    """The default: a decoder of Llama-like layers inside a model that merges image and video features into it.
+    """The default adapter: Llama-like layers in a model that merges image and video features into its inputs.
 
-    It fits LLaVA-OneVision, InternVL and Mistral 3. A family overrides what is different.
-    Arguments named `layer` are decoder layers.
+    It fits LLaVA-OneVision, InternVL and Mistral 3. A family overrides the parts that differ. Arguments named `layer`
+    are decoder layers.
 
     Args:
         model: the transformers model to route.
@@ -178,7 +178,7 @@ class Adapter:
         return attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
 
     def rotary(self, layer: Module, position_embeddings) -> tuple[Tensor, Tensor]:
-        """cos and sin as (B or 1, L, R), from what the model hands its layers."""
+        """cos and sin as (B or 1, L, R), from the position embeddings that the model hands its layers."""
         cos, sin = position_embeddings
         return cos, sin
 
@@ -187,7 +187,7 @@ class Adapter:
         return cos, sin
 
     def take_layer_features(self, arguments: dict) -> list[Tensor]:
-        """Take out of the decoder's arguments what it would add to visual tokens between layers.
+        """Take the features that the decoder would add to visual tokens between layers out of its arguments.
 
         Args:
             arguments: of the decoder, by name; changed if features are taken.

@@ -1,4 +1,4 @@
-"""Where the answers of a prompt begin that is scored together with them: the last token before ranks."""
+"""Where the answers begin in a prompt that is scored together with them: the last token before an answer ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ class Answers:
 
     Args:
         labels: of the call, (B, L), or None.
-        answers_from: of the routing, an integer or (B,); what labels say does not matter beside it. None if it says
-            nothing.
+        answers_from: of the routing, an integer or (B,). It takes precedence over the labels. None leaves it to them.
     """
 
     def __init__(self, labels: Tensor | None = None, answers_from: int | Tensor | None = None):
@@ -46,7 +45,7 @@ class Answers:
         return starts.where(visual.any(dim=1), visual.shape[1])
 
     def too_early(self, visual: Tensor, starts: Tensor) -> Tensor:
-        """How many visual tokens (B, L) stand in an answer, whose last token before could not rank them."""
+        """How many visual tokens (B, L) stand in an answer. The last token before the answer could not rank them."""
         positions = torch.arange(visual.shape[1], device=visual.device)
         return (visual & (positions >= starts[:, None])).sum()
 
@@ -59,10 +58,10 @@ class Answers:
 
     @staticmethod
     def _labelled(labels: Tensor, visual: Tensor, valid: Tensor | None) -> Tensor:
-        """From labels: the answer begins at the first one behind the last visual token.
+        """Starts from labels: the answer begins at the first labelled token behind the last visual one.
 
-        A row that is scored from before its images on, up to and behind them, has no answer: its text is scored as a
-        whole.
+        A row whose labels begin before its last visual token and go on right behind it has no answer: its text is
+        scored as a whole.
         """
         batch, length = visual.shape
         if tuple(labels.shape) != (batch, length):

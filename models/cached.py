@@ -26,7 +26,7 @@ def record_of(cache) -> CachedPrompt | None:
 
 
 def begin_record(cache) -> None:
-    """Mark a cache that a routed prompt is about to fill, so that what a failed call leaves is no finished prompt."""
+    """Mark a cache that a routed prompt is about to fill, so that a failed call leaves no finished prompt there."""
     if not hasattr(cache, _ATTRIBUTE):
         setattr(cache, _ATTRIBUTE, None)
 
@@ -54,7 +54,7 @@ class CacheState:
     positions: list[Tensor]
     """(B or 1, P) positions in the full sequence."""
     visible: list[Tensor | None] | None = None
-    """(B, P) bool, False also at what this call hides, which the next one may show; None if it hides nothing."""
+    """(B, P) bool, False also at keys that this call hides and the next one may show; None if it hides none."""
 
     def seen(self, stage: int) -> Tensor | None:
         """Which keys of a stage the call sees, (B, P) bool; None for all."""
@@ -79,9 +79,9 @@ class CacheState:
 
     @classmethod
     def unrouted(cls, length: int, visible: Tensor | None, stages: int, device: torch.device) -> CacheState:
-        """Of a cache that no routed prompt filled: all layers hold the same `length` tokens.
+        """State of a cache that no routed prompt filled: all layers hold the same `length` tokens.
 
-        visible: (B, length) bool, what the call sees, or None if it sees all.
+        visible: (B, length) bool, the tokens that the call sees, or None if it sees all.
         """
         positions = torch.arange(length, device=device)[None]
         return cls(length, [length] * stages, [None] * stages, [positions] * stages, [visible] * stages)
@@ -95,14 +95,14 @@ class CachedPrompt:
     batch: int
     past: CacheState
     last_position: Tensor | None
-    """Rotary position of each sample's last token, (..., B, 1), where later positions must be derived from it."""
+    """Rotary position of each sample's last token, (..., B, 1), if later positions are derived from it; else None."""
     right_padded: bool
     rows: Tensor
     """(stages, B), the tokens of each sample that each stage ran."""
 
     @classmethod
     def of(cls, forward: RoutedForward, before: CacheState | None, last_position: Tensor | None) -> CachedPrompt:
-        """From a finished forward on a cache that held `before`. Guesses may go again: the prompt ends before."""
+        """Record of a finished forward on a cache that held `before`, without draft tokens, which can be rejected."""
         prompt = forward.prompt
         lengths, all_valid, positions = [], [], []
         for stage, kept in enumerate(forward.kept):
@@ -126,8 +126,8 @@ class CachedPrompt:
         Args:
             stage: index of the stage.
             batch: samples of the call, B or a multiple of it (each sample repeated in place).
-            visible: (batch, L + count) bool of the prompt and all tokens after it, False at padding and at what the
-                call hides; None if there is neither.
+            visible: (batch, L + count) bool of the prompt and all tokens after it, False at padding and at tokens that
+                the call hides; None if there is neither.
             count: the tokens after the prompt.
 
         Returns:

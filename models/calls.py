@@ -1,7 +1,7 @@
 """Classify a call of a routed model: a routed prompt, new tokens on a routed cache, or nothing to route.
 
-The facts of a call are read here, refusals.py has the rules that they are held against, and prefill.py the states that
-what is routed has from then on.
+The facts of a call are read here, refusals.py has the rules that they are held against, and prefill.py the state of a
+routed prompt and of the calls that follow on it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "s
 
 @dataclass(eq=False, kw_only=True)
 class CallFacts:
-    """Facts about a call of the model: its arguments, and what routes the model.
+    """Facts about a call of the model: its arguments, and the parts of the routing.
 
     Args:
         adapter, policy, layers: of the routing.
@@ -65,12 +65,12 @@ class CallFacts:
 
     @property
     def mask(self) -> Any:
-        """The (batch, total) mask behind the attention mask; what was given if there is none behind it."""
+        """The padding mask (batch, total) behind the attention mask; the attention mask itself if there is none."""
         return self._read_mask[0]
 
     @property
     def differences(self) -> Tensor | None:
-        """In how many places a mask of four dimensions is not causal with padding; None of other masks."""
+        """In how many places a mask of four dimensions is not causal with padding; None for other masks."""
         return self._read_mask[1]
 
     @property
@@ -134,7 +134,7 @@ class PromptFacts(CallFacts):
 
     @cached_property
     def valid(self) -> Tensor | None:
-        """(B, L) bool, False at padding; None without a mask that tells."""
+        """(B, L) bool, False at padding; None without a padding mask."""
         if not self.is_padding_mask:
             return None
         return self.mask[:, -self.queries :].to(self.visual.device, torch.bool)
@@ -184,12 +184,12 @@ class PromptFacts(CallFacts):
         return None if positions is None else (positions.diff(dim=1) != 1).sum()
 
     def _setting(self, name: str, default: bool) -> object:
-        """An argument, or what the configuration has in its place."""
+        """An argument, or its default in the configuration."""
         return self.arguments.get(name, getattr(self.adapter.decoder.config, name, default))
 
     @cached_property
     def counts(self) -> Counter[str]:
-        """The counts read from the device, by name; 0 of what was not counted."""
+        """The counts read from the device, by name; 0 for those that were not counted."""
         return Counter(self.prompt.extra_counts)
 
     @property
@@ -276,7 +276,7 @@ class PromptFacts(CallFacts):
 
     @property
     def pad_left(self) -> bool:
-        """Whether compact rows are left-padded, which keeps in place what is counted from the end of a row."""
+        """Whether compact rows are left-padded, so that tokens counted from the end of a row stay in place."""
         return self.layers.pad_left or self.activated is not None
 
     @cached_property
@@ -332,7 +332,7 @@ _NO_ONE_GRAPH = (
 
 
 class CallReader:
-    """Tells what a call is, and refuses what cannot be routed, before the first layer runs.
+    """Classifies calls, and refuses those that cannot be routed, before the first layer runs.
 
     Args:
         adapter: of the model.
@@ -353,7 +353,7 @@ class CallReader:
         self._cache_name = cache_name(adapter.core)
         self._combine = None if head_group is None else partial(all_gather_scores, head_group)
         self._signature = inspect.signature(adapter.core.forward)
-        # The frames that it reads are no matter of torch.compile, which would warn.
+        # torch.compile must not trace the reading of frames: it would warn.
         self._prompt_call = torch.compiler.disable(prompt_call)
         # Nor are the facts of a call and the rules that they are held against: a graph has ended before.
         self._read_prompt = torch.compiler.disable(self._prompt)
@@ -367,13 +367,13 @@ class CallReader:
         marks: Callable[[], tuple[Tensor, Tensor]] | None = None,
         answers: Answers | None = None,
     ) -> Prefill | Continuation | None:
-        """From the arguments of the model inside the head.
+        """Classify a call by the arguments of the model inside the head.
 
         Args:
             args, kwargs: its arguments.
             marks: gives (B, L) bool, the tokens of a prompt that a reducer dropped, and those that any did; None if
                 there is no reducer.
-            answers: what is known of answers that are scored with the prompt.
+            answers: the labels and positions that tell where answers begin, if any are scored with the prompt.
 
         Raises:
             ValueError, NotImplementedError: the call cannot be routed, for a reason that is named.
@@ -386,7 +386,7 @@ class CallReader:
         if tokens is None:
             tokens = arguments.get("inputs_embeds")
         if tokens is None:
-            return None  # the model says what is missing
+            return None  # the model's own error names the missing argument
         if cache is not None and not hasattr(cache, "get_seq_length"):
             self._check_paged(cache, arguments)
             return None
@@ -409,7 +409,7 @@ class CallReader:
     def _is_traced_text(self, cache, tokens: Tensor, arguments: dict) -> bool:
         """Whether a call that is made into a graph brings no image and follows on none, so that it runs untouched.
 
-        A graph cannot branch on what input_ids hold: whether placeholders are among them is an assertion in it.
+        A graph cannot branch on the values of input_ids: whether placeholders are among them is an assertion in it.
         """
         exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
         if not exported and not torch.compiler.is_compiling():
@@ -549,7 +549,8 @@ class CallReader:
         if len(set(after)) == 1:
             return after[0]
         if not layers.length_is_routed and after[0] == min(after):
-            # Cropped to a length for all layers, as assisted decoding does: those of the stages kept what it cut off.
+            # Assisted decoding crops all layers to one length, which leaves the rejected tokens in the shorter layers
+            # of stages.
             for stage, length in zip(layers.stages, prompt.past.lengths, strict=True):
                 for layer_idx in stage:
                     if layer_idx in layers.attention:
@@ -593,15 +594,16 @@ def _cached_tokens(cache, layers: list[int]) -> list[int]:
 
 
 def _padding_mask(mask: object, queries: int, total: int) -> tuple[object, Tensor | None]:
-    """The (B, total) mask behind an attention mask.
+    """The padding mask (B, total) that an attention mask was made of.
 
-    For caches of a fixed size `generate` makes masks of four dimensions, one for each kind of layer, of which the last
-    query's row is what it made them from.
+    For caches of a fixed size `generate` makes masks of four dimensions, one for each kind of layer. The row of the
+    last query is the padding mask.
 
     Returns:
-        The mask, or what it is if there is none behind it; and, of four dimensions, in how many places it differs from
-        a causal mask with that padding. What padding sees is no matter, unless it sees other padding: then it is
-        another sequence. Nor may the last token stand alone behind padding that sees itself: it may be padding, too.
+        The padding mask, or the argument itself if there is none behind it; and, if that has four dimensions, in how
+        many places it differs from a causal mask with that padding. Rows of padding may differ, unless padding sees
+        other padding: then it is another sequence. The last token must not stand alone behind padding that sees itself:
+        it may be padding, too. That counts as a difference.
     """
     if isinstance(mask, dict):
         mask = mask.get("full_attention")

@@ -1,8 +1,9 @@
-"""Layers whose activations are computed anew in the backward pass: what routes must stay outside of what is recomputed.
+"""Layers whose activations are computed anew in the backward pass: the routing hooks must not run again there.
 
-A layer is recomputed with the inputs that it was handed, which are of a stage already where hooks run outside: then the
-second run needs no state of the call. So it is with torch's `checkpoint_wrapper` around a layer, on which the hooks
-are, and with transformers from 5.23 on, which checkpoints `forward`. Before, it checkpointed `__call__`, hooks and all.
+A layer is recomputed with the inputs that it was handed. If the hooks run outside of the recomputed part, these inputs
+are compact already, and the second run needs no state of the call. So it is with torch's `checkpoint_wrapper` around a
+layer, which then carries the hooks, and with transformers from 5.23 on, which checkpoints `forward`. Before, it
+checkpointed `__call__`, hooks included.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
 
 
 def checkpointed(module: Module) -> Module:
-    """The module inside what torch's `checkpoint_wrapper` put around it."""
+    """The module inside torch's `checkpoint_wrapper`, or the module itself."""
     while (inside := module._modules.get(_WRAPPED)) is not None:
         module = inside
     return module
@@ -29,5 +30,5 @@ def recomputes_hooks(layer: nn.Module) -> bool:
 
 
 def runs_first(layer: nn.Module) -> bool:
-    """Whether hooks must be put in front of those that are there: torch's composable `checkpoint` begins in one."""
+    """Whether hooks must go before the module's other hooks: torch's composable `checkpoint` begins in one of these."""
     return any(getattr(hook, "__module__", "") == _COMPOSABLE for hook in layer._forward_pre_hooks.values())

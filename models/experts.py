@@ -1,8 +1,8 @@
 """The router logits of a mixture of experts, from which the model with the head computes its load-balancing loss.
 
-That takes the rows of all layers with one attention mask, which does not fit the rows of a stage. The head is kept from
-the mask of a prompt with images, and is handed the rows of tokens instead, without padding: of each layer those that
-ran.
+The loss takes the rows of all layers with one attention mask, which does not fit the rows of a stage. So the mask of a
+prompt with images is kept from the head. It is handed the rows of tokens without padding instead: for each layer, the
+tokens that ran.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .checkpointing import checkpointed
 
 
 def asks_for_router_logits(arguments: dict, config) -> bool:
-    """Whether a call of the model with the head does; config: of its text model."""
+    """Whether a call of the model with the head asks for them; config: of its text model."""
     asked = arguments.get("output_router_logits")
     return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
 
@@ -28,7 +28,7 @@ def with_tokens(router_logits: tuple[Tensor, ...], layers: nn.ModuleList, starts
         router_logits: (B * M, experts) of each layer with experts.
         layers: of the decoder.
         starts: the first layer of each stage.
-        forward: what was routed.
+        forward: the routed prefill.
 
     Returns:
         (tokens, experts) of each of these layers, in their order.

@@ -1,4 +1,4 @@
-"""Families of models: what differs from `Adapter`, the default for decoders built like Llama's."""
+"""Families of models: their differences from `Adapter`, the default for decoders built like Llama's."""
 
 from __future__ import annotations
 

@@ -16,13 +16,13 @@ class PromptCall:
     """How `generate` calls its model.
 
     Attributes:
-        generates: whether it does.
+        generates: whether `generate` makes the call.
         assisted: whether it lets an assistant guess tokens.
         draft_tokens: how many tokens at the end of the call are draft tokens.
         drafts: whether it generates the draft tokens of assisted decoding.
         uncut: whether the tokens of the call are those that the caller of `generate` gave, none cut off as cached.
         chunked_ids: (B, L), the whole conversation if it is prefilled in chunks, else None.
-        chunk_size: of these, else None.
+        chunk_size: tokens of a chunk, else None.
     """
 
     generates: bool = False
@@ -35,11 +35,11 @@ class PromptCall:
 
 
 def prompt_call(core: nn.Module) -> PromptCall:
-    """Read the frame of the generation loop of transformers whose own call of its model this is, if there is one.
+    """Read the frame of the generation loop of transformers that makes this call of its model, if there is one.
 
     Assisted decoding appends draft tokens to the prompt of its first call, and a chunk looks like a prompt of its own:
-    both would rank by a token that is not the prompt's last, and no argument tells. Nor does one tell what was cut off
-    by the length of a cache that may be routed; a mask of ones is dropped.
+    both would rank by a token that is not the prompt's last, and no argument tells. No argument tells either which
+    tokens were cut off by the length of a cache that may be routed, since a mask of ones is dropped.
 
     Args:
         core: the model inside the head, which copies of a model share.
@@ -76,7 +76,7 @@ def _generates_with(core: nn.Module, frame: FrameType) -> bool:
 
 
 def _is_model_call(callee: FrameType, model: nn.Module) -> bool:
-    """Whether what a generation loop runs is its model, not a logits processor, a stopping criterion or a streamer."""
+    """Whether a generation loop calls its model here, not a logits processor, a stopping criterion or a streamer."""
     code = callee.f_code
     first = callee.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     return first is model or callee.f_globals.get("__name__", "").startswith("torch._dynamo")

@@ -43,7 +43,8 @@ _routings: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Routing]] = weakref.
 class _Call:
     """State of one call of the model, on the stack of its thread: a hook may call the model anew.
 
-    routed: what is routed, or None; unread: arguments that are read once the decoder is handed the embeddings;
+    routed: the routed prompt or continuation, or None; unread: arguments that are read once the decoder is handed the
+    embeddings;
     awaits_decoder: whether the decoder is still to be called; mask: the attention mask, if the head is kept from it.
     """
 
@@ -92,11 +93,11 @@ class LayerProjection:
 
 
 class _Calls(threading.local):
-    """The calls of the model that run in a thread, each inside the one before, and what the next one was told."""
+    """The calls of the model that run in a thread, each inside the one before, and arguments for the next one."""
 
     def __init__(self):
         self.stack: list[_Call] = []
-        # Of the call whose head was entered last: its labels, and its attention mask if the head is kept from it.
+        # Labels of the call whose head was entered last, and its attention mask if that is kept from the head.
         self.labels: Tensor | None = None
         self.mask: object = None
 
@@ -111,7 +112,7 @@ class Routing:
 
     Attributes:
         policy: the policy.
-        trace: what the latest routed prefill did, or None before the first one.
+        trace: record of the latest routed prefill, or None before the first one.
         answers_from: where answers begin in prompts that are scored together with them; None leaves it to `labels`.
     """
 
@@ -127,7 +128,7 @@ class Routing:
         self._ranks_ahead = {stage.layer - 1 for stage in policy.schedule if policy.ranks_by_previous_layer}
         self._calls = CallReader(adapter, policy, self._layers, self._head_group, self._vision)
         self._running = _Calls()
-        # The frames that these read are no matter of torch.compile.
+        # torch.compile must not trace these: they read frames.
         self._count_calls = torch.compiler.disable(partial(calls_of, adapter.core))
         self._decoder_runs = torch.compiler.disable(partial(forwards_of, adapter.decoder))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -220,7 +221,7 @@ class Routing:
         _forget_compiled_code()
 
     def remove(self) -> None:
-        """Take every hook off the model, which then is what it was. Calling it again does nothing."""
+        """Take every hook off the model, which then is as it was before. Calling it again does nothing."""
         for handle in self._handles:
             handle.remove()
         if self._handles:
@@ -248,11 +249,11 @@ class Routing:
 
     @property
     def answers_from(self) -> int | Tensor | None:
-        """Where answers begin in prompts that are scored together with them: the last token before ranks.
+        """Where answers begin in prompts that are scored together with them: the last token before an answer ranks.
 
         A position in the rows of `input_ids`, padding included, behind all visual tokens: an integer for all samples,
-        or (B,) integers. A row that ends before has no answer. It holds until it is set anew, and goes before what
-        `labels` tell; None leaves it to them.
+        or (B,) integers. A row that ends before has no answer. It holds until it is set anew, and takes precedence over
+        `labels`; None leaves it to them.
         """
         return self._answers_from
 
@@ -301,12 +302,12 @@ class Routing:
             if call.routed is not None:
                 self._check_parts()
         else:
-            call.unread = args, kwargs, answers  # what was dropped shows in what the decoder is handed
+            call.unread = args, kwargs, answers  # the decoder's input shows which tokens were dropped
         call.awaits_decoder = True
         return None if call.mask is None else (args, kwargs)
 
     def _end(self, core: nn.Module, args: tuple, output) -> object:
-        if output is None:  # an error, of which `_begin` may not have seen the call
+        if output is None:  # an error; `_begin` may not have seen the call
             self._forget_calls(self._count_calls() - 1)
             return None
         if not self._running.stack:
@@ -332,7 +333,7 @@ class Routing:
         return output
 
     def _forget_calls(self, running: int) -> None:
-        """Drop the state of calls inside so many that run."""
+        """Drop the state of all but the first `running` calls: the others have ended."""
         del self._running.stack[max(running, 0) :]
 
     def _check_parts(self) -> None:
@@ -384,7 +385,7 @@ class Routing:
     def _read_reduced(
         self, args: tuple, kwargs: dict, answers: Answers, arguments: dict
     ) -> Prefill | Continuation | None:
-        """Read a call of the model; the marks of what was dropped are taken out of what its decoder is handed."""
+        """Read a call of the model; the marks of dropped tokens are taken out of its decoder's input."""
         vision, embeds = self._vision, arguments["inputs_embeds"]
         found: list[tuple[Tensor, Tensor]] = []
 
@@ -450,7 +451,7 @@ class Routing:
         call.forward.score(hidden, rotary, self._projection(call, layer_idx, layer))
 
     def _rotary(self, layer: Module, hidden: Tensor, position_embeddings: object) -> tuple[Tensor, ...]:
-        """cos and sin, (B, L, R), of what layers are handed."""
+        """cos and sin, (B, L, R), from the position embeddings that layers are handed."""
         cos_and_sin = self._adapter.rotary(layer, position_embeddings)
         return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in cos_and_sin)
 
@@ -474,7 +475,7 @@ class Routing:
 
 
 def routings_on(model: nn.Module) -> list[Routing]:
-    """The routings that are on a module or on what is in it."""
+    """The routings that are on a module or on modules inside it."""
     found = (_routings.get(module, lambda: None)() for module in model.modules())
     return list(dict.fromkeys(routing for routing in found if routing is not None))
 

@@ -1,4 +1,4 @@
-"""The layers of a decoder under a policy: which stage each is in, and what it attends to."""
+"""The layers of a decoder under a policy: the stage and the attention mask of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = ("full_attention", "sliding_attention", "linear_attention")
 
 
 class RoutedLayers:
-    """Properties of the routed layers that do not change from call to call.
+    """Properties of the routed layers that are the same in all calls.
 
     Args:
         adapter: of the model.
@@ -38,7 +38,7 @@ class RoutedLayers:
 
     Raises:
         ValueError: the policy names layers that do not exist.
-        NotImplementedError: a layer cannot do what the policy asks of it.
+        NotImplementedError: a layer does not support what the policy asks of it.
     """
 
     def __init__(self, adapter: Adapter, policy: Policy):
@@ -137,7 +137,7 @@ class RoutedLayers:
         refuse(self, ATTENTION_RULES)
 
     def has_windows(self, total: int) -> bool:
-        """Whether a layer of a stage sees a part of so many tokens only."""
+        """Whether a layer of a stage sees only a part of `total` tokens."""
         return self.slides and total > self._config.sliding_window
 
     def mask(

@@ -21,8 +21,8 @@ def is_flash_attention(implementation: str) -> bool:
 def mask_format(implementation: str) -> str | None:
     """The form of the masks that transformers makes for an attention implementation, one of `FORMATS`.
 
-    Names are looked up in transformers' registry of masks, where kernels from the hub and attention functions of users
-    stand beside its own. None if it makes none that is known here.
+    Names are looked up in transformers' registry of masks, in which kernels from the hub and users' attention functions
+    stand beside its own. None if its mask has no form that is known here.
     """
     from transformers import masking_utils
 
@@ -37,7 +37,7 @@ def mask_format(implementation: str) -> str | None:
 
 
 def _with_room(rows: Tensor | None, keys: int) -> Tensor | None:
-    """Rows of a cache with room left, padded to so many keys."""
+    """The mask of cached rows, padded to `keys` columns if the cache has room left."""
     if rows is None or rows.shape[1] == keys:
         return rows
     return torch.nn.functional.pad(rows, (0, keys - rows.shape[1]))
@@ -53,7 +53,7 @@ def attention_mask(
     positions: Tensor | None = None,
     window: int | None = None,
 ):
-    """Mask for queries that stand behind `past` keys, each seeing itself and what stands before it.
+    """Mask for queries that stand behind `past` keys, each seeing itself and the tokens before it.
 
     Args:
         form: one of `FORMATS`, as `mask_format` gives it.

@@ -1,13 +1,13 @@
-"""Modules of transformers, and what `torch.compile` puts around them."""
+"""Modules of transformers, and the wrappers of `torch.compile` around them."""
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
 Module: TypeAlias = Any
-"""A `torch.nn.Module` of transformers; torch does not type what its attributes are."""
+"""A `torch.nn.Module` of transformers; torch does not type its attributes."""
 
 
 def uncompiled(module: Module) -> Module:
-    """The module inside what `torch.compile` puts around it."""
+    """The module inside the wrapper of `torch.compile`, or the module itself."""
     return module._modules.get("_orig_mod", module)

@@ -20,8 +20,8 @@ class Prefill:
 
     Args:
         layers: of the decoder.
-        forward: what is routed.
-        past: what the cache held before, if anything.
+        forward: the routed prefill.
+        past: contents of the cache before, or None.
         generates: whether `generate` makes the call.
     """
 
@@ -43,7 +43,7 @@ class Prefill:
         return len(self.forward.kept)
 
     def mask(self, stage: int, layer_idx: int, hidden: Tensor, kwargs: dict) -> object:
-        """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
+        """The mask of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
         key = (stage, self._layers.kinds[layer_idx])
         if key not in self._masks:
             self._masks[key] = self._new_mask(stage, layer_idx, hidden)
@@ -66,7 +66,7 @@ class Prefill:
         )
 
     def fill(self, cache) -> None:
-        """Begin a stage, whose layers fill a cache. What a call that failed left there is not mistaken for a prompt."""
+        """Begin a stage, whose layers fill a cache. Rows left there by a failed call are not mistaken for a prompt."""
         self.cache = cache
         if cache is not None:
             begin_record(cache)
@@ -92,8 +92,8 @@ class Prefill:
             index = prompt.end.clamp(min=0)[:, None].expand(*positions.shape[:-1], 1)
             last = positions.gather(-1, index)
         if positions.ndim == 3 and not (self.generates and prompt.right_padded):
-            # Of three axes, later tokens stand behind the furthest one (a fourth counts the tokens); in `generate`,
-            # which adds one to each axis, behind the last token.
+            # Positions on three axes: later tokens stand behind the furthest one (a fourth axis counts the tokens). In
+            # `generate`, which adds one on each axis, they stand behind the last token.
             axes = positions[-3:]
             if prompt.valid is not None:
                 axes = axes.masked_fill(~prompt.valid, 0)
@@ -102,7 +102,7 @@ class Prefill:
         self._last_position = last
 
     def record(self) -> None:
-        """Leave with the cache what later calls on it must know."""
+        """Leave the record that later calls need with the cache."""
         self.finished = True
         if self.cache is not None:
             set_record(self.cache, CachedPrompt.of(self.forward, self.past, self._last_position))
@@ -113,7 +113,7 @@ class Continuation:
 
     Args:
         layers: of the decoder.
-        prompt: what the cache holds.
+        prompt: record of the routed prompt in the cache.
         batch: samples of the call.
         queries: new tokens of the call.
         new_tokens: after the prompt, those of the call included.
@@ -147,7 +147,7 @@ class Continuation:
         return None if self._mask is None else self._mask.bool()
 
     def mask(self, stage: int, layer_idx: int, hidden: Tensor, kwargs: dict) -> object:
-        """Of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
+        """The mask of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
         kind = self._layers.kinds[layer_idx]
         if kind == "linear_attention":
             return kwargs.get("attention_mask")  # of the new tokens alone
@@ -169,7 +169,7 @@ class Continuation:
         return self._masks[key]
 
     def position_ids(self, given: Tensor | None) -> Tensor | None:
-        """Positions of the new tokens, (..., batch, queries), where those that the model was given must be replaced."""
+        """Positions of the new tokens, (..., batch, queries), if those of the caller must be replaced; else None."""
         last = self._prompt.last_position
         if last is None or (self._has_positions and not self._prompt.right_padded):
             return None
@@ -177,13 +177,13 @@ class Continuation:
         if given is not None and given.ndim == last.ndim == 3:
             last = last[last.shape[0] - given.shape[0] :]
         if last.ndim == 2 and not self._prompt.right_padded:
-            # A model of one axis that is given none counts what its cache holds, padding too.
+            # A model with one axis that is given no positions counts the tokens in its cache, padding included.
             later = self._prompt.past.length + torch.arange(self._new_tokens, device=last.device)
             return later[None, -self._queries :].expand(self._batch, -1)
         return last + 1 + self._offsets(last.device)
 
     def position_embeddings(self, stage: int, embeddings_at: Callable[[Tensor], object]) -> object:
-        """Of a stage whose tokens are numbered from 0; made by `embeddings_at` from positions (batch, queries)."""
+        """Those of a stage that numbers its tokens from 0; `embeddings_at` takes positions (batch, queries)."""
         if stage not in self._embeddings:
             rows = self._prompt.rows[stage].repeat_interleave(self._batch // self._prompt.batch)
             self._embeddings[stage] = embeddings_at(rows[:, None] + self._offsets(rows.device))

@@ -1,8 +1,8 @@
 """Refusals: the reasons for which a model, a policy or a call is not routed; docs/refusals.md is written from them.
 
-Rules are checked in order. The first that applies is raised, with the name of the argument, what came and what is
-accepted. The facts `c` that rules read are a `PromptFacts` or a `ContinuationFacts` of calls.py, or the `RoutedLayers`
-of a policy. Refusals without a condition are raised where they are noticed.
+Rules are checked in order. The first that applies is raised, with the name of the argument, the value that came and the
+values that are accepted. The facts `c` that rules read are a `PromptFacts` or a `ContinuationFacts` of calls.py, or the
+`RoutedLayers` of a policy. Refusals without a condition are raised by the code that notices them.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ MASK_RULES = (MASK_SHAPE, CAUSAL)
 
 PROMPT_RULES = (
     WINDOWS,
-    # Of four dimensions, these layers are not told: what is padding goes into their states.
+    # These layers do not read a mask of four dimensions: padding would go into their states.
     Refusal(
         "a mask of four dimensions of a padded prompt where layers have recurrent states",
         "attention_mask must be of shape {c.expected} for a padded prompt on a text model with recurrent states, got "
@@ -179,7 +179,7 @@ PROMPT_RULES = (
         "do not",
         lambda c: c.counts["jumps"] and not c.prompt.padded,
     ),
-    # With a reducer, what it has not marked is refused instead.
+    # With a reducer, features that it has not marked are refused instead.
     Refusal(
         "placeholders without features",
         "input_ids must hold placeholders of images only beside their features ({c.features}), got {c.visual_tokens} "
@@ -416,7 +416,8 @@ CONTINUATION_MASK_RULES = (
         lambda c: c.mask is not None and not c.is_padding_mask,
         ValueError,
     ),
-    # The length of the first attention layer, by which `generate` cuts off what is cached, is not the prompt's.
+    # `generate` cuts off the tokens that are cached, by the length of the first attention layer, which is not the
+    # prompt's.
     Refusal(
         "a later turn without an `attention_mask` of the whole conversation, after a decision at the first attention "
         "layer or a reducer",

@@ -1,9 +1,9 @@
 """Attention heads split over several processes: tensor parallelism as transformers sets it up.
 
 `from_pretrained(tp_plan="auto")` under torchrun gives each rank some of the heads of every layer, and the same hidden
-states. What the heads of one rank score would let each rank select tokens of its own, so scores are reduced over all
-ranks before anything is selected. All supported versions of transformers keep the number of ranks in `model._tp_size`
-and their mesh in `model._device_mesh`: of one axis in 5.4, with further axes beside the one named `tp` later.
+states. By the scores of its own heads each rank would select other tokens, so scores are reduced over all ranks before
+anything is selected. All supported versions of transformers keep the number of ranks in `model._tp_size` and their mesh
+in `model._device_mesh`: of one axis in 5.4, with further axes beside the one named `tp` later.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Reducers at work on a vision tower.
 
-A dropped token is marked in its features, which become infinite, with signs that spell the number of the routing: the
-mark travels with them through `generate`, which may encode images before the prompt's call, through tiles that are cut,
-and into the batch. It is not mistaken for that of another routing (numbers repeat after 65,536), nor for what an
-overflow leaves. What is marked never reaches a decoder layer.
+A dropped token is marked in its features, which become infinite; their signs spell the number of the routing. The mark
+travels with them through `generate`, which may encode images before the prompt's call, through tiles that are cut, and
+into the batch. It is not mistaken for the mark of another routing (numbers repeat after 65,536), nor for the infinities
+of an overflow. Marked features never reach a decoder layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .modules import Module
 from .offload import onloaded
 from .stack import calls_of
 
-# Routings with a reducer are numbered, in as many bits.
+# Routings with a reducer are numbered, in this many bits.
 _BITS = 16
 _numbers = cycle(range(2**_BITS))
 
@@ -51,7 +51,7 @@ class ReducedVision(ABC):
 
     Attributes:
         kept_all: whether the reducer ever left all tokens of some image.
-        fixed_arguments: of the model, by name, and what they must be if they are given.
+        fixed_arguments: arguments of the model, by name, with the values that they must have if they are given.
 
     Raises:
         NotImplementedError: this vision tower cannot be reduced.
@@ -87,7 +87,7 @@ class ReducedVision(ABC):
         """Whether this reducer can work on the tower.
 
         Args:
-            present: what it will replace, if anything.
+            present: the reducer that it will replace, or None.
 
         Raises:
             ValueError: another model that shares the tower is routed with a reducer.
@@ -115,7 +115,7 @@ class ReducedVision(ABC):
         """Which tokens are dropped.
 
         Args:
-            embeds: (B, L, d), what the decoder is handed.
+            embeds: (B, L, d), the decoder's input.
 
         Returns:
             (B, L) bool, marked by this routing; and (B, L) bool, marked by any.
@@ -129,11 +129,11 @@ class ReducedVision(ABC):
         return (((self._number >> bits) & 1) * 2 - 1).to(like.dtype) * math.inf
 
     def _marked(self, features: Tensor, dropped: Tensor) -> Tensor:
-        """(..., d) with the mark where (...) says so."""
+        """The features (..., d), with the mark in place of dropped tokens (...)."""
         return torch.where(dropped[..., None], self._mark(features), features)
 
     def _reduced(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
-        """(T, N, d), the features with those of the survivors replaced; and (T, N) bool, what is dropped."""
+        """(T, N, d), the features with those of the survivors replaced; and (T, N) bool, the dropped tokens."""
         features = image.features
         count, tokens, channels = features.shape
         index, made = self._reducer.reduce(image)
@@ -178,7 +178,7 @@ def _described(value: object) -> str:
 
 
 class ClipVision(ReducedVision):
-    """CLIP towers, whose class token says what is salient, before a projector (LLaVA-1.5, LLaVA-NeXT)."""
+    """CLIP towers before a projector (LLaVA-1.5, LLaVA-NeXT); the attention of the class token is the saliency."""
 
     def __init__(self, adapter, reducer: ReducerLike):
         super().__init__(adapter, reducer)
@@ -235,7 +235,7 @@ class ClipVision(ReducedVision):
     def _reduce(self, projector: Module, args: tuple) -> tuple:
         features, *others = args
         state = self._state
-        # Held until here: the memory of an output that was freed may be that of the features by now.
+        # Held until here: else the features could reuse the memory of a freed output.
         unlike, state.others = state.others, None
         if any(_share_memory(features, output) for output in unlike):
             expected = self.fixed_arguments["vision_feature_layer"]
@@ -265,7 +265,7 @@ class ClipVision(ReducedVision):
             states = layer.layer_norm1(hidden)
             query, key = attention.q_proj(states[:, :1]), attention.k_proj(states)
         query, key = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key))
-        # As if it stood last, from where it sees all.
+        # The query is placed last, so that it sees all keys.
         last = torch.full((len(hidden), 1), hidden.shape[1] - 1, device=hidden.device)
         mean = ops.rank_tokens(query, key, query_index=last, scale=attention.scale)
         return mean[:, 1:] * query.shape[2]

@@ -23,8 +23,8 @@ BACKENDS = ("ref", "triton")
 class backend:
     """Force a backend: for the whole process, or in a `with` block for this thread or asynchronous task.
 
-    Blocks nest, and one object may be used for several. A call inside a block replaces what the block forces. Gradients
-    are computed by the backend that was forced for the forward pass.
+    Blocks nest, and one object may be used for several. A call inside a block replaces the backend that the block
+    forces. Gradients are computed by the backend that was forced for the forward pass.
 
     Args:
         name: `"ref"`, `"triton"`, or None to choose by device again. `"triton"` on CPU tensors needs Triton's

@@ -29,7 +29,7 @@ _COMMA = r"\s*[\s,]\s*"
 _PATTERNS = (
     # [l, t, r, b] and (l, t), (r, b), also with spaces only
     re.compile(rf"[\[(]\s*{_NUMBER}{_COMMA}{_NUMBER}(?:{_COMMA}|\s*\)\s*,?\s*\(\s*){_NUMBER}{_COMMA}{_NUMBER}\s*[\])]"),
-    # the same bare, where no fifth number is beside it
+    # four numbers without brackets, if there is no fifth beside them
     re.compile(rf"(?<![\w.,-])(?<!\d\s){_COMMA.join([_NUMBER] * 4)}(?![\w,]|\.\d|\s+-?\d)"),
 )
 

@@ -24,12 +24,12 @@ SHAPES = ("uniform", "pyramid")
 # The attribute of `Cost` that each kind of budget limits.
 _COSTS = {"avg_tokens": "average_visual_tokens", "flops": "prefill_flops", "kv_bytes": "kv_bytes"}
 
-# So many stages are raised together; all their subsets are tried.
+# How many stages are raised together; all their subsets are tried.
 _TOGETHER = 10
 
 
 def keep_ratio(selected: int, visual_tokens: int) -> float:
-    """A keep ratio that selects exactly so many of the visual tokens."""
+    """A keep ratio that selects exactly `selected` of the visual tokens."""
     return min(1.0, (selected + 0.5) / visual_tokens)
 
 
@@ -52,8 +52,8 @@ def solve(
 ) -> Policy:
     """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
 
-    Each stage selects K = max(1, trunc(scale * shape)) tokens or one more: of all scales, and all choices of stages
-    with one more, that which comes closest to the budget. Where it admits everything, all tokens are selected.
+    Each stage selects K = max(1, trunc(scale * shape)) tokens or one more. Of all scales, and all choices of stages
+    with one more, the one closest to the budget is taken. If the budget admits everything, all tokens are selected.
 
     Args:
         config: whose decoder is costed, as in `reroute_kernels.cost.Decoder.of`.
@@ -67,11 +67,11 @@ def solve(
         action, ranking, positions, reducer: as in `Policy`.
 
     Returns:
-        The policy; `policy.budget` says what it reached, and by how much it stays under the limit.
+        The policy; `policy.budget` has the cost that it reached, and by how much it stays under the limit.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: not exactly one budget is given, or it is below what one token at every decision costs; or an
+        ValueError: not exactly one budget is given, or it is below the cost of one token at every decision; or an
             argument is out of range.
         NotImplementedError: the decoder has layers without full attention, or latent attention.
 

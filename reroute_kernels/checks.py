@@ -1,7 +1,7 @@
-"""Which tensors the operations accept: shapes, dtypes and devices, checked once a call, where memory is touched.
+"""Which tensors the operations accept: shapes, dtypes and devices, checked once a call, right before memory is touched.
 
-Every backend's function checks what it is handed, and so do the shapes of results that the compiler asks for: a call by
-`torch.ops.reroute_kernels.*` from compiled code, or of `rk.triton.*`, reads and writes within its tensors.
+Every backend's function checks its arguments, and so do the functions that give the compiler the shapes of results. So
+a call by `torch.ops.reroute_kernels.*` from compiled code, or of `rk.triton.*`, reads and writes within its tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _COPYABLE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in COPYA
 
 
 def expect_one_of(**given: tuple[object, tuple]) -> None:
-    """Refuse values, by the names of their arguments, that are none of those accepted."""
+    """Refuse values that are not among the accepted ones, by the names of their arguments."""
     for name, (value, accepted) in given.items():
         if value not in accepted:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
@@ -42,7 +42,7 @@ def _refused(name: str, tensor: Tensor, accepted: str) -> ValueError:
 
 
 def expect_tensor(name: str, value: object) -> None:
-    """Refuse what is no dense tensor.
+    """Refuse values that are no dense tensor.
 
     Raises:
         TypeError: it is none.
@@ -55,7 +55,7 @@ def expect_tensor(name: str, value: object) -> None:
 
 
 def check_flags(name: str, flags: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Refuse what is no mask of a shape on a device."""
+    """Refuse values that are no mask of a shape on a device."""
     if flags.shape != shape or flags.dtype != torch.bool or flags.device != device:
         raise _refused(name, flags, f"{tuple(shape)} bool on {device}")
 
@@ -183,7 +183,7 @@ def check_gather(index: Tensor, tensors: Sequence[Tensor], length: int | None = 
     Args:
         index: (B, M) int64.
         tensors: each (B, L, ...).
-        length: L; None: that of the first of them.
+        length: L; None: the length of the first of them.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
@@ -241,7 +241,7 @@ def check_written(full: Tensor) -> None:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: some step is no longer than all that smaller steps reach."""
+    """Whether two elements may share memory: some stride is no longer than the extent of all smaller strides."""
     if tensor.numel() == 0:
         return False
     reach = 0

@@ -40,7 +40,7 @@ class Decoder:
     vocab_size: int
     """Entries of the logits of a token."""
     mlp_weights: tuple[int, ...]
-    """By layer, the entries of the matrices that one token is multiplied by in the MLP. Of a mixture of experts, those
+    """By layer, the entries of the matrices that one token is multiplied by in the MLP. For a mixture of experts, those
     of the router and of the experts that it sends a token to."""
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class Decoder:
                 supports.
 
         Raises:
-            TypeError: the argument is nothing of this.
+            TypeError: the argument is none of these.
             ValueError: the name is unknown.
             NotImplementedError: a layer has other than full attention, or attention is latent.
         """
@@ -197,9 +197,9 @@ class StageCost:
     first_layer: int
     layers: int
     visual_tokens: int
-    """That run in each layer, and are cached there."""
+    """Visual tokens that run in each layer, and are cached there."""
     tokens: int
-    """The same with text."""
+    """All tokens that run in each layer, text included."""
     projections: int
     """FLOPs of the query, key, value and output projections."""
     attention: int
@@ -209,9 +209,9 @@ class StageCost:
     ranking: int
     """FLOPs of the decision that begins the stage."""
     kv_bytes: int
-    """Keys and values that the layers cache."""
+    """Bytes of the keys and values that the layers cache."""
     visual_kv_bytes: int
-    """Those of visual tokens."""
+    """Bytes of the keys and values of visual tokens."""
 
     @property
     def flops(self) -> int:
@@ -277,12 +277,12 @@ class Cost:
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values that the prompt leaves in the cache."""
+        """Bytes of the keys and values that the prompt leaves in the cache."""
         return self._total("kv_bytes")
 
     @property
     def visual_kv_bytes(self) -> int:
-        """Those of visual tokens."""
+        """Bytes of the keys and values of visual tokens."""
         return self._total("visual_kv_bytes")
 
     def decode_flops(self, length: int) -> int:
@@ -293,7 +293,7 @@ class Cost:
                 first step after the prompt has `text_tokens + visual_tokens`.
 
         Raises:
-            ValueError: `length` is below that of the prompt.
+            ValueError: `length` is below the length of the prompt.
         """
         prompt = self.text_tokens + self.visual_tokens
         _check_count("length", length, prompt)
@@ -331,7 +331,7 @@ def cost(
     batch: int = 1,
     dtype: str | torch.dtype = "float16",
 ) -> Cost:
-    """Count what a policy costs on a model.
+    """Count the cost of a policy on a model.
 
     FLOPs: a multiplication and an addition are two. Only matrix products count: projections, attention over all keys
     (not halved for causality), MLPs and rankings; norms, the input embedding and the vision tower do not, and the LM
@@ -340,7 +340,7 @@ def cost(
     Args:
         config_or_model: whose decoder is costed, as in `Decoder.of`.
         policy: the policy, or its text as `Policy.parse` takes it for this model; None for no routing.
-        text_tokens: tokens of a sample's prompt that are no visual ones; the last token is one of them.
+        text_tokens: other tokens of a sample's prompt; the last token is one of them.
         visual_tokens: visual tokens of a sample's prompt; of its one image if there is a reducer.
         batch: samples, all alike.
         dtype: of keys and values in the cache.

@@ -73,7 +73,7 @@ def _scatter(full, index, compact):
     if full.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("full must not be an inference tensor outside torch.inference_mode(), got one")
     operations_for(full.device).scatter_tokens_(full, index, compact)
-    # As PyTorch's own in-place operators do, so that autograd notices the write.
+    # PyTorch's own in-place operators increment it too, so that autograd notices the write.
     if not full.is_inference():
         torch.autograd.graph.increment_version(full)
 
@@ -102,4 +102,4 @@ _register(
 _register("scatter_tokens_(Tensor(a!) full, Tensor index, Tensor compact) -> ()", _scatter, _scatter_fake)
 
 if "torch.utils.flop_counter" in sys.modules:
-    from . import flops  # noqa: F401 (registers what the operations count for)
+    from . import flops  # noqa: F401 (registers the FLOPs of the operations)

@@ -28,7 +28,7 @@ WRAPPED = {
     "qwen2_5_vl": ("Qwen2_5_VL", ("qwen2_5_vl",)),
     "qwen3_vl": ("Qwen3_VL", ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")),
 }
-"""lmms-eval's model types that have a routed one: the name of their class, and what `config.model_type`s they load."""
+"""lmms-eval's model types that have a routed one: the name of their class, and the `config.model_type`s they load."""
 
 BOXES = ("answer", "shares")
 
@@ -62,7 +62,7 @@ def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
         config: the checkpoint's configuration, which tells whose presets a method is looked up in.
 
     Raises:
-        ValueError: an argument is nothing of this, or no preset is published for this checkpoint.
+        ValueError: an argument is none of these, or no preset is published for this checkpoint.
     """
     if policy is None or str(policy).lower() == "none":
         policy = None
@@ -140,7 +140,7 @@ class RoutedLMM:
         arguments: of lmms-eval's class.
 
     Attributes:
-        routing: the handle of what `apply` installed, or None.
+        routing: the handle that `apply` returned, or None.
         prompts: how many prompts with images or videos were answered.
         average_visual_tokens: visual tokens that ran in a layer, averaged over layers and those prompts.
 
@@ -165,7 +165,7 @@ class RoutedLMM:
                 "every step is a new prefill, ranked by the newest token"
             )
         device = arguments.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        # By default lmms-eval hands transformers an empty one for LLaVA, which it refuses, and GPUs for Qwen.
+        # lmms-eval's defaults are an empty device_map for LLaVA, which transformers refuses, and GPUs for Qwen.
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 and (self.wrapped == "llava_hf" or device == "cpu"):
             arguments.setdefault("device_map", device)
         super().__init__(pretrained=pretrained, **arguments)
@@ -203,7 +203,7 @@ class RoutedLMM:
         return self._ran / self.prompts if self.prompts else 0.0
 
     def generate_until(self, requests: list) -> list:
-        """The answers. An error in `generate` ends the run, also where lmms-eval's class would go on without an answer.
+        """The answers. An error in `generate` ends the run, also if lmms-eval's class would go on without an answer.
 
         Raises:
             RuntimeError: a prompt with an image was not routed although there is a policy.
@@ -220,10 +220,10 @@ class RoutedLMM:
         return answers
 
     def loglikelihood(self, requests: list) -> list:
-        """As lmms-eval's class has it, where it does: its labels tell where the answer begins, before which ranks.
+        """As in lmms-eval's class, if it has this. Its labels tell where the answer begins; the token before it ranks.
 
-        lmms-eval 0.7.3 counts the tokens of LLaVA's context without its images, which would have labels begin inside of
-        them, and which transformers refuses by now. Here they are counted.
+        lmms-eval 0.7.3 counts the tokens of LLaVA's context without its images. Labels would begin inside of the
+        images, and transformers refuses such calls by now. Here the images' tokens are counted.
         """
         if self.wrapped != "llava_hf":
             return super().loglikelihood(requests)
@@ -234,7 +234,7 @@ class RoutedLMM:
             self._image_processor = processor
 
     def clean(self) -> None:
-        """Take the routing off the model, then as in lmms-eval."""
+        """Take the routing off the model, then clean up as lmms-eval does."""
         if self.routing is not None:
             self.routing.remove()
         super().clean()
@@ -276,7 +276,7 @@ class RoutedLMM:
         return [box_text(box) if box else answer for answer, box in zip(answers, boxes, strict=True)]
 
     def _picture_sizes(self, inputs: dict) -> list[tuple[int, int] | None]:
-        """Width and height in pixels of each prompt's picture as the model sees it, None if there is not one."""
+        """Width and height in pixels of each prompt's picture as the model sees it; None unless there is just one."""
         rows = len(inputs["input_ids"])
         if UNITS[self.config.model_type] != "pixels":
             return [(1, 1)] * rows
@@ -297,7 +297,8 @@ class RoutedLMM:
 
 @cache
 def __getattr__(name: str) -> type:
-    # lmms-eval's classes import much, and the registry loads this module for every model: each is made when asked for.
+    # lmms-eval's classes import much, and the registry loads this module for every model, so classes are made on
+    # request.
     for wrapped, (base, _) in WRAPPED.items():
         for flavour in ("simple", "chat"):
             if name == f"{base}{flavour.capitalize()}":

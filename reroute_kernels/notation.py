@@ -1,8 +1,8 @@
 """Policies as text, one grammar for Python, the command line, lmms-eval and vLLM.
 
 A policy is the name of a preset, `model/method/avg_tokens` or `method/avg_tokens` if the model is known, or a schedule:
-decision layers with their keep ratios, `3:0.25,7:0.25`, with `remove:` before it if what is not selected is removed.
-Stages are joined by `,` or, where commas separate arguments, by `+`.
+decision layers with their keep ratios, `3:0.25,7:0.25`, with `remove:` before it if tokens that are not selected are
+removed. Stages are joined by `,`, or by `+` if commas separate arguments.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def parse_policy(text: str, model: object = None) -> Policy:
 
     Args:
         text: a preset (`llava-1.5-7b/reroute-fastv/192`) or a schedule (`3:0.25,7:0.25`, `remove:3:0.25`).
-        model: what the policy is for: the name of a published model, a transformers model or a configuration. Presets
+        model: the model of the policy: the name of a published model, a transformers model or a configuration. Presets
             of a published model need no model's name then, and presets for another number of layers are refused.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The operations: what they do, what they return, and their gradients.
+"""The operations: their contracts, results and gradients.
 
 Each makes one registered call, see `library.py`; the backend that runs it checks the tensors, see `checks.py`.
 """
@@ -23,11 +23,11 @@ from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
 
 
 def _registered(attention: Attention) -> Attention:
-    """The argument as the registered operations take it, which check the tensors."""
+    """The argument in the form of the registered operations, which check the tensors."""
     for name, tensor in attention.tensors().items():
         if tensor is not None or name in ("query", "key"):
             expect_tensor(name, tensor)
-    # Also checked where they are used, but a registered operation takes no other objects than strings here.
+    # The backends check them too, but a registered operation accepts nothing but strings here.
     expect_one_of(
         query_reduction=(attention.query_reduction, REDUCTIONS),
         head_reduction=(attention.head_reduction, REDUCTIONS),
@@ -179,7 +179,7 @@ def select_tokens(
         pool: (B, L) bool, the candidates.
         pinned: (B, L) bool, tokens that run whatever their score; they are no candidates.
         keep: K, for all samples or one per sample; as a tensor (B,) of integers on the device of `scores` it costs no
-            transfer, and a negative one counts as 0. Where a pool is smaller than K, all of it is selected.
+            transfer, and a negative one counts as 0. If a pool is smaller than K, all of it is selected.
         length: M, the columns of the result. Choose it as large as the longest row, pinned tokens + K: places beyond
             M are cut off.
 
@@ -214,7 +214,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _differentiated_by_torch() -> bool:
-    """Whether derivatives are those of PyTorch's own operators: forward mode, and the transforms of `torch.func`.
+    """Whether the derivatives must be those of PyTorch's own operators: in forward mode, and under `torch.func`.
 
     They do not look into a registered operation; the reference is made of operators that have all derivatives.
     """
@@ -224,7 +224,7 @@ def _differentiated_by_torch() -> bool:
 
 
 def _remember_backend(ctx) -> None:
-    """Keep what is forced for the backward pass, which autograd may run in another thread."""
+    """Keep the forced backend for the backward pass, which autograd may run in another thread."""
     ctx.forced = None if torch.compiler.is_compiling() else forced_backend()
 
 
@@ -303,7 +303,7 @@ def route_tokens(
     tensors: Sequence[Tensor] = (),
     return_scores: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """Make a whole decision in one call: rank the tokens, select those that run, and compact what belongs to them.
+    """Make a whole decision in one call: rank the tokens, select those that run, and compact their per-token tensors.
 
     Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in a single registered
     call: four launches for at most 4,096 tokens, else eight, the one that compacts included. Finding the queries
@@ -311,10 +311,10 @@ def route_tokens(
 
     Args:
         attention: an `Attention`; or in its place the arguments of `rank_tokens` (`query`, `key` and other tensors by
-            position or name, options by name), and what follows by name.
+            position or name, options by name). The arguments below are then given by name.
         pool, pinned, keep, length: as in `select_tokens`.
         tensors: each (B, L, ...), as in `gather_tokens`; may be none.
-        return_scores: also return what `rank_tokens` does. It is computed anyway, and costs nothing.
+        return_scores: also return the result of `rank_tokens`. It is computed anyway, and costs nothing.
 
     Returns:
         (B, M) int64, the kept index, and a tuple of one contiguous (B, M, ...) tensor for each of `tensors`; then, if

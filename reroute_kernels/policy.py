@@ -75,17 +75,17 @@ class Policy:
 
     Args:
         schedule: stages in ascending order of their decision layers; may be empty if there is a reducer.
-        action: `"reroute"` defers what is not selected, so that it is a candidate again at the next decision layer
-            (arXiv 2606.12412); `"remove"` drops it for good, as FastV and PyramidDrop do.
+        action: `"reroute"` defers tokens that are not selected, so that they are candidates again at the next decision
+            layer (arXiv 2606.12412); `"remove"` drops them for good, as FastV and PyramidDrop do.
         ranking: one of `reroute_kernels.rankings`, or an object with such a method `rank`. The default, `LastQuery()`
             or its name `"last_query"`, ranks a token by the attention that the last prompt token pays to it in the
             decision layer, averaged over heads.
         positions: `"original"` keeps every token's rotary position; `"contiguous"` numbers the tokens that run in a
-            stage from 0 on, and so what is decoded after them.
+            stage from 0 on, and the tokens decoded after them likewise.
         reducer: one of `reroute_kernels.reducers`, or an object with such a method `reduce`; it drops visual tokens
             before the language model runs, and the rest is the pool of all decisions. Keep ratios stay relative to all
             visual tokens of the prompt, the dropped ones included.
-        budget: what the schedule was solved for, if it was. Does not take part in comparisons.
+        budget: the budget that the schedule was solved for, if it was. Does not take part in comparisons.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -153,7 +153,7 @@ class Policy:
 
         Args:
             text: a preset (`"llava-1.5-7b/reroute-fastv/192"`) or a schedule (`"3:0.25,7:0.25"`, `"remove:3:0.25"`).
-            model: what the policy is for, if presets are to be named without their model: the name of a published
+            model: the model of the policy, if presets are to be named without their model: the name of a published
                 model, a transformers model or its configuration.
 
         Raises:
@@ -185,7 +185,7 @@ class Policy:
 
     @property
     def stage_layers(self) -> tuple[int, ...]:
-        """The first layer of each stage: 0 for what a reducer leaves, and the decision layers."""
+        """The first layer of each stage: 0 for the stage of a reducer, and the decision layers."""
         before = () if self.reducer is None else (0,)
         return before + tuple(stage.layer for stage in self.schedule)
 
@@ -197,7 +197,7 @@ class Policy:
             candidates: how many of them may be selected at the first decision (default: all).
 
         Returns:
-            One K per stage. Under `remove` the pool of a stage is what the stage before it kept.
+            One K per stage. Under `remove` the pool of a stage is the tokens that the stage before it kept.
         """
         pool = visual_tokens if candidates is None else candidates
         counts = []

@@ -20,7 +20,7 @@ VISUAL_TOKENS = 576
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model that configurations were published for, and where they decide in it."""
+    """A model that configurations were published for, and their decision layers in it."""
 
     name: str
     model_type: str
@@ -105,7 +105,7 @@ METHODS = (
     "reroute-pdrop",
     "reroute-pdrop-stagewise",
 )
-"""Those of the Reroute paper."""
+"""The methods of the Reroute paper."""
 
 ORIGINALS = ("fastv-original", "pdrop-original", "nuwa", "reroute-nuwa")
 """FastV, PyramidDrop and Nüwa as their own authors run them, and Nüwa under `reroute`."""
@@ -170,13 +170,13 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
             every layer.
         avg_tokens: the published tier, one of `tiers(model, method)`: visual tokens per layer on average, of 576. It is
             a name. On LLaVA the true averages are within 1 of it, but for the pdrop pair at 64, which averages 80 and
-            84. On Qwen2.5-VL they are 197, 134 and 72 for what is named after FastV (the original at 128: 135), 192,
-            129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at 432, 288
-            and 144. `reroute_kernels.cost` counts.
+            84. On Qwen2.5-VL they are 197, 134 and 72 for methods named after FastV (the original at 128: 135). They
+            are 192, 129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at
+            432, 288 and 144. `reroute_kernels.cost` counts.
         matched: solve the schedule anew, with its published keep ratios as the shape, so that pairs match at 576
-            tokens. What removes comes as close to `avg_tokens` as `solve` does, never above: with one decision, as in
-            FastV, to less than 1 token, with several to an eighth of one. What defers comes as close to what its
-            partner that removes then averages. `policy.budget` tells how close.
+            tokens. A method that removes comes as close to `avg_tokens` as `solve` does, never above: with one
+            decision, as in FastV, to less than 1 token, with several to an eighth of one. A method that defers comes as
+            close to the average of its removing partner. `policy.budget` tells how close.
 
     Raises:
         ValueError: an argument names no published configuration.
@@ -197,7 +197,7 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
 
 
 def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
-    """A policy to begin with, which reroutes: decisions at four depths, all with the same keep ratio.
+    """A rerouting policy to begin with: decisions at four depths, all with the same keep ratio.
 
     Published models decide where the Reroute paper does, and at a third follow its preset `reroute-fastv/192`, which
     averages 191.8 of 576 tokens on LLaVA-1.5 and 197.3 on Qwen2.5-VL. Others decide at an eighth, a quarter, a half and

@@ -1,7 +1,7 @@
 """Rankings: the rules that score the candidates of a decision.
 
-A ranking is any object with a method `rank(candidates)`, which gives scores (B, L) float32, higher for what should run.
-One that scores by attention returns `candidates.attention(...)` instead, which is computed in the same call as the
+A ranking is any object with a method `rank(candidates)`, which gives scores (B, L) float32; the highest should run. One
+that scores by attention returns `candidates.attention(...)` instead, which is computed in the same call as the
 selection. The scores of tokens outside the pool are ignored.
 """
 
@@ -54,7 +54,7 @@ class Candidates:
     text: Tensor
     """(B, L) bool, the tokens that run whatever their score."""
     valid: Tensor | None
-    """(B, L) bool, False at what the ranking token does not see, such as padding; None if it sees everything."""
+    """(B, L) bool, False at tokens that the ranking token does not see, such as padding; None if it sees all."""
     last: Tensor | None
     """(B,) int64, position of the last token of each sample's prompt, before an answer; None if it is the last of the
     row."""
@@ -81,8 +81,8 @@ class Candidates:
         """Attention that some queries pay to each token in the layer that ranks.
 
         Args:
-            queries: how many tokens at the end of each sample ask, or `"text"` for all text tokens. A token sees what
-                stands before it.
+            queries: how many tokens at the end of each sample ask, or `"text"` for all text tokens. A token sees itself
+                and the tokens before it.
             query_reduction, head_reduction: `"mean"` or `"max"`; queries are reduced first.
 
         Returns:
@@ -110,7 +110,7 @@ class RankingLike(Protocol):
     """Anything that ranks: `Policy.ranking` needs no base class."""
 
     def rank(self, candidates: Candidates) -> Tensor | Attention:
-        """Scores (B, L) float32, or what `candidates.attention` returns."""
+        """Scores (B, L) float32, or the result of `candidates.attention`."""
 
 
 class Ranking(ABC):
@@ -125,7 +125,7 @@ class Ranking(ABC):
 
     @abstractmethod
     def rank(self, candidates: Candidates) -> Tensor | Attention:
-        """Scores (B, L) float32, or what `candidates.attention` returns."""
+        """Scores (B, L) float32, or the result of `candidates.attention`."""
 
     @abstractmethod
     def flops(self, decoder, tokens: int, text_tokens: int) -> int:
@@ -133,8 +133,8 @@ class Ranking(ABC):
 
         Args:
             decoder: a `reroute_kernels.cost.Decoder`.
-            tokens: what is ranked, text included.
-            text_tokens: the text among it.
+            tokens: number of ranked tokens, text included.
+            text_tokens: number of text tokens among them.
         """
 
 
@@ -275,11 +275,11 @@ class Random(Ranking):
 
 @dataclass(frozen=True)
 class Uniform(Ranking):
-    """A baseline: candidates at even distances, in the order of the prompt, whatever they show."""
+    """A baseline: candidates at even distances, in the order of the prompt, whatever the image shows."""
 
     def rank(self, candidates: Candidates) -> Tensor:
         count, keep = candidates.pool.sum(dim=1, keepdim=True).clamp(min=1), candidates.keep[:, None]
-        # Of n candidates those are taken at which i * K / n passes a whole number.
+        # Of n candidates, number i is taken if i * K / n passes a whole number there.
         taken = (candidates.ordinals + 1) * keep // count > candidates.ordinals * keep // count
         return taken.float()
 

@@ -1,7 +1,7 @@
 """Reducers: rules that leave only some of an image's visual tokens before the language model runs.
 
-A reducer is any object with a method `reduce(image)`, which gives the tokens that stay, and their features. What it
-drops never enters the language model; what it leaves is the pool of all decisions. `survivors` is needed to cost it.
+A reducer is any object with a method `reduce(image)`, which gives the tokens that stay, and their features. Dropped
+tokens never enter the language model; the others are the pool of all decisions. `survivors` is needed to cost it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Reducer(ABC):
 
     @abstractmethod
     def survivors(self, visual_tokens: int) -> int:
-        """K, of an image of so many visual tokens."""
+        """K, the tokens that stay of an image of `visual_tokens`."""
 
 
 def nuwa_anchors(
@@ -86,20 +86,20 @@ def nuwa_anchors(
     quantile: float,
     keeps_own: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Stage 1 of Nüwa (arXiv 2602.02951): spread anchors over the image and let them absorb what is near and alike.
+    """Stage 1 of Nüwa (arXiv 2602.02951): spread anchors over the image and let them absorb near, similar tokens.
 
     Each cell of 2 x 2 tokens proposes its `per_cell` most salient ones, of which the `count` most salient become
     anchors. Those from the given quantile of the anchors' saliency on stay as they are. Each of the others takes up
     every token by its cosine similarity, if positive, times a weight that falls linearly with distance.
 
     Args:
-        features: (T, N, d), what the anchors are made of.
-        similarity_features: (T, N, d'), what is compared.
+        features: (T, N, d), from which the anchors are mixed.
+        similarity_features: (T, N, d'), by which tokens are compared.
         saliency: (T, N) float32.
         grid: rows and columns, N of them. Cells at the border of an odd grid hold fewer tokens.
-        count: anchors per image; if cells propose fewer, all these.
+        count: anchors per image; if cells propose fewer, all proposals become anchors.
         per_cell: proposals of a cell, 1 to 4.
-        distance: at which the weight becomes 0, in tokens.
+        distance: distance at which the weight becomes 0, in tokens.
         quantile: of the anchors' saliency, 0 to 1.
         keeps_own: whether an anchor counts fully (1.0) beside the normalized mix, or as one of it.
 
@@ -166,11 +166,11 @@ class Nuwa(Reducer):
     """Stage 1 of Nüwa (arXiv 2602.02951), see `nuwa_anchors`.
 
     Args:
-        keep: share of an image's tokens that become anchors, in (0, 1]; what it makes is rounded up.
+        keep: share of an image's tokens that become anchors, in (0, 1]; their number is rounded up.
         per_cell: tokens that each cell of 2 x 2 proposes.
-        distance: at which an anchor absorbs nothing any more, as a share of the diagonal of the grid.
+        distance: distance from which on an anchor absorbs nothing, as a share of the diagonal of the grid.
         quantile: anchors from this quantile of their saliency on stay as they are.
-        keeps_own: whether an anchor counts fully beside what it absorbs.
+        keeps_own: whether an anchor counts fully beside the tokens that it absorbs.
 
     The defaults for `distance`, `quantile` and `keeps_own` are those for LLaVA-1.5.
 

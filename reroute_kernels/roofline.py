@@ -38,7 +38,7 @@ def prefill_seconds(cost: Cost, gpu: str) -> float:
     """Estimate of a prefill: each stage takes as long as its FLOPs or the weights that it reads, whichever is longer.
 
     Args:
-        cost: what `reroute_kernels.cost` counted.
+        cost: result of `reroute_kernels.cost`.
         gpu: one of `GPUS`.
 
     Raises:

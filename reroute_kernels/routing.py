@@ -1,4 +1,4 @@
-"""One routed forward: which tokens run in which stage, and what goes in and out of the compact sequence.
+"""One routed forward: which tokens run in which stage, and how tensors get into the compact sequence and back.
 
 Nothing here knows a model: tensors come in, a ranking is a callable, and the kernels do the work.
 """
@@ -55,7 +55,7 @@ class Prompt:
         extra: integer tensors without dimensions, by name, to be read in the same transfer.
 
     Attributes:
-        extra_counts: their values, by name, and those of what a reducer dropped.
+        extra_counts: their values, by name, and the counts of tokens that a reducer dropped.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Prompt:
             last = torch.minimum(last, starts - 1)
         visual = visual & valid & (positions <= last[:, None])
         is_last = positions == last[:, None]
-        # The next token is predicted from the last one, so it runs whatever it is.
+        # The next token is predicted from the last one, so the last one runs even if it is visual.
         self.pinned = (valid & ~visual) | is_last
         self.pool = visual & ~is_last
         self.visual = visual
@@ -97,7 +97,7 @@ class Prompt:
         self.unranked_counts = more.pop(0) if behind else [draft_tokens] * len(trailing)
         self.extra_counts = {name: rows[0] for name, rows in zip(extra, more, strict=True)}
         self.padded = min(self.valid_counts) < self.length
-        # A sample without a token sits this prompt out: it is padded on neither side.
+        # A sample without any token takes no part in this prompt: it is padded on neither side.
         self.right_padded = any(after and tokens for after, tokens in zip(trailing, self.valid_counts, strict=True))
         self.has_empty_rows = min(self.valid_counts) == 0
         self.valid = valid if self.padded else None
@@ -130,8 +130,8 @@ class Prompt:
 class TokenSequence:
     """Tokens in order: hidden states with everything else that is per token.
 
-    Unless it is the full sequence, its hidden states go back to positions of a parent. A write to hidden states copies
-    them first if others may hold them: hooks of the model, or a ranking.
+    The hidden states of any sequence but the full one go back to positions of its parent. A write to hidden states
+    copies them first if others may hold them: hooks of the model, or a ranking.
 
     hidden: (B, L, d); rotary: tensors (B, L, ...); pool, pinned: (B, L) bool; visible: (B, L) bool, the tokens that the
     ranking token sees, or None if it sees all; last: (B,) position of each sample's ranking token in the row, or None
@@ -192,7 +192,7 @@ class RoutedForward:
     device to device.
 
     Args:
-        policy: what to route.
+        policy: the policy.
         prompt: the batch that is prefilled.
         pad_left: whether compact rows are left-padded, for layers in which the last rows count (sliding windows,
             recurrent states); otherwise they are right-padded, and causality alone keeps the padding out.
@@ -221,7 +221,7 @@ class RoutedForward:
             [self.selected_counts, self.row_lengths, lasts], device=prompt.visual.device
         )
         self.kept: list[Tensor] = []
-        self._active: TokenSequence | None = None  # what runs in this stage
+        self._active: TokenSequence | None = None  # the tokens of this stage
         self._scores: Tensor | None = None
         self.scored: list[DecisionScores | None] = []
 
@@ -305,7 +305,7 @@ class RoutedForward:
         if ragged and self.pad_left:
             index, rows = self._left_padded(index, rows, on_device(index.device, self.rows[stage]))
         compact, carried = rows[0], rows[1 + len(source.rotary) :]
-        # One operation made all rows, which have gradients for that: layers are handed cos and sin without, as ever.
+        # One operation made all rows, so all have gradients; but layers are handed cos and sin without, as ever.
         rotary = tuple(
             row if table.requires_grad else row.detach() for row, table in zip(rows[1:], source.rotary, strict=False)
         )
@@ -328,7 +328,7 @@ class RoutedForward:
         return compact
 
     def _drops(self, stage: int) -> bool:
-        """Whether what a stage does not run is no candidate of later decisions."""
+        """Whether tokens that a stage does not run are no candidates of later decisions."""
         return self.policy.action == "remove" or (self._reduces and stage == 0)
 
     def _rank(self, source: TokenSequence, projection: Projection) -> Attention | Tensor:
@@ -427,7 +427,7 @@ class RoutedForward:
         return self._active.hidden
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """Full-length hidden states after the last layer; what did not run shows its last hidden state.
+        """Full-length hidden states after the last layer; a token that did not run shows its last hidden state.
 
         Trailing padding shows its sample's last token, so that reading the last position of a row is right whatever
         the padding side.

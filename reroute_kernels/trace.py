@@ -47,9 +47,9 @@ class StageTrace:
     """Record of one stage of a routed prefill; nothing is copied from the device before it is read."""
 
     layer: int
-    """The decision layer; 0 for what a reducer left."""
+    """The decision layer; 0 for the stage of a reducer."""
     keep: float | None
-    """The share of visual tokens that was asked for; None for what a reducer left."""
+    """The share of visual tokens that was asked for; None for the stage of a reducer."""
     tokens: int
     """M, the tokens that each row of this stage's layers holds and caches."""
     _kept: Tensor = field(repr=False)
@@ -61,7 +61,7 @@ class StageTrace:
     def selected(self) -> list[Tensor]:
         """For each sample the positions of the visual tokens that ran: int64, ascending, on the CPU.
 
-        They count from the first token of the conversation: what a cache held before stands in front.
+        They count from the first token of the conversation: tokens that a cache held before stand in front.
         """
         kept, visual = self._kept.cpu(), self._visual.cpu()
         rows = (row[row >= 0] for row in kept)
@@ -69,10 +69,10 @@ class StageTrace:
 
     @cached_property
     def scores(self) -> list[Tensor] | None:
-        """For each sample what the ranking gave its N visual tokens: (N,) float32, in their order, on the CPU.
+        """For each sample the scores of its N visual tokens: (N,) float32, in their order, on the CPU.
 
-        To be compared within a sample and a decision; higher runs. NaN at tokens that were no candidates, such as those
-        gone under `remove`. None for what a reducer left, which is not ranked here.
+        To be compared within a sample and a decision; the highest run. NaN at tokens that were no candidates, such as
+        those gone under `remove`. None for the stage of a reducer, which is not ranked here.
         """
         return None if self._scored is None else self._scored.of_visual(self._visual.cpu())
 
@@ -112,7 +112,7 @@ class Trace:
         return "; ".join(parts)
 
     def plot(self, sample: int = 0) -> Figure:
-        """Picture of a sample: a row for each stage, a column for each visual token, by what became of it.
+        """Picture of a sample: a row for each stage, a column for each visual token: run, deferred or removed.
 
         It needs matplotlib.
 

@@ -27,7 +27,7 @@ class Versions(NamedTuple):
         return _numbers(version) < _numbers(self.oldest)
 
     def is_newer(self, version: str) -> bool:
-        """Whether a version lies above what was tested; a bug-fix release of the newest does not."""
+        """Whether a version lies above the tested ones; a bug-fix release of the newest does not."""
         return self.tested is not None and _numbers(version) > _numbers(self.tested)
 
 
@@ -41,12 +41,12 @@ SUPPORTED = {
 
 
 def check_transformers() -> None:
-    """Whether the transformers that is installed is one that the adapters know.
+    """Whether the adapters know the installed transformers.
 
     A newer one is warned of, once in a process.
 
     Raises:
-        NotImplementedError: it is older than all of these.
+        NotImplementedError: it is older than all supported ones.
     """
     import transformers
 
@@ -74,6 +74,6 @@ _DISTRIBUTIONS = {"PIL": "Pillow", "sklearn": "scikit-learn"}
 
 
 def install_command(error: ModuleNotFoundError) -> str:
-    """The command that installs what an import did not find."""
+    """The command that installs a package that an import did not find."""
     module = (error.name or "").partition(".")[0]
     return f"pip install {_DISTRIBUTIONS.get(module, module)}"

@@ -1,4 +1,4 @@
-"""Compile every kernel as the library launches it, for GPUs that need not be here, and print what came out as JSON.
+"""Compile every kernel as the library launches it, for GPUs that need not be here, and print the results as JSON.
 
 Run with TRITON_INTERPRET=0: kernels are decorated when they are imported, for the interpreter or for the compiler.
 """
@@ -111,7 +111,7 @@ class AbsentDevice:
 
 
 def resources(compiled):
-    """Registers of a thread, and what did not fit into them."""
+    """Registers of a thread, and values that did not fit into them."""
     if "cubin" in compiled.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])

@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _dirty_memory():
-    """Fill what `torch.empty` returns with NaN or the largest integer, so that an element never written shows."""
+    """Fill the results of `torch.empty` with NaN or the largest integer, so that an element never written shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -105,7 +105,7 @@ def random_tensor(device):
 
 @pytest.fixture
 def random_index(device):
-    """Makes kept indices as `select_tokens` does: ascending, then -1 where a sample has fewer."""
+    """Makes kept indices as `select_tokens` does: ascending, then -1 if a sample has fewer."""
 
     def make(batch, length, width):
         rows = []
@@ -179,12 +179,12 @@ def writable_layout(request):
 
 @pytest.fixture
 def far_apart(tmp_path, device):
-    """Makes (1, 4, width) views whose rows lie 2**30 elements apart, so that offsets pass what int32 holds."""
+    """Makes (1, 4, width) views whose rows lie 2**30 elements apart, so that offsets pass the range of int32."""
 
     def make(width, dtype):
         stride = 2**30
         elements = 3 * stride + width
-        if device.type == "cpu":  # a sparse file takes no memory for what is never touched
+        if device.type == "cpu":  # a sparse file takes no memory for untouched pages
             storage = torch.from_file(str(tmp_path / f"{dtype}"), shared=True, size=elements, dtype=dtype)
         else:
             storage = torch.zeros(elements, dtype=dtype, device=device)

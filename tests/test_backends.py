@@ -1,4 +1,4 @@
-"""Which backend runs, how it is forced, and what works without Triton."""
+"""Which backend runs, how it is forced, and which parts work without Triton."""
 
 import asyncio
 import os
@@ -195,7 +195,7 @@ def test_call_holds_in_every_thread(monkeypatch):
 
 
 def test_blocks_that_begin_together_leave_the_call_before_them(monkeypatch):
-    """Every object is made before any block begins, as where threads take turns."""
+    """Every object is made before any block begins, as when threads take turns."""
     monkeypatch.setattr(backends, "_calls", type(backends._calls)(maxlen=64))
 
     def overlapping():
@@ -304,7 +304,7 @@ def test_triton_without_a_device_is_refused():
     assert output.splitlines() == [f"name: {said}", f"REROUTE_BACKEND: {said}"]
 
 
-# Every finder overlooks triton, as where it is not installed.
+# Every finder overlooks triton, as if it were not installed.
 WITHOUT_TRITON = """
 import sys
 

@@ -1,4 +1,4 @@
-"""Solved schedules, against all that there are of a few tokens and stages."""
+"""Solved schedules, against all schedules of a few tokens and stages."""
 
 import math
 import re
@@ -21,7 +21,7 @@ RANKING = AllText()
 
 
 def total(kind, layers, counts, action, reducer=None):
-    """Quantity that a budget of this kind limits, for stages that select so many tokens."""
+    """Quantity that a budget of this kind limits, for stages that select the given numbers of tokens."""
     stages = [Stage(layer, min(1, (count + 0.5) / TOKENS)) for layer, count in zip(layers, counts, strict=True)]
     policy = Policy(stages, action, RANKING, reducer=reducer)
     assert policy.selected_counts(TOKENS, reducer and reducer.survivors(TOKENS)) == counts
@@ -29,14 +29,14 @@ def total(kind, layers, counts, action, reducer=None):
 
 
 def limits(totals):
-    """Every total, and what is just below and above it."""
+    """Every total, and the values just below and above it."""
     ordered = sorted(set(totals))
     between = [(low + high) / 2 for low, high in pairwise(ordered)]
     return [limit for limit in ordered + between + [2 * ordered[-1]] if limit >= ordered[0]]
 
 
 def solved(kind, limit, layers, shape, action, reducer=None):
-    """Tokens that each stage selects, after checks of what the policy says of itself."""
+    """Tokens that each stage selects, after checks of the policy's own figures."""
     policy = rk.solve(
         DECODER,
         layers,

@@ -141,7 +141,7 @@ def test_refused_where_shapes_are_asked_for(name, argument, value):
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_tensors_are_checked_once(name, monkeypatch, device):
-    """Tensors are checked where memory is touched and not before, which would cost the host twice."""
+    """Tensors are checked right before memory is touched and only there: twice would cost the host twice."""
     counted = []
     for check in ("check_ranking", "check_selection", "check_gather", "check_scatter"):
         for module in (rk.ref, rk.triton):

@@ -1,6 +1,6 @@
 """Compilation of every kernel, for GPUs that need not be here.
 
-`--compile-record FOLDER` keeps what came out, in a file named after Triton's version.
+`--compile-record FOLDER` keeps the results, in a file named after Triton's version.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""No tensor of the package takes its dtype or its device from what a user set as default."""
+"""No tensor of the package takes its dtype or its device from a default that a user set."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ import reroute_kernels as rk
 
 ROOTS = [Path(rk.__file__).parent, Path(__file__).parents[1] / "models"]
 FILES = sorted(path for root in ROOTS for path in root.rglob("*.py"))
-# Filled with floats unless a dtype is given; and with what the values that are handed in are.
+# Functions that make floats unless a dtype is given; and functions whose dtype follows the values handed in.
 FILLED = ("zeros", "ones", "empty", "rand", "randn", "linspace", "logspace", "eye", "empty_strided", "normal")
 VALUED = ("full", "tensor", "arange", "range", "scalar_tensor", "as_tensor", "asarray", "randint", "randperm")
 # Values of these are integers or bools, whatever the default dtype is.

@@ -137,7 +137,7 @@ class Case:
         }
 
     def index(self, batch, length):
-        """Positions in order, none twice in a row, then what names no token."""
+        """Positions in order, none twice in a row, then places that name no token."""
         width = self.size(length + 3)
         rows = []
         for _ in range(batch):

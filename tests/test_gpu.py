@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 
 
 def capture(call):
-    """The call as a graph, with what it returns."""
+    """The call as a graph, with its results."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -84,7 +84,7 @@ def test_single_operations_in_a_graph(device, name):
 
 
 def test_memory_of_a_long_decision(device):
-    """Logits, a few times the scores, and what was asked for; nothing grows with the square of the sequence."""
+    """Logits, a few times the scores, and the results; nothing grows with the square of the sequence."""
     arguments = decision(device, 1, 131072, 1, 28, 4, 64)
     rk.triton.route_tokens(**arguments)
     before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Grids stay within what a device launches: large batches run in parts, and what would not fit is refused."""
+"""Grids stay within the limits of a device: large batches run in parts, and tensors that would not fit are refused."""
 
 import pytest
 import torch

@@ -134,7 +134,7 @@ def test_both_actions_have_the_same_budget():
 
 
 def test_batch_is_what_the_processor_makes():
-    """Questions that share an image in training see what each alone would see."""
+    """Questions that share an image in training see the same tokens as each alone."""
     torch.manual_seed(0)
     model = checkpoint.make_model(0).eval()
     trainee = train.Trainee(0, torch.device("cpu"), compiled=False)
@@ -222,7 +222,7 @@ def answerer():
 
 
 def test_shipped_model_grounds(answerer):
-    """The benchmark says how well, on more scenes; here that the weights which ship are those."""
+    """The benchmark measures accuracy on more scenes; this test checks that the shipped weights reach it."""
     items = [item for item in answers.held_out_items(96) if item.question.kind == "box"]
     hits = []
     for places in answers.batches(items):

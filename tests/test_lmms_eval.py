@@ -1,4 +1,4 @@
-"""Routed model types of lmms-eval: found, loaded and run by lmms-eval itself, with answers as `apply` gives them."""
+"""Routed model types of lmms-eval: found, loaded and run by lmms-eval itself, with the answers of `apply`."""
 
 from __future__ import annotations
 

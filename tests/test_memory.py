@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(HAS_GPU, reason="looks into Triton's interpreter
 
 
 def addresses(tensor):
-    """Of all elements, in order."""
+    """Addresses of all elements, in order."""
     offsets = np.zeros(1, np.int64)
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = np.unique(offsets[:, None] + np.arange(size)[None] * stride)

@@ -1,4 +1,4 @@
-"""The registered boundary: what it accepts, what it refuses, its gradients, and how the compiler sees it."""
+"""The registered operations: accepted and refused arguments, gradients, and behaviour under the compiler."""
 
 import shutil
 from functools import partial
@@ -231,7 +231,7 @@ def test_keep_per_sample_as_a_list(arguments):
 RANK, SELECT, GATHER, SCATTER, ROUTE = NAMES
 ones = partial(torch.ones, device="cuda" if torch.cuda.is_available() else "cpu")
 REFUSED = [
-    # operation, arguments in place of good ones, error, what its message says
+    # operation, arguments in place of good ones, error, its message
     (RANK, {"query": [1.0]}, TypeError, ["query", "tensor", "list"]),
     (RANK, {"query": ones(2, 4, 16)}, ValueError, ["query", "(2, 4, 16)", "(B, Q, Hq, D)"]),
     (RANK, {"query": ones(2, 1, 4, 16).double()}, ValueError, ["query", "float64", "float32, float16 or bfloat16"]),
@@ -496,14 +496,14 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["gather", "scatter", "scatter into a constant", "route"])
 def test_transforms(device, doubles, arguments, backend, transform, name):
-    """Each gives what it gives of the same function in PyTorch's own operators."""
+    """Each gives the same as for the function in PyTorch's own operators."""
     index = torch.tensor(INDEX, device=device)
     sample = torch.tensor([[0], [1]], device=device)
     real = (index >= 0) & (index < 5)
     route = {key: value for key, value in arguments["route_tokens"].items() if key != "tensors"}
 
     def written(x):
-        rows = torch.zeros(2, 7, 3, dtype=x.dtype, device=device)  # two rows that are cut off take what is no token
+        rows = torch.zeros(2, 7, 3, dtype=x.dtype, device=device)  # two rows, cut off, take places of no token
         whole = torch.cat([x[:, :5], rows[:, :2]], dim=1)
         return whole.index_put((sample, torch.where(real, index, 6)), x[:, :3] * 2)[:, :5]
 

@@ -1,4 +1,4 @@
-"""Stages and policies: what they accept, and how many tokens they select."""
+"""Stages and policies: accepted arguments, and how many tokens they select."""
 
 import dataclasses
 import re

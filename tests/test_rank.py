@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import reroute_kernels as rk
 
-# Under the interpreter NumPy warns where a GPU computes an infinity or a NaN in silence.
+# Under the interpreter NumPy warns of an infinity or a NaN, which a GPU computes in silence.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SHAPES = [
@@ -280,7 +280,7 @@ def test_scale(device, scale):
 
 @pytest.mark.parametrize("name", ["query", "key", "cos", "sin"])
 def test_layouts(device, layout, name):
-    # Neither the rotated half nor the rest is a power of two: blocks are wider than what they may read.
+    # Neither the rotated half nor the rest is a power of two: blocks are wider than the part that they may read.
     inputs = random_inputs(device, 2, 70, 2, 4, 2, 24, 12)
     inputs[name] = layout(inputs[name])
     dense = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in inputs.items()}

@@ -1,4 +1,4 @@
-"""Reducers as functions: Nüwa's stage 1 against what the published code outputs, and against a slow way."""
+"""Reducers as functions: Nüwa's stage 1 against outputs of the published code, and against a slow implementation."""
 
 import math
 import re

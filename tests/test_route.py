@@ -6,7 +6,7 @@ import torch
 import reroute_kernels as rk
 from tests.conftest import LAYOUTS
 
-# Under the interpreter NumPy warns where a GPU computes an infinity or a NaN in silence.
+# Under the interpreter NumPy warns of an infinity or a NaN, which a GPU computes in silence.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 RANKING = ("query", "key", "cos", "sin", "key_mask", "query_index", "past_key", "past_mask")

@@ -1,4 +1,4 @@
-"""One routed forward on plain tensors: what runs, what is written back, and whose memory is written to."""
+"""One routed forward on plain tensors: the tokens that run, the rows written back, and the memory written to."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def forward(action, reduces=False):
 
 
 def run(forward, stages, hidden, tables, change):
-    """Hidden states through the stages; `change` is what the layers of a stage do."""
+    """Hidden states through the stages; `change` stands for the layers of a stage."""
     seen = []
     for _ in range(stages):
         compact = forward.decide(hidden, tables, None)
@@ -52,7 +52,7 @@ def run(forward, stages, hidden, tables, change):
 @pytest.mark.parametrize("reduces", [False, True], ids=["", "reducer"])
 @pytest.mark.parametrize("action", ["reroute", "remove"])
 def test_tensors_of_the_model_are_not_written_to(action, reduces, in_place):
-    """Hooks may hold the hidden states at a decision, and what a layer returned."""
+    """Hooks may hold the hidden states at a decision, and the output of a layer."""
     routed = forward(action, reduces)
     hidden, table = torch.randn(1, 11, 4), torch.randn(1, 11, 2)
     held, copies = [], []
@@ -85,7 +85,7 @@ def test_rows_hold_what_their_stages_made(action, reduces):
     assert torch.equal(full, expected[None, :, None].expand(1, 11, 4))
     for compact, kept in zip(seen, routed.kept, strict=True):
         assert compact.shape[1] == kept.shape[1]
-    # Late tokens first, then early ones; what a reducer or `remove` dropped does not come back.
+    # Late tokens first, then early ones; tokens dropped by a reducer or `remove` do not come back.
     alive = [place for place in range(1, 9) if not reduces or place % 2]
     first = alive[-4:]
     second = (first if action == "remove" else alive)[:2]

@@ -37,7 +37,7 @@ wrong: int = rk.preset("llava-1.5-7b", "fastv", 64)
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """The package as it is installed, where models/ lies inside."""
+    """The package as it is installed, with models/ inside."""
     folder = tmp_path_factory.mktemp("types")
     ignored = shutil.ignore_patterns("__pycache__", "tiny_grounding")
     shutil.copytree(ROOT / "reroute_kernels", folder / "reroute_kernels", ignore=ignored)

@@ -1,4 +1,4 @@
-"""Docstrings and comments begin with the thing or the verb: what they describe needs no riddle."""
+"""Docstrings and comments begin with the thing or the verb, never with "What"."""
 
 import ast
 import io

@@ -87,7 +87,7 @@ def test_a_decision_is_four_launches_and_nothing_else(device, work, padded):
 
 @pytest.mark.skipif(HAS_GPU, reason="operators of PyTorch may take several launches there")
 def test_finding_the_last_tokens_of_a_mask(device, work):
-    """A caller who says where the queries are saves this much."""
+    """A caller who gives the places of the queries saves these operators."""
     arguments = decision(device, 3, 200, 2, padded=True) | {"query_index": None}
     launches, others = work(lambda: rk.ops.route_tokens(**arguments))
     assert launches == DECISION
@@ -146,7 +146,7 @@ class Forward:
 
 
 SCATTER_FIRST = ["copy_rows_to_full", *DECISION]
-# The full sequence is copied before it is written to, where the model's or a ranking's: hooks may hold it.
+# The full sequence is copied before it is written to if the model or a ranking made it: hooks may hold it.
 COPIED = {"clone": 1, "copy_": 1}
 
 

@@ -1,9 +1,9 @@
 """LLaVA-1.5's architecture in miniature, with random weights, as a checkpoint folder.
 
 It loads like any other one, offline and without torchvision, through AutoProcessor.from_pretrained and
-AutoModelForImageTextToText.from_pretrained. It keeps what token reduction depends on in LLaVA-1.5-7B, the 576 visual
-tokens of a 336-pixel image and the 32 decoder layers, so that a schedule published for that model applies to it
-unchanged. The widths are small and the tokenizer is one token per byte. The text it generates means nothing.
+AutoModelForImageTextToText.from_pretrained. It has the 576 visual tokens of a 336-pixel image and the 32 decoder layers
+of LLaVA-1.5-7B, so that a schedule published for that model applies to it unchanged. The widths are small and the
+tokenizer is one token per byte. The text it generates means nothing.
 """
 
 import string

@@ -20,7 +20,7 @@ from .checkpoint import FOLDER
 from .scenes import MOST_OBJECTS, Question, Scene, held_out_scene
 
 SEED = 1
-"""Of the held-out scenes."""
+"""Seed of the held-out scenes."""
 
 # Which kind of question each scene is asked, in turn: half of them for a box.
 _TURNS = ("box", "neighbour", "box", "corner", "box", "count", "box", "corner", "box", "light", "box", "neighbour")
@@ -36,14 +36,14 @@ class Item:
 
 
 def held_out_items(count: int, *, seed: int = SEED) -> list[Item]:
-    """So many held-out scenes, one question each. A scene without the kind whose turn it is is asked for a box."""
+    """The first held-out scenes, one question each: of the kind in turn, or for a box if a scene has none of these."""
     return [held_out_item(number, seed=seed) for number in range(count)]
 
 
 def held_out_item(number: int, *, seed: int = SEED) -> Item:
     """Held-out scene `number` with its question."""
     scene = held_out_scene(seed, number)
-    # Numbers of objects take turns, too: a scene's kind must not follow from how many objects it has.
+    # Numbers of objects take turns, too: the kind of a scene's question must not depend on its number of objects.
     turn = (number + number // MOST_OBJECTS) % len(_TURNS)
     asked = scene.questions()
     of_kind = [each for each in asked if each.kind == _TURNS[turn]] or [each for each in asked if each.kind == "box"]
@@ -56,7 +56,7 @@ class Answerer:
 
     Args:
         folder: of the checkpoint.
-        device: where it runs.
+        device: the device that runs it.
     """
 
     def __init__(self, folder: Path = FOLDER, device: str = "cpu"):
@@ -80,13 +80,13 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, inputs: dict[str, object]) -> list[str]:
-        """The answers by greedy decoding, to what `inputs` or `encoded` made."""
+        """The answers by greedy decoding, to the result of `inputs` or `encoded`."""
         tokens = self.model.generate(**inputs, max_new_tokens=5, do_sample=False)
         return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def batches(items: Sequence[Item], size: int = 64) -> Iterator[list[int]]:
-    """Places of the items, by questions of equally many words."""
+    """Places of the items, grouped by the number of words in their questions."""
     by_length: dict[int, list[int]] = {}
     for place, item in enumerate(items):
         by_length.setdefault(len(item.question.text.split()), []).append(place)

@@ -39,11 +39,11 @@ class Batch:
     answers: Tensor
     """`[P]`: ids of the answers' tokens."""
     kinds: Tensor
-    """`[P]`: what kind of question, as a place in `KINDS`."""
+    """`[P]`: the kind of question, as a place in `KINDS`."""
     objects: Tensor
     """`[B, 144]`: which object is at each visual token, -1 for none."""
     labels: Tensor
-    """`[B, 8, 3]`: size, colour and shape of every object, -1 where there is none."""
+    """`[B, 8, 3]`: size, colour and shape of every object, -1 if there is none."""
     boxes: Tensor
     """`[B, 8, 4]`: as shares of the image's side."""
     night: Tensor
@@ -51,13 +51,13 @@ class Batch:
 
 
 def pixels_of(images: Sequence[np.ndarray]) -> Tensor:
-    """`[B, 3, 192, 192]`, float32: what the processor makes of the images."""
+    """`[B, 3, 192, 192]`, float32: the images as the processor normalises them."""
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     return (stacked - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def choose_questions(scene: Scene, random: np.random.Generator, each: dict[str, int]) -> list[Question]:
-    """So many questions of each kind, at random; fewer where a scene has fewer."""
+    """Questions at random, as many of each kind as asked for; fewer if a scene has fewer."""
     chosen = []
     asked = scene.questions()
     for kind, most in each.items():

@@ -1,4 +1,4 @@
-"""Measure every policy on held-out scenes, and what is needed to understand the outcome.
+"""Measure every policy on held-out scenes, and the figures that explain the outcome.
 
     python -m bench.grounding.benchmark [--scenes N] [--jobs N]
 
@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "grounding"
 SCENES = 2400
 RESEMBLANCE_SCENES = 800
 TEXT_TOKENS = 7
-"""Of the prompt that is costed: one token before the image, and the six words that ask for a box."""
+"""Text tokens of the prompt that is costed: one before the image, and the six words that ask for a box."""
 
 _here: dict[str, object] = {}  # of this worker process
 
@@ -52,7 +52,7 @@ def prepare(folder: Path, scenes: int, threads: int) -> None:
 
 
 def answer_all(way: Way) -> tuple[list[str], list[dict[str, float]]]:
-    """The answers to all items, and what `follow` tells of the decisions."""
+    """The answers to all items, and the result of `follow` for the decisions."""
     answerer, items = _here["answerer"], _here["items"]
     policy = policy_of(way)
     answers, selected = [""] * len(items), [[] for _ in items]
@@ -73,7 +73,7 @@ def answer_all(way: Way) -> tuple[list[str], list[dict[str, float]]]:
 
 
 def follow(items: Sequence[Item], selected: Sequence[list[set[int]]], layers: list[int]) -> list[dict[str, float]]:
-    """Where the tokens of the objects asked for went, for items that ask for a box.
+    """Follow the tokens of the objects asked for through the decisions, for items that ask for a box.
 
     Args:
         items: all items.

@@ -24,7 +24,7 @@ BRIGHTNESS = (96, 160)
 
 
 def pick(items: Sequence[Item], answers: dict[Way, list[str]], better: Way, worse: Way) -> int:
-    """The place of the first item that shows on one scene what is so on average.
+    """The place of the first item whose scene shows the difference that holds on average.
 
     Its scene is neither dark nor nearly white, and it asks for a box. Without routing and under the policy that is
     better on average the box is found (IoU of 0.5 or more), and under the other one it is not.

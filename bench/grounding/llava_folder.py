@@ -12,7 +12,7 @@ from torch import Tensor
 
 UNK, BOS, EOS, IMAGE, PAD = SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-"""By which the processor normalizes the three channels, as CLIP's does."""
+"""Mean and deviation with which the processor normalizes the three channels, as CLIP's does."""
 
 
 def make_config(token_id: dict[str, int], length: int, tower: dict, text: dict, **others: object) -> dict[str, object]:
@@ -60,7 +60,7 @@ def make_config(token_id: dict[str, int], length: int, tower: dict, text: dict, 
 
 
 def add_special_tokens(tokenizer: Tokenizer) -> None:
-    """Those in `SPECIAL`, with BOS before every text."""
+    """Add those in `SPECIAL`, with BOS before every text."""
     number = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, number)]

@@ -1,4 +1,4 @@
-"""How good answers are, and how sure that is."""
+"""Measures of answers, and their confidence intervals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The policies that are compared: every method under `remove` and under `reroute`, at the same budget.
 
-A budget is what FastV averages, in visual tokens per layer, at one of the keep ratios in `KEEPS`. The decision layers
-are those that are published for 32 layers, at the same depth of this decoder (half a layer is rounded up).
+A budget is the average number of visual tokens per layer of FastV at one of the keep ratios in `KEEPS`. The decision
+layers are the ones published for 32 layers, at the same depth of this decoder (half a layer is rounded up).
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ UNROUTED = Way("unrouted", "-", 1.0)
 
 
 def ways() -> list[Way]:
-    """All that is compared, the model without routing first."""
+    """All ways that are compared, the model without routing first."""
     return [UNROUTED, *(Way(method, action, keep) for method in METHODS for keep in KEEPS for action in ACTIONS)]
 
 
 @functools.cache
 def decoder() -> Decoder:
-    """The grounding model's, for costs."""
+    """The grounding model's decoder, for costs."""
     from transformers import LlavaConfig
 
     return Decoder.of(LlavaConfig(**CONFIG))

@@ -74,7 +74,7 @@ def grounding_page(results: dict, docs: Path) -> None:
     """Write the page and its pictures.
 
     Args:
-        results: what `bench.grounding.benchmark` found.
+        results: the results of `bench.grounding.benchmark`.
         docs: folder to write to.
     """
     draw_resemblance(results, docs / "grounding-resemblance.svg")
@@ -86,7 +86,7 @@ def model_card(results: dict, log: list[dict]) -> str:
     """The card of the tiny grounding model.
 
     Args:
-        results: what `bench.grounding.benchmark` found.
+        results: the results of `bench.grounding.benchmark`.
         log: the lines of the training log.
     """
     start = log[0]
@@ -257,7 +257,7 @@ def verdict(results: dict) -> list[str]:
 
 
 def worse(results: dict) -> list[str]:
-    """Which pairs are worse deferred, and where the object's tokens were then."""
+    """Which pairs are worse when deferring, and the object's tokens that run in them."""
     ways = {(way["method"], way["action"], way["keep"]): way for way in results["ways"]}
     rows, fewer, followed = [], 0, 0
     for each in results["differences"]:

@@ -1,4 +1,4 @@
-"""Whether the model behaves like the large ones whose tokens are routed: where it looks, and what it can miss.
+"""Whether the model behaves like the large ones whose tokens are routed: where it looks, and the layers it can miss.
 
 Both are measured without routing, before any policies are compared.
 """
@@ -20,7 +20,7 @@ TOP = 0.25
 
 @torch.no_grad()
 def coverage(answerer: Answerer, items: Sequence[Item]) -> dict[str, list[Interval]]:
-    """Where the last prompt token looks, by layer; for items that ask for a box.
+    """How well the last prompt token finds the object, by layer; for items that ask for a box.
 
     Returns:
         `coverage`: the share of the object's tokens that are among the quarter of visual tokens with the most
@@ -53,7 +53,7 @@ def coverage(answerer: Answerer, items: Sequence[Item]) -> dict[str, list[Interv
 
 @contextmanager
 def skipped(answerer: Answerer, layer: int | None):
-    """The model without what one decoder layer adds; the whole model where `layer` is None."""
+    """The model without the contribution of one decoder layer; the whole model if `layer` is None."""
     if layer is None:
         yield
         return

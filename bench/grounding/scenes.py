@@ -35,7 +35,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "star")
 
 KINDS = ("box", "neighbour", "corner", "count", "light")
-"""Of questions: the first three need grounding, "neighbour" and "corner" in two hops; the last two need none."""
+"""Kinds of questions: the first three need grounding, "neighbour" and "corner" in two hops; the last two need none."""
 STRAIGHT = {"left of": 180, "right of": 0, "above": 90, "below": 270}
 DIAGONAL = {"top right": 45, "top left": 135, "bottom left": 225, "bottom right": 315}
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -83,12 +83,12 @@ class Question:
     target: Object | None = None
     """The object asked for, if one is."""
     anchor: Object | None = None
-    """The object from which it is found, where there are two hops."""
+    """The object from which it is found, if there are two hops."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what is in it."""
+    """An image and the objects in it."""
 
     image: np.ndarray
     """`[192, 192, 3]`, uint8."""
@@ -112,7 +112,7 @@ class Scene:
         return asked
 
     def _towards(self, anchor: Object, degrees: float) -> Object | None:
-        """The nearest object in a direction, where no other one could be meant."""
+        """The nearest object in a direction; None if another one could be meant."""
         candidates = []
         for other in self.objects:
             if other is not anchor:
@@ -128,7 +128,7 @@ class Scene:
 
 
 def box_words(box: Box) -> str:
-    """The answer that stands for a box in pixels."""
+    """The words that stand for a box in pixels."""
     return " ".join(COORDINATES[round(edge / SIDE * 50)] for edge in box)
 
 
@@ -142,7 +142,7 @@ def read_box(answer: str) -> Box | None:
 
 
 def make_scene(random: np.random.Generator, objects: int, *, held_out: bool = False) -> Scene:
-    """A scene of so many objects; their photo crop is one that training has not seen where `held_out` is set."""
+    """A scene with the given number of objects; if `held_out` is set, training has not seen its photo crop."""
     night = bool(random.random() < 0.5)
     image = _background(random, held_out, night)
     placed: list[Object] = []
@@ -173,7 +173,7 @@ def held_out_scene(seed: int, number: int) -> Scene:
 
 
 def _draw_name(random: np.random.Generator, placed: list[Object]) -> tuple[str, str, str]:
-    """Size, colour and shape of the next object: most share one or two of them with an object that is there."""
+    """Size, colour and shape of the next object: most share one or two of them with an earlier object."""
     taken = {(each.size, each.colour, each.shape) for each in placed}
     while True:
         name = [choices[random.integers(len(choices))] for choices in (tuple(SIDES), tuple(COLOURS), SHAPES)]

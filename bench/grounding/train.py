@@ -3,16 +3,15 @@
     python -m bench.grounding.train [--work FOLDER] [--device cuda]
 
 Two phases, as with large models. First the vision tower alone learns to see: every patch names the object on it and
-its box, and the class token tells what is in the scene. Then all of the model learns to answer questions, from
-scenes with one object to scenes with eight: one more whenever the boxes of those there are mostly found. Scenes,
-questions and dropped layers follow from the seed and the step alone, so a run that was interrupted goes on where it
-was.
+its box, and the class token tells which objects are in the scene. Then all of the model learns to answer questions,
+from scenes with one object to scenes with eight: one more whenever most boxes in the present scenes are found. Scenes,
+questions and dropped layers depend on the seed and the step alone, so an interrupted run goes on from its last state.
 
-Stochastic depth: while the whole model trains, each decoder layer is left out of a step with a probability that falls
+Stochastic depth: while the whole model trains, each decoder layer is left out of a step with some probability. It falls
 from 0.95 in the first layer to 0.1 from the middle on, and to 0.25 once half of the steps are done. It stands in for
-two things that are known of large pretrained decoders and that a model as small as this one lacks otherwise: they
-survive layers that are skipped, and it is not in their first layers that they look at what a question is about. Trained
-without it, this model looks there at once.
+two properties of large pretrained decoders that a model as small as this one lacks otherwise. They survive layers that
+are skipped, and they look at the subject of a question later than in their first layers. Trained without it, this model
+looks there at once.
 """
 
 from __future__ import annotations
@@ -51,11 +50,11 @@ STEPS, BATCH = 5000, 32
 QUESTIONS = {"box": 6, "neighbour": 2, "corner": 1, "count": 1, "light": 1}
 EVALUATED = 128
 EARLY, LATE, LATER = 0.95, 0.1, 0.25
-"""How likely the first decoder layer is left out of a step, and each from the middle on, in the first half of the steps
-and in the second."""
+"""Probability that a step leaves out the first decoder layer; that it leaves out each layer from the middle on, in the
+first half of the steps; and in the second half."""
 ENOUGH, AT_LEAST = 0.7, 25
-"""One more object comes into the scenes where this share of coordinates is within two steps of the truth, and after so
-many training steps."""
+"""One more object comes into the scenes if this share of coordinates is within two steps of the truth, and at least
+this many training steps have passed."""
 
 FIRST_COORDINATE = TOKEN_ID[COORDINATES[0]]
 BOX, COUNT_OF_NAMES = KINDS.index("box"), len(SIDES) * len(COLOURS) * len(SHAPES)
@@ -108,7 +107,7 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class Trainee:
-    """The model and what it is trained with."""
+    """The model with the heads that train its vision tower."""
 
     def __init__(self, seed: int, device: torch.device, compiled: bool):
         self.device = device
@@ -160,7 +159,8 @@ class Trainee:
             asked = [choose_questions(scene, random, QUESTIONS) for scene in held_out]
             batch = to_device(make_batch(held_out, asked), self.device)
             rows, places = batch.sources
-            # An answer's token is written where the next one is predicted from, so each pass gets one token further.
+            # An answer's token is written at the place from which the next one is predicted, so each pass gets one
+            # token further.
             last = torch.ones_like(rows, dtype=torch.bool)
             last[:-1] = (rows[1:] != rows[:-1]) | (places[1:] != places[:-1] + 1)
             for _ in range(4):
@@ -184,7 +184,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def dropping(step: int, steps: int, layers: int) -> list[float]:
-    """With what probability each layer is left out of a step: it falls linearly up to the middle."""
+    """Probability that a step leaves out each layer: it falls linearly up to the middle."""
     late = LATE if step < steps // 2 else LATER
     return [max(late, EARLY + (late - EARLY) * layer / (layers / 2)) for layer in range(layers)]
 
@@ -225,7 +225,7 @@ class Log:
 
 
 def step_of(trainee: Trainee, phase: str, batch: Batch, seed: int, step: int, total: int, now: dict) -> dict:
-    """Forward and backward of one step; what was measured."""
+    """Forward and backward of one step; returns its measurements."""
     if phase == "vision":
         return vision_step(trainee, batch)
     drop = dropping(step, total, len(trainee.layers))
@@ -271,7 +271,7 @@ def train(
     trainee = Trainee(seed, device, compiled)
     model, sight = trainee.model, trainee.sight
     optimizers = optimizers_of(trainee)
-    # `drawn` is what `objects` was when the scenes of the next step were drawn, one step ahead.
+    # `drawn` is the value of `objects` when the scenes of the next step were drawn, one step ahead.
     now = {"phase": "vision", "step": 0, "objects": 1, "drawn": 1, "running": 0.0, "since": 0, "seconds": 0.0}
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
@@ -331,7 +331,7 @@ def draw_vision(seed: int, step: int, objects: int) -> Batch:
 
 
 def draw_language(seed: int, step: int, objects: int) -> Batch:
-    """The scenes of a step of the second phase, with so many objects at most, and questions about them."""
+    """The scenes of a step of the second phase, with at most `objects` objects, and questions about them."""
     random = np.random.default_rng([seed, 1, step])
     drawn = [make_scene(random, int(random.integers(1, objects, endpoint=True))) for _ in range(BATCH)]
     return make_batch(drawn, [choose_questions(scene, random, QUESTIONS) for scene in drawn])

@@ -6,7 +6,7 @@ from bench.pages.markdown import table
 
 
 def cpu_section(results: dict) -> list[str]:
-    """Tables of the microbenchmarks on a CPU, and what they compare."""
+    """Tables of the microbenchmarks on a CPU, and a description."""
     return [
         "## A CPU",
         "",

@@ -12,7 +12,7 @@ from bench.pages.targets import targets
 
 
 def gpu_summary(folders: list[Path]) -> str:
-    """A sentence about every GPU: what a decision takes there."""
+    """A sentence about every GPU: the times of decisions."""
     sentences = []
     for folder in folders:
         against = read(folder / "eager.json") if (folder / "eager.json").exists() else {"result": None}

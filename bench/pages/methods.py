@@ -45,7 +45,7 @@ def methods_cell(model: str, method: str, tier: int, unrouted: Cost) -> str:
     except ValueError:
         return "--"
     if mark and policy.budget.under > 1:
-        return "--"  # all that the reducer leaves is less
+        return "--"  # even all tokens that the reducer leaves are too few
     counted = cost(model, policy, METHOD_TEXT, VISUAL_TOKENS)
     flops, cached = (getattr(counted, name) / getattr(unrouted, name) for name in ("prefill_flops", "kv_bytes"))
     return f"{counted.average_visual_tokens:.1f}{mark}; {flops:.1%}; {cached:.1%}"

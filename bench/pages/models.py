@@ -11,7 +11,7 @@ SIGNS = {"works": "works", "refused": "refused", "not offered": "--"}
 
 
 def support_tables(records: list[dict]) -> str:
-    """A table of models and ways of calling, with a note for every cell that is not the same everywhere or refused."""
+    """A table of models and ways of calling, with a note for every cell that is refused or differs between versions."""
     records = sorted(records, key=lambda record: [int(part) for part in record["versions"]["transformers"].split(".")])
     newest, versions = records[-1], [record["versions"]["transformers"] for record in records]
     models, ways = list(newest["cells"]), newest["ways"]
@@ -22,7 +22,7 @@ def support_tables(records: list[dict]) -> str:
         marks = []
         for outcome in dict.fromkeys(reversed(outcomes)):
             word, _, reason = outcome.partition(": ")
-            reason, *_ = reason.split(". ")  # where transformers goes on to what one could do instead
+            reason, *_ = reason.split(". ")  # without transformers' advice after the first sentence
             if reason and reason not in notes:
                 notes.append(reason)
             note = f" [{notes.index(reason) + 1}]" if reason else ""
@@ -50,7 +50,7 @@ def support_tables(records: list[dict]) -> str:
 
 
 def runs_of(versions: list[str], chosen: list[bool]) -> str:
-    """The chosen ones of versions in order: those that follow on each other as first and last."""
+    """The chosen ones of versions in order; a run of consecutive ones is given by its first and last."""
     runs = []
     for is_chosen, run in groupby(zip(chosen, versions, strict=True), key=itemgetter(0)):
         if is_chosen:

@@ -11,7 +11,7 @@ from bench.pages.serving import serving_section
 
 
 def performance_page(folders: list[Path], target: Path) -> None:
-    """Write performance.md, and a plot of each device's prefills beside it where matplotlib is installed."""
+    """Write performance.md, and a plot of each device's prefills beside it if matplotlib is installed."""
     lines = [
         "# Performance",
         "",

@@ -25,7 +25,7 @@ def prefill_section(rows: list[dict], device: str, target: Path) -> list[str]:
         ratios = (f"{row[name]:.3f}" for name in ("unrouted_over_reroute", "reroute_over_oracle"))
         cells.append([f"{row['tokens']:,}", row["batch"], row["tier"]])
         cells[-1] += [*(f"{row['graph'][name]['median']:.2f}" for name in graph), *ratios]
-        # A run that was cut off may have known the graphs only.
+        # A run that was cut off may have timed the graphs only.
         cells[-1] += [f"{row['eager'][name]['median']:.2f}" if "eager" in row else "" for name in eager]
         cells[-1] += [f"{row['host_ms'][name]:.2f}" if "host_ms" in row else "" for name in eager]
         peaks = row.get("peak_bytes") or {}
@@ -37,7 +37,7 @@ def prefill_section(rows: list[dict], device: str, target: Path) -> list[str]:
 
 
 def plot(rows: list[dict], device: str, target: Path) -> str | None:
-    """Draw a decoder's prefills; returns the name of the file, or None where there is none and nothing to draw it."""
+    """Draw a decoder's prefills; returns the file's name, or None if there is no file and no matplotlib to draw it."""
     file = f"prefill-{rows[0]['decoder'].lower().replace(' ', '-')}-{device}.svg"
     try:
         from matplotlib.figure import Figure

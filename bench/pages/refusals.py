@@ -6,7 +6,7 @@ from reroute_kernels.models import refusals
 
 
 def refusals_list() -> str:
-    """Everything that is refused, and what cannot be noticed, from the tables of models/refusals.py."""
+    """All refusals, and the limits that cannot be noticed, from the tables of models/refusals.py."""
     lines = []
     for title, rules in refusals.PAGE.items():
         lines += [f"## {title}", ""]

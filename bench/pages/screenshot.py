@@ -28,7 +28,7 @@ ARGUMENTS = [
 
 
 def find_chromium() -> str | None:
-    """Where Chromium or Chrome is installed."""
+    """Path of the installed Chromium or Chrome."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 

@@ -18,7 +18,7 @@ TRIVIAL = Decoder("32 layers, d = 32", "llava", 32, 32, 2, 2, 32)
 VISUAL_TOKENS = 16
 ROUNDS = 300
 
-# All tokens run, so that routed layers do what unrouted ones do.
+# All tokens run, so that routed layers do the same work as unrouted ones.
 POLICIES = {
     "one_decision": rk.Policy([rk.Stage(3, 1.0)]),
     "routed": rk.Policy([rk.Stage(layer, 1.0) for layer in (3, 7, 15, 23)]),
@@ -27,7 +27,7 @@ POLICIES = {
 
 @pytest.fixture(scope="module")
 def models(device):
-    """The unrouted model, and a copy for each policy, on one thread: what threads cost is not the hooks'."""
+    """The unrouted model, and a copy for each policy, on one thread: the cost of threads is not that of hooks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = make_model(TRIVIAL, VISUAL_TOKENS, device, torch.float32)
@@ -93,5 +93,5 @@ def bench_python(benchmark, call, models, device):
     benchmark.extra_info["microseconds"] = {name: Timing.of(values).median for name, values in times.items()}
     benchmark.extra_info["added_microseconds"] = added
     if call == "prefill":
-        # The layers from 3 on have the same hooks under both policies; what differs is three decisions.
+        # The layers from 3 on have the same hooks under both policies, which differ by three decisions.
         benchmark.extra_info["microseconds_of_a_decision"] = (added["routed"] - added["one_decision"]) / 3

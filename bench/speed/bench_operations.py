@@ -1,4 +1,4 @@
-"""Each operation on the shapes of two 7B models: plain eager code, the reference, and Triton where there is a GPU."""
+"""Each operation on the shapes of two 7B models: plain eager code, the reference, and Triton if there is a GPU."""
 
 import pytest
 import torch

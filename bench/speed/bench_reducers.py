@@ -10,7 +10,7 @@ from bench.speed.device import Clock, Timing
 ROUNDS = 3
 TEXT = {"num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 16, "max_position_embeddings": 16}
 
-# Blocks of the tower of Qwen2.5-VL that run on a CPU, with as large a share of full attention; all 32 on a GPU.
+# Blocks of the tower of Qwen2.5-VL that run on a CPU, with the same share of full attention; all 32 run on a GPU.
 CPU_BLOCKS = 8
 
 
@@ -76,7 +76,7 @@ def bench_encoding(benchmark, name, device, dtype):
     clock, times = Clock(device), {"tower": [], "stage 1": []}
 
     class Timed:
-        """The reducer, with all that it asks of the tower."""
+        """The reducer, with the saliency and the features that it needs from the tower."""
 
         def reduce(self, image):
             made = []

@@ -48,7 +48,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Keep percentiles instead of every single time, and nothing of the checkout but the commit."""
+    """Keep percentiles instead of every single time, and only the commit of the checkout."""
     commit = output_json["commit_info"]
     output_json["commit_info"] = {name: commit.get(name) for name in ("id", "dirty")}
     for entry in output_json["benchmarks"]:

@@ -54,7 +54,7 @@ DECODING = Case(4096, 8, 128)
 
 
 class Models:
-    """Decoders with random weights, each made once.
+    """Decoders with random weights, each made on first use.
 
     Args:
         device, dtype: of the weights.
@@ -66,7 +66,7 @@ class Models:
         self._made: dict[str, nn.Module] = {}
 
     def get(self, decoder: Decoder, visual_tokens: int) -> nn.Module:
-        """The model of a decoder, which sees images as so many visual tokens."""
+        """The model of a decoder, which sees each image as the given number of visual tokens."""
         if decoder.name not in self._made:
             self._made[decoder.name] = make_model(decoder, self.longest, self.device, self.dtype)
         model = self._made[decoder.name]
@@ -75,10 +75,10 @@ class Models:
 
 
 def measure_prefill(clock: Clock, models: Models, decoder: Decoder, cases: list[Case]) -> Iterator[dict]:
-    """A row for each case, handed out once its graphs are timed, and again with what the eager calls take.
+    """A row for each case, handed out once its graphs are timed, and again with the times of the eager calls.
 
-    In a CUDA graph run the layers alone, with every count known; the oracle knows the indices, too. Eager is the whole
-    model through `rk.apply`; its host milliseconds are those until the call returns.
+    A CUDA graph holds the layers alone, with every count known; the oracle knows the indices, too. Eager is the whole
+    model through `rk.apply`; its host milliseconds run until the call returns.
     """
     checked = set()
     for case in cases:
@@ -144,7 +144,7 @@ def _flops(model: nn.Module, case: Case, policies: dict[str, rk.Policy]) -> dict
 
 
 def _peak(device: torch.device, call: Callable) -> int | None:
-    """Bytes allocated at the highest, beyond what was before."""
+    """Peak of the bytes allocated, beyond those allocated before."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -185,7 +185,7 @@ def decision_parts(prefill: Prefill, policy: rk.Policy, case: Case) -> dict[str,
     """The parts of a policy's last decision, in their order.
 
     The write-back of the stage before, the norm of all tokens, their key projection, the query of the last token,
-    ranking, selection, and the compaction of what runs.
+    ranking, selection, and the compaction of the tokens that run.
     """
     layer = prefill.layers[policy.schedule[-1].layer]
     routed = prefill.routed(policy)

@@ -66,7 +66,7 @@ def _driver() -> str | None:
 
 
 def percentiles(values: list[float]) -> tuple[float, float]:
-    """The 20th and the 80th, within what was measured."""
+    """The 20th and the 80th percentile, within the measured range."""
     deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
     return deciles[1], deciles[7]
 
@@ -93,9 +93,9 @@ class Clock:
     """Times calls on one device.
 
     Args:
-        device: where the calls run.
-        seconds: about how long to measure each call.
-        least: how often to call it at least.
+        device: the device that runs the calls.
+        seconds: approximate time to measure each call for.
+        least: minimum number of calls.
         graph_calls: how often a short call is captured in one graph.
     """
 
@@ -110,7 +110,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def in_turn(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
-        """Times several calls round by round, so that what disturbs the machine disturbs all of them."""
+        """Times several calls round by round, so that a disturbance of the machine affects all of them."""
         for call in calls.values():
             call()  # compiles, and fills caches
         self.wait()
@@ -127,7 +127,7 @@ class Clock:
         return {name: asdict(Timing.of(values)) for name, values in times.items()}
 
     def once(self, call: Callable[[], object]) -> float:
-        """Seconds of one call that finds the device idle: what the host spends on launches counts."""
+        """Seconds of one call on an idle device: the host's time for launches counts."""
         self.wait()
         if self.device.type != "cuda":
             start = time.perf_counter()
@@ -141,7 +141,7 @@ class Clock:
         return begin.elapsed_time(end) / 1e3
 
     def host(self, call: Callable[[], object]) -> float:
-        """Seconds until a call returns, with an idle device before it: what the host spends, not the device."""
+        """Seconds until a call on an idle device returns: the time of the host, not of the device."""
         self.wait()
         start = time.perf_counter()
         call()
@@ -150,7 +150,7 @@ class Clock:
         return seconds
 
     def graph(self, call: Callable[[], object], calls: int = 1) -> Callable[[], object]:
-        """The call, captured `calls` times in a CUDA graph, as a replay. On a CPU the call itself, as often."""
+        """The replay of a CUDA graph that holds the call `calls` times. On a CPU, the call itself, as often."""
         if self.device.type != "cuda":
             return lambda: [call() for _ in range(calls)]
         stream = torch.cuda.Stream(self.device)
@@ -165,7 +165,7 @@ class Clock:
         return graph.replay
 
     def graphs_in_turn(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
-        """As `in_turn`, of one call among several in a graph: what the host does in between does not count."""
+        """As `in_turn`, of one call among several in a graph: the host's work in between does not count."""
         replays = {name: self.graph(call, self.graph_calls) for name, call in calls.items()}
         times = self.in_turn(replays)
         return {

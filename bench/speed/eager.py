@@ -1,6 +1,6 @@
 """Routing as it is commonly written: the whole attention matrix, boolean masks, and `nonzero`.
 
-The baseline of the benchmarks. One sample, as the code that it stands for.
+The baseline of the benchmarks. It takes one sample, like the code that it stands for.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def make_model(decoder: Decoder, visual_tokens: int, device: torch.device, dtype
 
 
 def set_visual_tokens(model: nn.Module, visual_tokens: int) -> None:
-    """Have a model see every image as so many constant features."""
+    """Replace the features of every image by a given number of constant ones."""
     import transformers
 
     embeddings = model.get_input_embeddings().weight
@@ -140,7 +140,7 @@ class Prefill:
     Args:
         model: as `make_model` gives it.
         inputs: as `make_inputs` gives them.
-        make_cache: makes what the layers cache into.
+        make_cache: makes the cache of the layers.
     """
 
     def __init__(self, model: nn.Module, inputs: dict, make_cache: Callable[[], object] = NoCopyCache):

@@ -1,8 +1,9 @@
 """Routing inside vLLM against the same engine without it: `make bench-vllm`.
 
 A fixed mix of requests goes through three engines of the tiny grounding model in one process: unrouted, with one
-group of the KV cache, and with own groups. Compared are the blocks that requests take and the steps until all are
-answered where the cache is too small for all of them, both counted by vLLM's engine, and the time of a prefill.
+group of the KV cache, and with own groups. Three things are compared: the blocks that requests take, the steps until
+all are answered on a cache too small for all of them, and the time of a prefill. Blocks and steps are counted by vLLM's
+engine.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def run(llm, asked: list[dict], new_tokens: int) -> dict[str, object]:
 
 
 def blocks_of_one(llm, prompt: dict) -> dict[str, int]:
-    """Cache blocks that the engine takes for one prompt and its first token, and that the schedule needs.
+    """Cache blocks that the engine takes for one prompt and its first token, and the blocks that the schedule needs.
 
     Both in blocks of one layer.
     """
@@ -110,7 +111,7 @@ def blocks_of_one(llm, prompt: dict) -> dict[str, int]:
 
 
 def needed(way: str, tokens: int) -> int:
-    """Blocks of one layer that a prompt of so many tokens needs, by the schedule alone."""
+    """Blocks of one layer that a prompt of the given length needs, by the schedule alone."""
     starts = [0, *(stage.layer for stage in POLICY.schedule), LAYERS]
     deferred = [0, *(VISUAL - kept for kept in POLICY.selected_counts(VISUAL))]
     if way != "routed, own groups":

@@ -12,7 +12,7 @@ def main() -> None:
     try:
         from .commands import app
     except ModuleNotFoundError as error:
-        if sys.argv[1:2] == ["env"]:  # tells what is missing, so needs nothing that may be
+        if sys.argv[1:2] == ["env"]:  # it tells which packages are missing, so it needs none of them
             from .environment import main as show_environment
 
             sys.exit(show_environment(sys.argv[2:]))

@@ -36,7 +36,7 @@ def parse_model(text: str) -> object:
 
 
 def decoder_of(model: object, text: str) -> Decoder:
-    """Shape of the decoder of what `parse_model` made of a text.
+    """Shape of the decoder of a model, given as `parse_model` returns it.
 
     Raises:
         ValueError: it cannot be costed.
@@ -66,7 +66,7 @@ def check_layers(policy: Policy, model: object) -> None:
 
 
 def architecture_of(model: object, text: str) -> str:
-    """Name of the class in transformers and vLLM of what `parse_model` made of a text.
+    """Name of the class in transformers and vLLM of a model, given as `parse_model` returns it.
 
     Raises:
         ValueError: its configuration names no class.

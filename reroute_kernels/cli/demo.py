@@ -38,7 +38,7 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Example:
-    """A scene that ships with the tiny checkpoint, and what is known of the two policies that it shows."""
+    """A scene that ships with the tiny checkpoint, and the measured rates of the two policies that it shows."""
 
     image: Path
     prompt: str
@@ -46,7 +46,7 @@ class Example:
     policies: tuple[str, str]
     """Policies that remove and that reroute, as `notation.parse_policy` takes them."""
     measure: str
-    """Of `rates`."""
+    """The measure of `rates`."""
     scenes: int
     """How many held-out scenes these were measured on."""
     rates: dict[str, tuple[float, float, float]]
@@ -75,9 +75,9 @@ class Subject:
     processor: object
     inputs: dict[str, Tensor]
     policies: tuple[Policy, Policy]
-    """Those given, or what `remove` and `reroute` follow."""
+    """The two policies given, or those that `remove` and `reroute` follow."""
     names: tuple[str, str]
-    """Of the policies."""
+    """Names of the policies."""
     picture: object
     """The part of the photo that the model sees, as a PIL image."""
     grid: tuple[int, int]
@@ -121,8 +121,8 @@ def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ..
     """The two policies, with names, that `--policy` arguments stand for.
 
     Args:
-        texts: two policies as `notation.parse_policy` takes them. One: what removes and what reroutes, of which it is
-            one; the other is its published counterpart or else follows the same schedule. None: of the default.
+        texts: two policies as `notation.parse_policy` takes them. If there is one, the other action is shown beside it:
+            by its published counterpart, or else on the same schedule. None: the default and its counterpart.
         config: of the model.
     """
     if len(texts) > 2:
@@ -180,7 +180,7 @@ def load(
         prompt: text with the model's image token once.
         policies: as `parse_policies` takes them.
         chat: put the prompt into the model's chat template, which adds the image token; None: if it lacks the token.
-        device, dtype: where and in what precision to run.
+        device, dtype: the device and the precision to run in.
     """
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging

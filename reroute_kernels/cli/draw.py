@@ -31,11 +31,11 @@ class Row:
 def draw(
     subject: Subject, rows: Sequence[Row], path: Path, truth: Box | None = None, question: str | None = None
 ) -> None:
-    """Save the photo once per stage, a row for each policy: patches that ran, and what became of the others.
+    """Save the photo once per stage, a row for each policy: patches that ran, that were deferred and that are gone.
 
     Args:
         subject: whose picture it is.
-        rows: what to draw.
+        rows: the policies to draw, one row each.
         path: of the picture.
         truth: the box that was asked for.
         question: the prompt, above everything.

@@ -25,7 +25,7 @@ from .arguments import first_line
 
 @dataclass
 class Device:
-    """A device, and what came of trying it."""
+    """A device, and the result of trying it."""
 
     device: str
     name: str
@@ -34,11 +34,11 @@ class Device:
     tried: bool = False
     """Whether `route_tokens` was called here and its result, if there was one, compared."""
     error: str | None = None
-    """Why no backend can run, or what went wrong in the call."""
+    """Why no backend can run, or the error of the call."""
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what matters here, and of what torch is built for; None for what is missing."""
+    """Versions of the packages that matter here, and of the CUDA or ROCm of torch's build; None for missing ones."""
     return {
         "python": platform.python_version(),
         "reroute-kernels": _version("reroute-kernels"),
@@ -110,7 +110,8 @@ def check_model(device: str) -> None:
     decision must keep a quarter of the visual tokens.
 
     Raises:
-        RuntimeError: that is not so; the errors of `apply`, of the model and of a missing transformers pass through.
+        RuntimeError: one of these does not hold; the errors of `apply`, of the model and of a missing transformers pass
+            through.
     """
     from transformers import AutoConfig, LlavaForConditionalGeneration
 
@@ -122,7 +123,7 @@ def check_model(device: str) -> None:
         model = LlavaForConditionalGeneration(config).to(device, torch.float32).eval()
         size, visual = config.vision_config.image_size, config.image_seq_length
         pixels = torch.randn(1, 3, size, size, dtype=torch.float32, device="cpu")
-    models.apply(model, Policy([Stage(3, 0.25)])).remove()  # names what is built differently, before anything fails
+    models.apply(model, Policy([Stage(3, 0.25)])).remove()  # names the part that is built differently
     tokens = torch.full((1, visual + 8), 5, device="cpu")
     tokens[:, 4 : visual + 4] = config.image_token_id
 
@@ -181,7 +182,7 @@ def problems(devices: Sequence[Device]) -> list[str]:
 
 
 def report(as_json: bool = False) -> int:
-    """Print what is installed, what is supported, and what came of trying it; why it cannot route goes to stderr.
+    """Print installed and supported versions, and the result of trying them; the reasons not to route go to stderr.
 
     Returns:
         The exit code: 1 if this installation cannot route.

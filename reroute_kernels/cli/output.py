@@ -24,7 +24,7 @@ def budget_text(budget: Budget) -> str:
 
 
 def rule_text(rule: object) -> str:
-    """A ranking or reducer by its name and what is not a default in it."""
+    """A ranking or reducer by its name and its arguments that are not defaults."""
     values = {each: getattr(rule, each.name) for each in fields(rule)}
     unusual = [
         f"{each.name}={value:.4g}" if isinstance(value, float) else f"{each.name}={value}"

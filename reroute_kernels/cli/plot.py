@@ -112,7 +112,7 @@ def _draw_schedule(axis: Axes, name: str, policy: Policy | None, cost: Cost, unr
 
 
 def draw_trace(trace: Trace, sample: int) -> Figure:
-    """A row for each stage of a routed prefill, a column for each visual token, by what became of it."""
+    """A row for each stage of a routed prefill, a column for each visual token: run, deferred or removed."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 

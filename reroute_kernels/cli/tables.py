@@ -49,7 +49,7 @@ def rules_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
 def costs_tables(
     costed: Sequence[tuple[str, Policy | None, Cost]], gpu: str | None = None, width: int = 80
 ) -> list[Table]:
-    """Tables of what policies cost: figures down, policies across, as many as fit into the width.
+    """Tables of the costs of policies: figures down, policies across, as many as fit into the width.
 
     Percentages are relative to the first policy; for rankings, to the first policy's prefill.
 
@@ -141,7 +141,7 @@ def runs_table(
         runs: of the demo.
         truth: the box that was asked for, if it is known.
         rates: by the names of runs, the share of boxes found in many scenes and its interval; may be empty.
-        times: whether to show what the prefills took.
+        times: whether to show the times of the prefills.
     """
     table = Table(
         "",

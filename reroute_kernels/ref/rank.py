@@ -51,7 +51,7 @@ ROTATIONS = {"rotate_half": rotate_half, "interleaved": rotate_interleaved}
 def visible_keys(
     query_index: Tensor, length: int, key_mask: Tensor | None, past_key: Tensor | None, past_mask: Tensor | None
 ) -> Tensor:
-    """(B, Q, L + P) bool, the keys that each query sees: those up to its own, and those of the past."""
+    """(B, Q, L + P) bool, the keys that each query sees: keys up to its own place, and keys of the past."""
     visible = torch.arange(length, device=query_index.device) <= query_index[:, :, None]
     if key_mask is not None:
         visible = visible & key_mask[:, None]

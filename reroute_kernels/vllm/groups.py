@@ -16,7 +16,7 @@ from vllm.v1.worker.utils import AttentionGroup
 class StageManager(FullAttentionManager):
     """Allocates blocks for the tokens of a request that the stage does not leave out.
 
-    The scheduler sets `deferred`, which tells of a request how many it does.
+    The scheduler sets `deferred`, which gives the number of left-out tokens of a request for every stage.
     """
 
     deferred: Callable[[str], tuple[int, ...]] | None = None
@@ -40,7 +40,7 @@ class StageSpec(AttentionSpec):
 
     @classmethod
     def of(cls, spec: KVCacheSpec, stage: int) -> StageSpec:
-        """Raises: NotImplementedError, where the layer has no full attention."""
+        """Raises: NotImplementedError, if the layer has no full attention."""
         if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
             raise NotImplementedError(f"own_groups needs layers with full attention, got {spec}")
         return cls(**{each.name: getattr(spec, each.name) for each in fields(AttentionSpec)}, stage=stage)
@@ -51,7 +51,7 @@ class StageSpec(AttentionSpec):
         return lambda config: cls.of(get_spec(config), stage)
 
     def max_memory_usage_bytes(self, vllm_config) -> int:
-        """For a prompt without visual tokens, of which nothing is left out."""
+        """The maximum, of a prompt without visual tokens, of which no token is left out."""
         return cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
@@ -88,8 +88,8 @@ def check_groups(groups, stages: Mapping[str, int]) -> None:
 def split_by_stage(attn_groups, stages: Mapping[str, int], config, device) -> list[list[list[AttentionGroup]]]:
     """The routed layers of a runner's attention groups, with builders of metadata for each stage alone.
 
-    A builder may keep what it built last, as FlashInfer's does: one that built for two stages would make the first
-    read the lengths of the second.
+    A builder may keep the metadata that it built last, as FlashInfer's does: a builder for two stages would make the
+    first read the lengths of the second.
 
     Args:
         attn_groups: of the runner: for each KV cache group a list.
@@ -115,7 +115,7 @@ def split_by_stage(attn_groups, stages: Mapping[str, int], config, device) -> li
 def _own_builder(group: AttentionGroup, names: list[str], config, device) -> AttentionGroup:
     builder = group.get_metadata_builder(0)
     own = AttentionGroup(group.backend, names, group.kv_cache_spec, group.kv_cache_group_id)
-    with set_current_vllm_config(config):  # of which backends ask for their version and their sizes of blocks
+    with set_current_vllm_config(config):  # backends ask it for their version and their block sizes
         own.create_metadata_builders(config, device, kernel_block_size=builder.kv_cache_spec.block_size)
     if own.kernel_block_size != group.kernel_block_size:
         raise RuntimeError(

@@ -37,7 +37,7 @@ class Forward:
     """Changes to the model's next forward.
 
     Args:
-        slots: by the name of a layer, where its keys and values go.
+        slots: by the name of a layer, the cache slots of its keys and values.
         step: the prompts that it routes; None if none starts, and the model runs as it is.
     """
 
@@ -48,9 +48,10 @@ class Forward:
 class RoutedModelState(DefaultModelState):
     """Model state of a routed model, returned by its `get_model_state_cls`.
 
-    What a layer caches of a request depends on counts that are known when the request comes, so a decode step needs
-    lengths and slots that are smaller by them. They are computed on the device, into buffers whose addresses stay, as
-    graphs that hold whole decode steps ask for. A step in which a prompt with visual tokens starts has no graph.
+    How many tokens of a request a layer leaves out of its cache is known when the request comes. In a decode step,
+    lengths and slots are smaller by that number. They are computed on the device, into buffers whose addresses stay,
+    because graphs that hold whole decode steps need that. A step in which a prompt with visual tokens starts has no
+    graph.
     """
 
     def __init__(self, vllm_config, model, encoder_cache, device):
@@ -107,7 +108,7 @@ class RoutedModelState(DefaultModelState):
         for stage, groups in enumerate(self._groups):
             layout = stage_layout(shares, stage)
             batch = self._batch_of(stage, input_batch, layout, [share.deferred[stage] for share in shares])
-            # Where prompts start nothing is padded, else the tokens behind the last one are, as in every layer.
+            # If prompts start, nothing is padded; else the tokens behind the last one are, as in every layer.
             width = batch.num_tokens if starts else slot_mappings.shape[1]
             slots = self._slots[stage, :, :width].fill_(PAD_SLOT_ID)
             if not is_dummy:
@@ -126,7 +127,7 @@ class RoutedModelState(DefaultModelState):
         return taken
 
     def keep_traces(self, step: RoutedStep) -> None:
-        """Keep what a step selected, if `trace` is set."""
+        """Keep the selection of a step, if `trace` is set."""
         if self.settings.trace:
             self.traces |= {self._names[number]: trace for number, trace in step.traces().items()}
 
@@ -165,7 +166,7 @@ class RoutedModelState(DefaultModelState):
         )
 
     def _fill_slots(self, slots: Tensor, batch, layout: StageLayout, tables) -> None:
-        """Into (groups, width): where in the cache of each group a stage's tokens go, by the lengths on the device."""
+        """Write the cache slots of a stage's tokens into (groups, width), from the lengths on the device."""
         tokens = len(layout.requests)
         back = layout.rows - layout.seq_lens[layout.requests]
         requests, back = (async_tensor_h2d(each, self.device) for each in (layout.requests, back))

@@ -56,7 +56,7 @@ class RoutedModel:
         return RoutedModelState
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
-        """vLLM's own; under the model runner V2 with what `RoutedModelState` has prepared."""
+        """vLLM's own forward; under the model runner V2, with the changes that `RoutedModelState` has prepared."""
         prepared = None if self.state is None else self.state.take_forward()
         if prepared is not None:
             get_forward_context().slot_mapping.update(prepared.slots)
@@ -73,10 +73,10 @@ class RoutedModel:
         Args:
             positions: (T,) or (3, T) rotary positions of all tokens of the step.
             embeddings: (T, d).
-            step: what to do with them.
+            step: the state of the step, which selects tokens.
 
         Returns:
-            (T, d), what `forward` returns.
+            (T, d), the result of `forward`.
         """
         return run_routed(self.language_model.model, positions, embeddings, step)
 

@@ -1,7 +1,7 @@
 """Tokens that each layer caches of a request, known from counts alone; no vLLM here.
 
-How many visual tokens a stage selects depends on their number only, so the host knows where every later token goes:
-in the layers of a stage that defers D of a request's tokens, the token at position p is row p - D of its cache.
+How many visual tokens a stage selects depends on their number only, so the host knows the place of every later token.
+In the layers of a stage that defers D of a request's tokens, the token at position p is row p - D of its cache.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Plan:
     """A policy on a decoder.
 
     Args:
-        policy: what to route.
+        policy: the policy.
         layers: of the decoder.
 
     Raises:
-        ValueError: the policy decides at a layer that there is not.
+        ValueError: the policy decides at a layer that the decoder has not.
     """
 
     policy: Policy
@@ -87,7 +87,7 @@ class StageLayout:
     """The tokens that run in the layers of a stage, request after request.
 
     query_lens, seq_lens: (R,), tokens that run, and keys that the cache then holds; requests, rows: (T,), for each
-    token its request and the row of that request's cache that its key goes to.
+    token its request and the row of its key in that request's cache.
     """
 
     query_lens: np.ndarray
@@ -97,7 +97,7 @@ class StageLayout:
 
 
 def stage_layout(shares: Sequence[Share], stage: int) -> StageLayout:
-    """Where the tokens of a step go in the layers of a stage.
+    """Lay out the tokens of a step for the layers of a stage.
 
     Raises:
         RuntimeError: a step holds a part of a routed prompt only.

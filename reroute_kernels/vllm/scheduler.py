@@ -1,4 +1,4 @@
-"""The scheduler that own KV groups need: it tells their managers what each request leaves out."""
+"""The scheduler that own KV groups need: it tells their managers how many tokens each request leaves out."""
 
 from __future__ import annotations
 

@@ -31,11 +31,11 @@ class Settings:
     """Policy of an engine, and how its stages are cached.
 
     Args:
-        policy: what to route.
+        policy: the policy.
         own_groups: whether the layers of each stage have their own groups of the KV cache, which take blocks for the
             tokens that run there only; else every layer takes blocks for all tokens.
-        trace: whether the workers keep what the latest prefills selected, for `RoutedWorker.routing_traces`.
-        untested_runner: whether vLLM's model runner V2 may run it, which GPUs have, and on which nothing was tested.
+        trace: whether the workers keep the selections of the latest prefills, for `RoutedWorker.routing_traces`.
+        untested_runner: whether vLLM's model runner V2, the one for GPUs, may be used; no GPU has tested it.
 
     Raises:
         NotImplementedError: vLLM cannot run such a policy.
@@ -59,7 +59,7 @@ class Settings:
 
     @classmethod
     def of(cls, given: object) -> Settings:
-        """From what stands under `"reroute"` in vLLM's `additional_config`.
+        """Settings from the mapping under `"reroute"` in vLLM's `additional_config`.
 
         Args:
             given: a mapping with `preset` (`"llava-1.5-7b/reroute-fastv/192"`) or `schedule` (`"3:0.25,7:0.25"`) and,
@@ -67,7 +67,7 @@ class Settings:
                 `LastQuery`; besides `own_groups`, `trace` and `untested_runner`.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: something else came.
+            TypeError, ValueError, NotImplementedError: it is no such mapping.
         """
         if not isinstance(given, Mapping):
             raise TypeError(f'additional_config["reroute"] must be a mapping, got {given!r}')
@@ -113,7 +113,7 @@ def engine_arguments(architecture: str, settings: Settings, max_model_len: int =
 
     Args:
         architecture: of the checkpoint, one of `ARCHITECTURES`.
-        settings: what is routed.
+        settings: the settings of the engine.
         max_model_len: tokens that a request may have, those of its images included; a step is made as large.
 
     Raises:

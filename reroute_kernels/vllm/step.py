@@ -1,4 +1,4 @@
-"""A step of the engine in which prompts with visual tokens start, beside what else is in the batch; no vLLM here."""
+"""A step of the engine in which prompts with visual tokens start, beside other requests of the batch; no vLLM here."""
 
 from __future__ import annotations
 

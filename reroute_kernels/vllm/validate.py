@@ -15,7 +15,7 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
     Raises:
         RuntimeError: another vLLM than a tested one.
         TypeError, ValueError: `additional_config["reroute"]` is missing or wrong, or another argument does not fit it.
-        NotImplementedError: something is on that routing does not go with.
+        NotImplementedError: a feature is on that cannot be combined with routing.
     """
     check_version()
     additional = config.additional_config
@@ -32,7 +32,7 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
     plan = Plan(settings.policy, model.hf_config.get_text_config().num_hidden_layers)
     multimodal = model.multimodal_config
     mode = config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
-    # The runner V2 prepares steps of decoding requests for graphs, the older one reads what each layer caches anew.
+    # The runner V2 prepares decode steps for full graphs; the older one reads the lengths of each layer's cache anew.
     with_graphs = CUDAGraphMode.FULL_DECODE_ONLY if config.use_v2_model_runner else CUDAGraphMode.PIECEWISE
     graphs = (CUDAGraphMode.NONE, with_graphs)
     refused = {
@@ -49,7 +49,7 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
         "video_pruning_rate": bool(multimodal and multimodal.is_multimodal_pruning_enabled()),
         "enable_prompt_embeds": model.enable_prompt_embeds,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
-        # Two steps at once may fill the encoder's cache, and then vLLM cuts a prompt at an image all the same.
+        # Two steps at once may fill the encoder's cache. vLLM then cuts a prompt at an image nevertheless.
         "async_scheduling": bool(scheduler.async_scheduling),
         "long_prefill_token_threshold": scheduler.long_prefill_token_threshold > 0,
         "the compilation mode STOCK_TORCH_COMPILE": config.compilation_config.mode

@@ -1,4 +1,4 @@
-"""The visual tokens of a request, as vLLM's features of it tell."""
+"""The visual tokens of a request, from the features that vLLM holds of it."""
 
 from __future__ import annotations
 

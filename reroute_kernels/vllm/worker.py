@@ -1,4 +1,4 @@
-"""The worker, whose model runner knows of every request how much of it each layer caches."""
+"""The worker, whose model runner knows how many tokens of each request every layer caches."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class RoutedRunner:
         ]
 
     def _replace_metadata(self, shares: list[Share]) -> None:
-        """Hand every routed layer the metadata of what runs and is cached there, built by its own backend."""
+        """Hand every routed layer the metadata of the tokens that run and are cached there, by its own backend."""
         context = get_forward_context()
         if self._groups is None:
             self._groups = split_by_stage(self.attn_groups, self.model.stages, self.vllm_config, self.device)

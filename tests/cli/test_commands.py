@@ -492,7 +492,7 @@ def test_env_where_something_is_too_old(package, version, monkeypatch):
 
 @pytest.mark.parametrize(("backend", "code"), [("triton", 1), ("ref", 0)])
 def test_env_where_triton_is_too_old(backend, code, monkeypatch):
-    """It matters where it would run."""
+    """An old Triton matters only if it would run."""
     found = environment.versions() | {"triton": "3.2.0"}
     monkeypatch.setattr(environment, "versions", lambda: found)
     monkeypatch.setattr(environment, "active_backend", lambda device: backend)
@@ -538,7 +538,7 @@ def test_env_where_a_model_cannot_be_routed(target, value, message, monkeypatch)
 
 @pytest.mark.parametrize("fault", ["unrouted", "wrong"])
 def test_env_where_routing_does_not_do_what_it_should(fault, monkeypatch):
-    """Hooks that are never called, and a layer that is handed something else."""
+    """Hooks that are never called, and a layer that is handed another input."""
     from reroute_kernels.models.hooks import Routing
 
     if fault == "unrouted":

@@ -1,4 +1,4 @@
-"""The page that `reroute-kernels view` writes: what is in it, and what a browser shows of it."""
+"""The page that `reroute-kernels view` writes: its content, and its appearance in a browser."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A page as the command line writes it, with what it was made from. The second answer alone holds a box."""
+    """A page as the command line writes it, with its sources. Only the second answer holds a box."""
     folder, found = tmp_path_factory.mktemp("view"), []
 
     def compare(subject, **settings):
@@ -224,7 +224,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, made):
-    """Opens the page in a window of a width, without a network; in the end nothing was asked for and nothing failed."""
+    """Opens the page in a window of a width, without a network; checks at the end for requests and errors."""
     contexts, failures, requests = [], [], []
 
     def opening(width=1200, **settings):

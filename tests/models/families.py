@@ -51,7 +51,7 @@ def tiny(kind: str, **config):
 
 
 def llava():
-    """Of the golden checkpoint's shape. Its weights enlarge rounding: it alone differs by 1e-4 between paddings."""
+    """The golden checkpoint's shape. Its own weights enlarge rounding: it alone differs by 1e-4 between paddings."""
     config = transformers.AutoConfig.from_pretrained(GOLDEN / "llava", dtype=torch.float32)
     config.text_config.initializer_range = 0.15
     return transformers.LlavaForConditionalGeneration(config)
@@ -243,7 +243,7 @@ def _patches(dim: int, height: int, generator) -> dict[str, Tensor]:
 
 
 def _picture(name: str, number: int, generator) -> dict[str, Tensor]:
-    """Inputs that the processor would make of one image; later ones have other sizes where the family allows."""
+    """Inputs that the processor would make of one image; later ones have other sizes if the family allows."""
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)

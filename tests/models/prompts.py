@@ -84,12 +84,12 @@ def batch(prompts: list[Prompt], side: str = "left") -> dict[str, Tensor]:
 
 
 def offset(prompt: Prompt, length: int, side: str) -> int:
-    """Where a prompt begins in its padded row."""
+    """Position at which a prompt begins in its padded row."""
     return length - len(prompt) if side == "left" else 0
 
 
 def selections(trace: Trace, row: int = 0, shift: int = 0) -> list[list[int]]:
-    """Selected positions of one sample at every stage, relative to where its prompt begins."""
+    """Selected positions of one sample at every stage, relative to the beginning of its prompt."""
     return [(stage.selected[row] - shift).tolist() for stage in trace.stages]
 
 

@@ -1,7 +1,7 @@
 """A reducer's work on a prompt, done by hand: whole attention matrices, image by image, token by token.
 
 The prompt that it makes holds the survivors' features at their own positions, and the model that runs it knows nothing
-of what was dropped.
+of the dropped tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def softmax_rows(query, key):
 
 @torch.no_grad()
 def llava_images(model, pixel_values):
-    """Of each image (or tile): its features before the projector, similarity features, saliency, and its grid."""
+    """For each image (or tile): its features before the projector, similarity features, saliency, and its grid."""
     tower = model.model.vision_tower
     layers = getattr(tower, "vision_model", tower).encoder.layers
     with inputs_of(layers) as seen:
@@ -65,12 +65,12 @@ def llava_images(model, pixel_values):
 
 @torch.no_grad()
 def qwen_images(model, pixel_values, grids):
-    """As `llava_images`, of what the merger makes."""
+    """As `llava_images`, for the outputs of the merger."""
     tower = model.model.visual
     depth, cells = len(tower.blocks), tower.spatial_merge_size**2
     with inputs_of(tower.blocks) as seen:
         output = tower(pixel_values, grid_thw=grids)
-    # The order of windows is found by what was merged, which is different at every place.
+    # The order of windows is found from the merged features, which are different at every place.
     merged = tower.merger(output.last_hidden_state)
     back = torch.cdist(output.pooler_output, merged).argmin(dim=1)
     torch.testing.assert_close(merged[back], output.pooler_output)
@@ -100,18 +100,18 @@ def images_of(model, inputs):
 
 
 def has_equal_saliencies(model, inputs) -> bool:
-    """Whether two tokens of an image are told from each other by rounding alone."""
+    """Whether only rounding distinguishes two tokens of an image."""
     salient = [saliency.sort().values for _, _, saliency, _ in images_of(model, inputs)]
     return any(bool((each.diff() < 1e-6 * each.max()).any()) for each in salient)
 
 
 @torch.no_grad()
 def reduced_prompt(model, inputs, count, per_cell, distance, quantile, keeps_own):
-    """One sample's prompt without what Nüwa drops.
+    """One sample's prompt without the tokens that Nüwa drops.
 
     Args:
         inputs: of the model, with ids and pixel values of one sample.
-        count: gives the anchors of an image of so many tokens.
+        count: gives the number of anchors for a number of tokens of an image.
         distance: gives the distance in tokens for a grid.
 
     Returns:

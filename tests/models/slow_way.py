@@ -1,7 +1,7 @@
 """Routing done the slow way: one sample, whole attention matrices, full-length gather and scatter around every layer.
 
 Nothing of the library is used here but the names of its rankings. The hidden states keep their full length between
-layers, so that everything that a model does there (DeepStack) it does itself.
+layers, so that the model's own work there (DeepStack) happens as usual.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ class SlowWay:
 
     Args:
         model: unrouted.
-        policy: what to route.
+        policy: the policy.
         visual: (L,) bool, for a prompt whose ids are not handed to the model.
-        total: the visual tokens of that prompt, where a reducer dropped some before.
+        total: the visual tokens of that prompt, if a reducer dropped some before.
     """
 
     def __init__(self, model, policy, visual=None, total=None):
@@ -130,17 +130,18 @@ class SlowWay:
         self.decoder = decoder_of(model)
         self.kinds = layer_types(self.decoder)
         self.stages = {stage.layer: stage for stage in policy.schedule}
-        # Of the latest routed prompt: positions in the conversation, and candidates' scores by place in the prompt.
+        # Selections of the latest routed prompt as positions in the conversation; candidates' scores by place in the
+        # prompt.
         self.selected: list[list[int]] = []
         self.scores: list[dict[int, float]] = []
-        # Whether a text is to be numbered as beside prompts with images in a batch.
+        # Whether a text is to be numbered as if prompts with images were in its batch.
         self.beside_images = False
         # Positions in the conversation that the masks of calls hide from now on.
         self.hidden = torch.empty(0, dtype=torch.int64)
 
     def __enter__(self):
         self.handle = self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        self.positions = {}  # of what each layer has cached, by cache
+        self.positions = {}  # of the tokens that each layer has cached, by cache
         self.ends = {}  # of conversations, by cache
         for number, layer in enumerate(self.decoder.layers):
             layer.forward = self._around(number, layer, layer.forward)
@@ -168,7 +169,7 @@ class SlowWay:
         if cache is not None:
             tokens = ids if ids is not None else kwargs["inputs_embeds"]
             self.ends[id(cache)] = self.past + tokens.shape[1]
-        # The next token is predicted from the last one, so it runs whatever it is.
+        # The next token is predicted from the last one, so the last one runs even if it is visual.
         self.current = visual[:-1].nonzero().flatten().tolist()
         if self.routes:
             self.total = self.total_before or int(visual.sum())
@@ -246,7 +247,7 @@ class SlowWay:
         return self.decoder.rotary_emb(hidden, positions)
 
     def _seen(self, cache, number, past):
-        """(P,) bool, what a layer has cached that the mask of this call does not hide."""
+        """(P,) bool, the tokens cached by a layer that the mask of this call does not hide."""
         if not past:
             return None
         return ~torch.isin(self.positions[id(cache), number][:past], self.hidden)

@@ -1,7 +1,7 @@
-"""One rank of two: routes prompts on models whose heads are split, and writes what came out as JSON.
+"""One rank of two: routes prompts on models whose heads are split, and writes the results as JSON.
 
-`<family> <folder>` is what test_tensor_parallel.py asks of a golden model, `<folder>` alone what test_ways.py asks of
-every checkpoint in it.
+`<family> <folder>` runs the prompts of test_tensor_parallel.py on a golden model; `<folder>` alone runs those of
+test_ways.py on every checkpoint in it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Tensors that belong to the model or the caller are what they were after a routed call: hooks may hold them."""
+"""Tensors that belong to the model or the caller are unchanged after a routed call: hooks may hold them."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def tensors_in(value):
 
 
 class Held:
-    """Holds every tensor that a module is handed or returns, with a copy of what was in it."""
+    """Holds every tensor that a module is handed or returns, with a copy of its values."""
 
     def __init__(self, model):
         self.tensors = []
@@ -47,7 +47,7 @@ class Held:
         return hold
 
     def changed(self):
-        """Where tensors were handed over or returned that were written to since."""
+        """Places at which tensors were handed over or returned that were written to since."""
         for handle in self.handles:
             handle.remove()
         return {where for where, tensor, copy in self.tensors if not torch.equal(tensor, copy)}
@@ -55,7 +55,7 @@ class Held:
 
 @torch.no_grad()
 def changed_by(case, inputs):
-    """By a prompt and two steps on its cache; the caller's own tensors included."""
+    """Tensors changed by a prompt and two steps on its cache, the caller's own included."""
     held = Held(case.model)
     copies = {name: value.clone() for name, value in inputs.items()}
     case.model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)

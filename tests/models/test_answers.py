@@ -72,7 +72,7 @@ def told(way, routing, labels, starts):
 
 
 def together(case, routing, pairs, side, way):
-    """Logits at each sample's answer and at the token before, and the selections, of one call."""
+    """Logits at each sample's answer and at the token before it, and the selections of one call."""
     whole = [joined(*pair) for pair in pairs]
     inputs = case.batch(whole, side)
     length = inputs["input_ids"].shape[1]
@@ -89,7 +89,7 @@ def together(case, routing, pairs, side, way):
 
 
 def in_turn(case, routing, prompt, answer):
-    """The same of a sample alone: its prompt, and then its answer on the cache. Text alone is not routed."""
+    """The same results of a sample alone: its prompt, and then its answer on the cache. Text alone is not routed."""
     if not prompt.features:
         whole = case.model(**case.batch([joined(prompt, answer)]))
         return whole.logits[0, len(prompt) - 1 :], [[] for _ in routing.policy.schedule]
@@ -103,7 +103,7 @@ def in_turn(case, routing, prompt, answer):
 
 
 def positions_of(case, sample):
-    """The model's arguments for its decoder; not every version knows where to go on behind images."""
+    """The model's arguments for its decoder; not every version continues the positions behind images."""
     found = []
     hook = decoder_of(case.model).register_forward_pre_hook(
         lambda decoder, args, kwargs: found.append(kwargs.get("position_ids")), with_kwargs=True
@@ -127,7 +127,7 @@ def check(case, policy, side="left", way="labels", pairs=None):
             assert (logits[row] - expected).abs().max() <= 1e-4, f"sample {row}"
 
 
-# Padding on the right is refused where layers have windows or states.
+# Padding on the right is refused if layers have windows or states.
 PADDED = [(family, side) for family in FAMILIES for side in ("left", "right")]
 PADDED = [each for each in PADDED if each not in (("aya_vision", "right"), ("qwen3_5", "right"))]
 
@@ -221,7 +221,7 @@ def test_labels_through_peft():
         assert selections(routing.trace) != chosen
 
 
-# Where labels say that an answer begins
+# Beginnings of answers by labels
 
 V, N = IMAGE, -100
 LABELLED = {
@@ -263,7 +263,7 @@ def test_text_that_is_scored_as_a_whole_is_ranked_as_without_labels():
 
 @torch.no_grad()
 def test_labels_are_of_one_call():
-    """Neither a later call nor one inside of it, of the model without its head, takes them for its own."""
+    """Labels hold for one call: neither a later call nor one inside it, of the model without its head, takes them."""
     case = load("llava")
     inputs, labels = one_labelled(case)
     inside = []

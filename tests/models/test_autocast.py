@@ -1,4 +1,4 @@
-"""Prompts under autocast: the model's own products are in half precision, what ranks and selects is in float32."""
+"""Prompts under autocast: the model's own products are in half precision, ranking and selection in float32."""
 
 import pytest
 import torch

@@ -139,7 +139,7 @@ def test_text_behind_a_prompt_that_ends_with_an_image(model, prompt):
 
 
 def test_generate_behind_a_prompt_that_ends_with_an_image(model, prompt):
-    """Where an image's positions have several axes, `generate` goes on from its last token alone."""
+    """If an image's positions have several axes, `generate` goes on from its last token alone."""
     prompts = [prompt(1, 6, 15, seed=1), cut_behind_its_image(prompt(1, 3, 9, seed=2))]
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with rk.apply(model, policy()):
@@ -154,7 +154,7 @@ def test_generate_behind_a_prompt_that_ends_with_an_image(model, prompt):
 
 @torch.no_grad()
 def test_positions_of_a_prompt_are_not_those_that_a_later_call_counts(model, inputs):
-    """A model that is given none counts what its cache holds, in the layer that lacks tokens of the prompt, too."""
+    """A model that is given no positions counts its cache, also in a layer that lacks tokens of the prompt."""
     if "image_grid_thw" in inputs:
         pytest.skip("a model of several axes keeps how far its positions are from counts")
     inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1])[None] + 5

@@ -51,7 +51,7 @@ def qwen2_5_vl():
 
 @dataclass(frozen=True)
 class Model:
-    """How a tiny model is made, and what its images are."""
+    """How a tiny model and its images are made."""
 
     make: object
     tokens: int
@@ -74,13 +74,13 @@ MODELS = {
 
 @cache
 def load(name: str, dtype: torch.dtype, role: str) -> torch.nn.Module:
-    """One model for each of what must not meet in it: the unrouted call, the routed one, and the slow way."""
+    """Three models, since these must not share one: the unrouted call, the routed one, and the slow way."""
     torch.manual_seed(0)
     return MODELS[name].make().eval().to(dtype)
 
 
 def picture(name: str, number: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Inputs that the processor would make of an image; number 1 is of twice the size where the family allows."""
+    """Inputs that the processor would make of an image; number 1 is of twice the size if the family allows."""
     if name.startswith("qwen"):
         grid = (1, 8 * (number + 1), 12)
         pixels = torch.randn(grid[1] * grid[2], 1176 if name == "qwen2_5_vl" else 1536, generator=generator)
@@ -95,7 +95,7 @@ def count(name: str, number: int) -> int:
 
 # Cases
 
-# Of a sample in a turn: text ("t5"), an image ("i0"), text and an image that the mask hides ("m2", "x0").
+# Parts of a sample in a turn: text ("t5"), an image ("i0"), text and an image that the mask hides ("m2", "x0").
 Layout = tuple[str, ...]
 
 MASKS = ("none", "2d", "4d bool", "4d additive", "packed bool", "packed additive", "bidirectional")
@@ -118,7 +118,7 @@ RANKINGS = (
 
 @dataclass(frozen=True)
 class Turn:
-    """Content of a call: a layout for each sample, an empty one where it sits out."""
+    """Content of a call: a layout for each sample, an empty one if it sits out."""
 
     layouts: tuple[Layout, ...]
     mask: str = "2d"
@@ -190,12 +190,12 @@ class Case:
 
     @property
     def ends_in_image_of_axes(self) -> bool:
-        """Whether what follows stands behind the image's last token in `generate`, and behind all of it elsewhere."""
+        """Whether later tokens stand behind the image's last token in `generate`, but behind all of it elsewhere."""
         return MODELS[self.model].axes > 1 and any(row and row[-1][0] == "i" for row in self.turns[0].layouts)
 
     @property
     def is_plain_in_four_dimensions(self) -> bool:
-        """Whether masks of four dimensions say what is padding, and what every layer sees."""
+        """Whether masks of four dimensions give the padding, and the tokens that every layer sees."""
         return self.model not in ("aya_vision", "qwen3_5") and not (self.seed % 2 and self.side == "right")
 
     @property
@@ -298,7 +298,7 @@ class Sampler:
             return "2d"
         masks = {"none": 4, "2d": 6, "4d bool": 2, "4d additive": 2}
         masks |= {"packed bool": 0.4, "packed additive": 0.4, "bidirectional": 0.3}
-        if case.attention != "sdpa":  # masks are added to scores, so that those of bools say nothing
+        if case.attention != "sdpa":  # masks are added to scores, so that boolean ones have no effect
             masks["4d bool"] = masks["packed bool"] = masks["bidirectional"] = 0
         if case.model == "aya_vision":  # one mask does not fit the caches of both kinds of layers
             masks = {name: weight / (1 if name in ("none", "2d") else 4) for name, weight in masks.items()}
@@ -346,7 +346,7 @@ class Sampler:
             mask = "2d"
         hides = self.random.choice([0.05, 0.3, 1.0]) if mask != "none" and self.chance(0.2) else 0.0
         if mask.startswith("packed"):
-            hides = 0.0  # what hides all but a token and itself may be padding in front of it
+            hides = 0.0  # of two tokens that see no others, the first may be padding
         are_of_images = kind == "image" or mask not in ("none", "2d")
         positions = self.positions(case, are_of_images, turns[0].positions)
         return Turn(layouts, mask, positions, hides if case.mode == "call" else 0.0)
@@ -362,7 +362,7 @@ class Talk:
         self.case = case
         self.axes = MODELS[case.model].axes
         self.generator = torch.Generator().manual_seed(case.seed)
-        self.few_words = case.mode == "lookup"  # so that what stood before is guessed again
+        self.few_words = case.mode == "lookup"  # so that the earlier text is guessed again
         rows = [[self._tokens(layout) for layout in turn.layouts] for turn in case.turns]
         self.samples = rows  # [turn][sample] (ids, valid, features of images that are seen, of all)
         self.ids, self.valid = zip(*(self._padded(turn) for turn in rows), strict=True)
@@ -403,7 +403,7 @@ class Talk:
         return (self.ids[number] == IMAGE) & self.valid[number]
 
     def features(self, number: int, row: int | None = None) -> dict[str, Tensor]:
-        """Of all samples; or of one, without what its mask hides."""
+        """Features of all samples; or of one, without the images that its mask hides."""
         rows = self.samples[number] if row is None else [self.samples[number][row]]
         pictures = [each for _, _, features in rows for seen, each in features if seen or row is None]
         names = sorted({name for each in pictures for name in each})
@@ -414,7 +414,7 @@ class Talk:
         return value.to(getattr(torch, self.case.dtype)) if value.is_floating_point() else value
 
     def columns(self, row: int, end: int) -> Tensor:
-        """Of a sample's tokens."""
+        """Columns of a sample's tokens."""
         return torch.cat(self.valid, dim=1)[row, :end].nonzero().flatten()
 
     def hidden(self, number: int) -> Tensor:
@@ -423,7 +423,7 @@ class Talk:
         draw = torch.rand(self.batch, begin, generator=torch.Generator().manual_seed(self.case.seed + number))
         hidden = (draw < turn.hides) & torch.cat(self.valid, dim=1)[:, :begin]
         if self.case.side == "right" or self.case.positions == "contiguous":
-            hidden[:, self.ends[0] :] = False  # where later tokens are counted, those that are hidden are not
+            hidden[:, self.ends[0] :] = False  # later tokens are counted here, without hidden ones
         return torch.nn.functional.pad(hidden, (0, self.ids[number].shape[1]))
 
     def padding_mask(self, number: int) -> Tensor:
@@ -437,7 +437,7 @@ class Talk:
         return causal & self.padding_mask(number)[:, None]
 
     def seen(self, number: int) -> Tensor:
-        """(B, Q, T) bool, what the mask of a turn says."""
+        """(B, Q, T) bool, the mask of a turn."""
         turn, seen, queries = self.case.turns[number], self.causal(number), self.ids[number].shape[1]
         begin, total = self.begin(number), self.ends[number]
         if turn.mask.startswith("packed"):
@@ -448,7 +448,7 @@ class Talk:
         return seen
 
     def is_causal(self, number: int) -> bool:
-        """Whether every token sees what stands before it, but for what is hidden from all of them."""
+        """Whether every token sees all tokens before it, except those hidden from all of them."""
         differs = (self.seen(number) ^ self.causal(number)) & self.valid[number][:, :, None]
         return not bool(differs.any())
 
@@ -470,14 +470,14 @@ class Talk:
         return seen
 
     def _ends_in_one_padding(self, number: int) -> bool:
-        """Whether a row does that, which cannot be told from a token if it sees itself."""
+        """Whether a row ends in a single padding, which cannot be told from a token if it sees itself."""
         valid = self.valid[number]
         before = valid[:, -2] if valid.shape[1] > 1 else torch.ones(len(valid), dtype=torch.bool)
         return bool((~valid[:, -1] & before).any())
 
     @property
     def room(self) -> int:
-        """Of a static cache."""
+        """Slots of a static cache."""
         return self.ends[-1] + 3
 
     @cached_property
@@ -511,7 +511,7 @@ class Talk:
         return places if self.axes > 1 else places[0]
 
     def arguments(self, number: int, model) -> dict[str, object]:
-        """Of the model, for a turn."""
+        """Arguments of the model for a turn."""
         turn, ids = self.case.turns[number], self.ids[number]
         arguments = {"attention_mask": self.mask(number), "position_ids": self.position_ids(number)}
         arguments = {name: value for name, value in arguments.items() if value is not None} | self.features(number)
@@ -526,7 +526,7 @@ class Talk:
 
 
 class Watch:
-    """Looks at what reaches the decoder: lengths in its layers, and positions.
+    """Records the inputs of the decoder: lengths in its layers, and positions.
 
     Args:
         model: to look at; its hooks are there already.
@@ -620,7 +620,7 @@ def talk_to(model, talk: Talk, turns: int, routing=None) -> tuple[list[Answer], 
     case, answers = talk.case, []
     if hasattr(model.model, "rope_deltas"):
         model.model.rope_deltas = None
-    # The oldest transformers asks the static cache of a call that was refused for what its first layer would have set.
+    # The oldest transformers asks the static cache of a refused call for a value that its first layer would have set.
     vars(model).pop("_cache", None)
     past = None
     if case.cache in ("dynamic", "static"):
@@ -656,7 +656,7 @@ def take_turn(model, talk: Talk, number: int, past, answers: list[Answer]) -> An
 
 
 def generate_turn(model, talk: Talk, number: int, past, answers: list[Answer]) -> Answer:
-    """The whole conversation, with what was generated in between, on the cache of the turn before."""
+    """The whole conversation, with the text generated in between, on the cache of the turn before."""
     valid, ids = talk.valid[number], talk.ids[number]
     arguments = talk.features(number)
     if answers:
@@ -689,13 +689,13 @@ class Alone:
         self.model = load(self.case.model, torch.float32, "slow way")
         self.slow = SlowWay(self.model, replace(self.case.policy, reducer=None))
         self.slow.beside_images = bool(talk.visual(0).any())
-        self.rows: list[Tensor | None] = []  # of each turn, what stands behind `logits`: columns of the conversation
+        self.rows: list[Tensor | None] = []  # of each turn, the tokens of `logits`: columns of the conversation
         self.logits: list[Tensor | None] = []
         self.selected: list[list[list[int]]] = []  # columns, [turn][stage]
         self.scores: list[list[dict[int, float]]] = []
         self.sequences: list[Tensor] = []
-        self.columns = torch.empty(0, dtype=torch.int64)  # of what ran
-        self.survivors: list[tuple[list[int], dict]] = []  # columns that a reducer left, of what it was given
+        self.columns = torch.empty(0, dtype=torch.int64)  # of the tokens that ran
+        self.survivors: list[tuple[list[int], dict]] = []  # columns that a reducer left, of those that it was given
 
     def note(self, columns: Tensor, routes: bool) -> None:
         self.selected.append([columns[stage].tolist() for stage in self.slow.selected] if routes else [])
@@ -759,7 +759,7 @@ class Alone:
     def generates(self, turns: int) -> None:
         """Turns through `generate`, as many beams as the case has."""
         talk, row, past = self.talk, self.row, None
-        kept = ("num_beams", "use_cache", "eos_token_id")  # what else makes a mode is done the plain way
+        kept = ("num_beams", "use_cache", "eos_token_id")  # all other parts of a mode are done the plain way
         settings = {name: value for name, value in GENERATE.get(self.case.mode, {}).items() if name in kept}
         with self.slow:
             for number in range(turns):
@@ -866,7 +866,7 @@ def near(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
 
 
 def check_generated(answer: Answer, row: int, alone: Alone, number: int, rows: int) -> None:
-    """Logits and tokens, up to where two tokens are nearly equal."""
+    """Logits and tokens, up to the first step at which two tokens are nearly equal."""
     expected, steps = alone.logits[number], alone.logits[number].shape[1]
     tokens = alone.sequences[number][0, -steps:].tolist()
     actual_tokens = answer.sequences[row, -steps:].tolist()
@@ -894,7 +894,7 @@ def check_refusal(case: Case, failed: Failed) -> None:
 
 
 def is_weak(talk: Talk) -> bool:
-    """Whether only counts can be told: of halves, and where layers count masked tokens between others."""
+    """Whether only counts can be compared: in half precision, and if layers count masked tokens between others."""
     case = talk.case
     if case.dtype != "float32":
         return True
@@ -1021,7 +1021,7 @@ def check_alone(talk: Talk, unrouted: list[Answer], routed: list[Answer]) -> Non
 
 
 def check_trace(talk: Talk, alone: Alone, number: int, row: int, trace: rk.Trace) -> None:
-    """A sample selects what it selects alone."""
+    """A sample selects the same tokens as alone."""
     case, visual = talk.case, talk.visual(number)[row]
     last = talk.valid[number][row].nonzero().flatten()[-1:]
     ends_in_image = case.mode != "no cache" and len(last) and bool(visual[last])
@@ -1054,7 +1054,7 @@ def rounding_of_batch(talk: Talk, unrouted: list[Answer], positions: list[Tensor
 
 # Tests
 
-OUTCOMES: dict[int, str] = {}  # by seed, of what ran in this process
+OUTCOMES: dict[int, str] = {}  # by seed, of the cases that ran in this process
 
 
 def pytest_generate_tests(metafunc):

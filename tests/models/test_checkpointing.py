@@ -1,4 +1,4 @@
-"""Gradients where activations are computed anew in the backward pass are those of a routed call without that."""
+"""Gradients equal those of a plain routed call if activations are computed anew in the backward pass."""
 
 import copy
 import functools
@@ -85,7 +85,7 @@ def gradients(model, call=None):
 
 def check(case, policy, before=None, after=None, call=None, plain_before=None):
     plain, model = trained(case), trained(case)
-    # Reentrant checkpoints have no gradients where no input has.
+    # Reentrant checkpoints have no gradients if no input has.
     for each in (plain, model):
         each.arguments = inputs_of(case)
         each.enable_input_require_grads()

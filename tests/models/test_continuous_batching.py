@@ -46,7 +46,7 @@ def test_requests(model, requests):
 
 
 class PagedAttentionCache:
-    """Holds nothing: where it is written to, a layer has run."""
+    """Holds nothing: if it is written to, a layer has run."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`rk.cost` counts what models do: of 7B shape without their memory, narrow ones for real, and every family."""
+"""`rk.cost` counts the work of models: 7B shapes on the meta device, narrow ones for real, and every family."""
 
 import copy
 from functools import cache
@@ -35,7 +35,7 @@ def _no_features(monkeypatch):
 
 
 def make_model(name, device, attention, **shape):
-    """The model of a preset, with the shape of its decoder where no other is given."""
+    """The model of a preset, with the shape of its decoder if no other is given."""
     decoder = DECODERS[name]
     text = {
         "hidden_size": decoder.hidden_size,
@@ -65,7 +65,7 @@ def make_model(name, device, attention, **shape):
     config._attn_implementation = attention
     with torch.device(device):
         model = kind._from_config(config, dtype=DTYPES[name]).eval()
-    # Ids stay on the CPU, where routing reads which tokens are visual.
+    # Ids stay on the CPU, because routing reads from them which tokens are visual.
     model.get_input_embeddings().register_forward_pre_hook(lambda embedding, args: (args[0].to(device),))
     return model
 

@@ -21,7 +21,7 @@ DEEPSTACK = (rk.Stage(0, 0.4), rk.Stage(2, 0.3), rk.Stage(4, 0.2))
 
 @torch.no_grad()
 def run(model, inputs, this):
-    """Logits of a routed prompt, what it selected, and greedy tokens."""
+    """Logits of a routed prompt, its selections, and greedy tokens."""
     with rk.apply(model, this) as routing:
         logits = model(**inputs).logits
         selected = [selections(routing.trace, row) for row in range(len(logits))]
@@ -36,7 +36,7 @@ def expect_same(got, expected, tolerance=0.0):
 
 
 class Case:
-    """A model in one piece, its checkpoint, a prompt, a policy, and what they give."""
+    """A model in one piece, its checkpoint, a prompt, a policy, and the expected results."""
 
     def __init__(self, family, folder):
         if family in PROMPTS:
@@ -59,7 +59,7 @@ def case(request, tmp_path_factory):
 
 
 def device_map(model, even, odd) -> dict[str, object]:
-    """Layers with even and odd numbers on different devices, and everything else where the odd ones are."""
+    """Layers with even and odd numbers on different devices, and everything else on the device of the odd ones."""
     places = {f"model.{name}": odd for name, _ in model.model.named_children() if name != "language_model"}
     for name, module in model.model.language_model.named_children():
         path = f"model.language_model.{name}"
@@ -82,7 +82,7 @@ OFFLOADED = {
 @pytest.mark.parametrize("loaded_with", ["itself", "layer", "attention"])
 @pytest.mark.parametrize("way", OFFLOADED)
 def test_offloaded(case, way, loaded_with, tmp_path):
-    """`loaded_with`: what loads a projection's weights. One that does not itself cannot be called on its own."""
+    """`loaded_with`: the module that loads a projection's weights; unless it is itself, it cannot be called alone."""
     first = case.policy.schedule[0].layer
     layer = case.model.model.language_model.layers[first]
     modules = {"itself": [], "layer": [layer], "attention": [layer.self_attn]}[loaded_with]
@@ -114,7 +114,7 @@ def test_loaded_offloaded(case, layers, tmp_path):
 class PretendedDevices(TorchFunctionMode):
     """Lets tensors on the CPU claim to be on `cpu:1`, `cpu:2`, and refuses operations between them, as devices would.
 
-    Tensors whose `claimed` is None, such as weights, and what is computed from them alone are wherever they are needed.
+    Tensors whose `claimed` is None, such as weights, fit every device; so do results computed from them alone.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -154,7 +154,7 @@ def alternating(model):
 
 
 def elsewhere(model):
-    """The decoder on another device than the inputs, with hooks where `cpu_offload` has them: where weights are."""
+    """The decoder on another device than the inputs, with hooks on modules that have weights, as in `cpu_offload`."""
     hooks.attach_align_device_hook(model.model.language_model, "cpu:1")
 
 

@@ -1,4 +1,4 @@
-"""The examples in docstrings run and give what they say; public functions have one."""
+"""The examples in docstrings run and give the results that they state; public functions have one."""
 
 import doctest
 import inspect

@@ -50,7 +50,7 @@ def test_deepstack_matters():
 
 @torch.no_grad()
 def test_generate_grows_the_cache_of_every_stage(case):
-    """Every attention layer caches what it ran, and one token a step."""
+    """Every attention layer caches the tokens that it ran, and one token a step."""
     model, inputs = case
     decoder, prompt = decoder_of(model), inputs["input_ids"].shape[1]
     with rk.apply(model, policy("reroute", STAGES)) as routing:
@@ -91,7 +91,7 @@ def test_decisions_need_full_attention(name, kind):
 @pytest.mark.parametrize("window", [8, 30, 500])
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_sliding_window_is_one_of_positions(window, action):
-    """Windows shorter than the prompt, than what is selected of it, and longer than both."""
+    """Windows shorter than the prompt, shorter than the tokens selected of it, and longer than both."""
     family = load("aya_vision")
     config = copy.deepcopy(family.model.config)
     config.text_config.sliding_window = window

@@ -57,7 +57,7 @@ def positions_of(model, inputs):
     ids=["sample", "beams", "beams-return-2", "sample-return-3", "no-cache"],
 )
 def test_generation_modes_route_and_keep_everything_matches(model, inputs, mode, action):
-    """At keep = 1 every mode gives what the unrouted model gives; below, it routes."""
+    """At keep = 1 every mode equals the unrouted model; below, it routes."""
     settings = {**GREEDY, **mode}
     everything = policy(action, (rk.Stage(2, 1.0), rk.Stage(6, 1.0)))
     torch.manual_seed(3)
@@ -150,7 +150,7 @@ def test_cropped_cache_continues_where_it_was(model, inputs, kind):
 
 
 def test_guesses_on_a_static_cache(model, inputs):
-    """Transformers crops what was guessed wrongly. A static cache that it makes has no room for guesses."""
+    """Transformers crops tokens that were guessed wrongly. A static cache that it makes has no room for guesses."""
     cache = transformers.StaticCache(model.config.get_text_config(), max_cache_len=inputs["input_ids"].shape[1] + 20)
     if not hasattr(cache.layers[0], "crop"):
         pytest.skip("transformers crops static caches from 5.24 on")
@@ -379,7 +379,7 @@ def test_call_from_inside_the_generation_of_another_model(model, inputs):
 
 @torch.no_grad()
 def test_cached_rows_without_a_token_do_not_rank(family, model, prompt, monkeypatch):
-    """Of a batch whose samples kept different numbers of tokens, the rows that fill the shorter ones up."""
+    """The rows that fill up shorter samples, in a batch whose samples kept different numbers of tokens."""
     if family != "llava":
         pytest.skip("its positions on three axes are not counted by hand here")
     masks = []
@@ -404,7 +404,7 @@ def test_cached_rows_without_a_token_do_not_rank(family, model, prompt, monkeypa
 @pytest.mark.parametrize("first", [0, 2], ids=["decision-at-layer-0", "decision-at-layer-2"])
 @torch.no_grad()
 def test_padding_among_new_tokens_whose_positions_nobody_gives(family, model, prompt, first):
-    """They count it, as in the unrouted model, also where the cache cannot tell how long the conversation is."""
+    """They count it, as in the unrouted model, also if the cache cannot tell how long the conversation is."""
     if family != "llava":
         pytest.skip("it must be given positions beside a mask")
     inputs = batch([prompt(1, 6, 20, seed=3), prompt(1, 6, 14, seed=4)])

@@ -31,7 +31,7 @@ class Asker:
 
     @torch.no_grad()
     def ask(self, *_):
-        if not self.asks:  # not in what it calls itself
+        if not self.asks:  # not in calls of its own
             self.asks = True
             self.answers.append(self.model(**self.others).logits[0, -1])
             self.asks = False

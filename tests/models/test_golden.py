@@ -25,10 +25,10 @@ def inputs(golden):
 
 @pytest.fixture(scope="session")
 def tolerance(_loaded, golden, inputs):
-    """How far a logit may be from the recorded one: 1e-5, or what the kind of CPU makes of the same arithmetic.
+    """How far a logit may be from the recorded one: 1e-5, or the difference between kinds of CPUs.
 
     CPUs add in different orders, and a random model of 12 layers enlarges that: the unrouted model alone, without a
-    line of this library, is up to 1.4e-4 from what another kind of CPU recorded. A routed one may be twice as far as
+    line of this library, is up to 1.4e-4 from the record of another kind of CPU. A routed one may be twice as far as
     the unrouted one is on this machine.
     """
     _loaded.set_attn_implementation("sdpa")
@@ -39,7 +39,7 @@ def tolerance(_loaded, golden, inputs):
 
 @pytest.fixture(scope="session")
 def recorded_rounding(family, golden, inputs):
-    """How far the recorded logits of the unrouted model are from those of float64, in which the kind of CPU is lost."""
+    """How far the recorded logits of the unrouted model are from float64 ones, which no kind of CPU changes."""
     exact = transformers.AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float64).eval()
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_routed_golden_case(family, model, golden, inputs, name, tolerance):
 
 @torch.no_grad()
 def test_unrouted_golden_case(model, golden, inputs, recorded_rounding):
-    """Two float32 results of one exact one: as far from each other as both are from it."""
+    """Two float32 results of one exact value: no further from each other than the sum of their distances to it."""
     output, lengths, tokens = greedy(model, inputs)
     torch.testing.assert_close(output.logits[0, -1], golden["full/last_logits"], atol=2 * recorded_rounding, rtol=0)
     assert set(lengths) == {inputs["input_ids"].shape[1]}
@@ -105,7 +105,7 @@ def test_eager_attention_selects_and_answers_the_same(family, model, golden, inp
 @pytest.mark.parametrize("name", ["pdrop_remove", "reroute_pyramid"])
 @torch.no_grad()
 def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs, name, device, launches, tolerance):
-    """Through the interpreter on a CPU, on the device where there is one."""
+    """Through the interpreter on a CPU, or on the device if there is one."""
     model.to(device)
     try:
         with rk.backend("triton"), rk.apply(model, case_policy(family, name)) as routing:

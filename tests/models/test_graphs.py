@@ -1,4 +1,4 @@
-"""A routed model in one graph: prompts of text are what they are without routing, all else is refused by name."""
+"""A routed model in one graph: prompts of text run as without routing, all else is refused by name."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_text_in_one_graph(model, inputs, text, way):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 @torch.no_grad()
 def test_text_traced(model, text):
-    """TorchScript drops what a graph asserts, so that only what it was traced with is checked."""
+    """TorchScript drops the assertions of a graph, so that only the traced input is checked."""
     try:
         expected = traced(model, text)(**text)
     except IndexError:

@@ -49,7 +49,7 @@ def test_actions_differ_from_the_second_decision_on(model, inputs):
 @pytest.mark.parametrize("action", ACTIONS)
 @torch.no_grad()
 def test_deferred_tokens_keep_their_hidden_state_and_write_no_key(model, inputs, action):
-    """Seen from outside: what enters and leaves each layer."""
+    """Seen from outside: the inputs and outputs of each layer."""
     seen = {}
     layers = model.model.language_model.layers
     handles = [
@@ -144,7 +144,7 @@ def test_gradients_flow_through_a_routed_forward(model, inputs):
 
 @torch.no_grad()
 def test_one_transfer_per_prefill_and_none_at_decode(model, inputs, transfers):
-    """Transfers are counted where they can be made from Python: `item`, `tolist`, `cpu`, `nonzero`, `bool`."""
+    """Transfers are counted at the calls that make them from Python: `item`, `tolist`, `cpu`, `nonzero`, `bool`."""
 
     def run():
         transfers.clear()

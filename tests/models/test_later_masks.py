@@ -62,7 +62,7 @@ def test_keeping_all_equals_the_unrouted_model(what, queries, four, action):
 @pytest.mark.parametrize("queries", [1, 3])
 @torch.no_grad()
 def test_hidden_tokens_of_a_padded_batch(queries, implementation):
-    """Each sample hides as it does alone; what a stage deferred is hidden already."""
+    """Each sample hides the same tokens as alone; those that a stage deferred are hidden already."""
     case = load("llava")
     model = copy.deepcopy(case.model)
     model.set_attn_implementation(implementation)
@@ -87,7 +87,7 @@ def test_hidden_tokens_of_a_padded_batch(queries, implementation):
 
 @torch.no_grad()
 def test_image_turn_that_hides_tokens_of_the_first():
-    """A later prompt with an image neither ranks by what its mask hides nor sees it; the step after it does."""
+    """A later prompt with an image neither ranks by nor sees tokens that its mask hides; the step after it does."""
     case = load("llava")
     model = case.model
     inputs, others = (case.batch([case.prompt(1, 6, 15, seed=seed)]) for seed in (1, 2))

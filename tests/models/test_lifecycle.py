@@ -24,7 +24,7 @@ OTHER = policy("remove", (rk.Stage(3, 0.3), rk.Stage(7, 0.15)))
 
 
 def load(family):
-    """A model of its own, for what may not be done to the shared one."""
+    """A model of its own, for changes that the shared one must not have."""
     return transformers.AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float32).eval()
 
 
@@ -442,7 +442,7 @@ def test_a_thousand_generations_leave_nothing_behind():
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is dispatched below autograd, views and allocations among them."""
+    """Counts operators dispatched below autograd, views and allocations among them."""
 
     def __init__(self):
         super().__init__()
@@ -478,7 +478,7 @@ def test_text_costs_what_finding_no_image_costs(generates):
 
 
 def decode_operations(model, inputs, masked) -> Counter:
-    """Of one new token on the cache of a prompt."""
+    """Operations of one new token on the cache of a prompt."""
     length = inputs["input_ids"].shape[1]
     step = {"input_ids": torch.tensor([[7]])}
     if masked:
@@ -507,7 +507,7 @@ def test_eager_decode_step_makes_one_mask_a_stage(model, inputs):
             added.append(decode_operations(model, inputs, True) - masked)
     assert added[0] == added[1] == added[2]
     assert added[3] == added[4]
-    # Work that the stages share is done once.
+    # Work common to the stages is done once.
     assert sum(added[0].values()) < sum(added[3].values()) < 2 * sum(added[0].values())
 
 

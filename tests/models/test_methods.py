@@ -51,7 +51,7 @@ def test_generation(name, method, action):
 
 
 def example(name, most_lines):
-    """Names that the code of an example defines; it is no longer than it may be."""
+    """Names that the code of an example defines; checks its length."""
     (code,) = re.findall(rf"<!-- example: {name} -->\n```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
     body = code[code.index("@dataclass") : code.index("policy =")]
     assert len([line for line in body.splitlines() if line.strip()]) <= most_lines

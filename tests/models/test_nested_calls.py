@@ -98,7 +98,7 @@ def test_call_that_fails_inside_another(model, inputs):
 
 @torch.no_grad()
 def test_calls_after_an_interrupted_one(model, inputs):
-    """PyTorch runs no hook after KeyboardInterrupt: what that call left is found by the next one."""
+    """PyTorch runs no hook after KeyboardInterrupt: the next call finds the state that was left."""
     with rk.apply(model, policy()) as routing:
         expected, selected = model(**inputs).logits, selections(routing.trace)
         fails(model, inputs, KeyboardInterrupt)

@@ -1,4 +1,4 @@
-"""Several sequences packed into one row: refused where transformers keeps them apart, by whatever tells it to."""
+"""Several sequences packed into one row: refused if transformers keeps them apart, whichever argument tells it to."""
 
 import contextlib
 

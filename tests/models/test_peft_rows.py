@@ -40,7 +40,7 @@ def invoked(prompt, behind):
 
 
 def prompts_of(case):
-    """Of one image, of two, of text alone, and one that does not call the adapter."""
+    """Prompts of one image, of two, of text alone, and one that does not call the adapter."""
     return [
         invoked(case.prompt(1, 4, 9, seed=1), 3),
         invoked(case.prompt(2, 3, 6, seed=2), 1),

@@ -14,7 +14,7 @@ from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, offset, 
 from tests.models.slow_way import SlowWay
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-# Decisions in neighbouring layers too: what the previous layer ranks then is what it has just selected.
+# Decisions in neighbouring layers too: the previous layer then ranks the tokens that it has just selected.
 SCHEDULE = (rk.Stage(2, 0.4), rk.Stage(3, 0.25), rk.Stage(7, 0.1))
 RANKINGS = [
     LastQuery(),
@@ -36,7 +36,7 @@ def ranking(request):
 
 
 def assert_scores(trace, inputs, expected):
-    """Those of the slow way at its candidates, and NaN at other visual tokens."""
+    """Scores of the slow way at its candidates, and NaN at other visual tokens."""
     visual = (inputs["input_ids"][0] == IMAGE).nonzero().flatten().tolist()
     for stage, scores in zip(trace.stages, expected, strict=True):
         assert scores.keys() <= set(visual)
@@ -82,7 +82,7 @@ def test_rankings_differ(model, inputs):
     ("action", "positions", "side"), [("reroute", "original", "left"), ("remove", "contiguous", "right")]
 )
 def test_batch_equals_its_samples(model, prompt, ranking, action, positions, side):
-    # The second text is shorter than what some rankings ask.
+    # The second text has fewer tokens than some rankings ask for.
     prompts = [prompt(1, 4, 9, seed=1), prompt(1, 0, 1, seed=2), prompt(2, 7, 20, seed=2)]
     together, policy = batch(prompts, side), rk.Policy(SCHEDULE, action, ranking, positions)
     length = together["input_ids"].shape[1]
@@ -144,14 +144,14 @@ def test_decode_positions_follow_each_stage(model, inputs):
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_text_turn_after_contiguous_positions(model, prompt, action):
-    """The answer on a kept cache is that of the slow way, which numbers by what is cached."""
+    """The answer on a kept cache is that of the slow way, which numbers by the cached tokens."""
     policy = rk.Policy(SCHEDULE, action, positions="contiguous")
     first, then = batch([prompt(1, 5, 12, seed=1)]), prompt(0, 3, 3, seed=5).ids[None]
 
     def talk():
         output = model.generate(**first, **GREEDY, return_dict_in_generate=True)
         ids = torch.cat([output.sequences, then], dim=1)
-        # Else what was generated would count as padding where it has that id.
+        # Else generated tokens with the id of padding would count as padding.
         settings = {"attention_mask": torch.ones_like(ids), "past_key_values": output.past_key_values}
         return model.generate(input_ids=ids, **settings, **GREEDY).tolist()
 
@@ -186,7 +186,7 @@ def test_scores_of_another_shape(model, inputs, given, described):
 
 
 def test_one_row_where_one_is_needed(model, inputs, monkeypatch):
-    """As many queries are projected and rotated as ask, and scores are computed where they are asked for alone."""
+    """Only the asking queries are projected and rotated, and scores are computed only if they are asked for."""
     queries = []
     for name in ("route_tokens", "rank_tokens"):
         original = getattr(rk.ops, name)

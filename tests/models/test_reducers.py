@@ -1,4 +1,4 @@
-"""Reducers on models: what they drop never enters the language model, and everything else goes on as if it had."""
+"""Reducers on models: dropped tokens never enter the language model, and everything else goes on as if they had."""
 
 import copy
 import math
@@ -115,7 +115,7 @@ def check(model, inputs, policy, turns=()):
 
 
 def assert_scored(trace, inputs, survivors):
-    """Scores of what may be chosen, and the best of them were."""
+    """Only candidates have scores, and the best of them were chosen."""
     visual, pool = (inputs["input_ids"][0] == IMAGE).nonzero().flatten(), survivors
     for stage in trace.stages:
         assert visual[~stage.scores[0].isnan()].tolist() == pool
@@ -244,7 +244,7 @@ def test_llava_next_tiles():
     assert len(stays) // 3 < stays.sum() < len(stays)
     visual = (inputs["input_ids"][0] == IMAGE).nonzero().flatten()
     assert torch.equal(routing.trace.reduction.selected[0], visual[stays])
-    # The same with what is left alone.
+    # The same with the remaining tokens alone.
     kept = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
     kept[visual[~stays]] = False
     embeds = case.model.get_input_embeddings()(inputs["input_ids"])
@@ -375,7 +375,7 @@ def test_image_that_the_mask_hides(model, inputs, reducer):
 
 
 def test_keeping_everything_in_every_step(model, inputs):
-    """Whether nothing was dropped is no question to a reducer that may leave everything."""
+    """A reducer that may leave all tokens is not refused for having dropped none."""
     settings = {**GREEDY, "use_cache": False}
     expected = model.generate(**inputs, **settings)
     with rk.apply(model, rk.Policy((), reducer=Nuwa(keep=1.0, per_cell=4, quantile=0.0))):

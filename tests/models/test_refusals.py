@@ -1,4 +1,4 @@
-"""Unsupported calls raise before the first forward, and say what came and what is accepted."""
+"""Unsupported calls raise before the first forward, and name the value that came and those that are accepted."""
 
 import copy
 import functools

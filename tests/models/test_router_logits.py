@@ -62,7 +62,7 @@ def test_keeping_everything_in_a_padded_batch(family, side):
 @pytest.mark.parametrize(("family", "side"), CASES)
 @torch.no_grad()
 def test_rows_and_loss_of_the_tokens_that_ran(family, side, action):
-    """Those of the samples alone, routed the slow way, together; and the loss of them as the model's module has it."""
+    """The router logits of the samples alone, routed the slow way, joined; and their loss by the model's module."""
     case = load(family)
     this, prompts = policy_of(case, (0.5, 0.3), action), prompts_of(case)
     inputs = case.batch(prompts, side)
@@ -73,7 +73,7 @@ def test_rows_and_loss_of_the_tokens_that_ran(family, side, action):
         single = case.batch([prompt]) | {"attention_mask": None}
         with SlowWay(case.model, this):
             alone.append(case.model(**single, output_router_logits=True, use_cache=False).router_logits)
-    # Of one layer after the other, each with its samples one after the other.
+    # Rows of one layer after the other, each with its samples one after the other.
     expected = tuple(map(torch.cat, zip(*alone, strict=True)))
     for rows, others in zip(actual.router_logits, expected, strict=True):
         assert rows.shape == others.shape
@@ -82,7 +82,7 @@ def test_rows_and_loss_of_the_tokens_that_ran(family, side, action):
 
 
 def loss_of(case, rows):
-    """As the model's own module has it."""
+    """The loss as the model's own module computes it."""
     text = case.model.config.text_config
     experts = getattr(text, "num_experts", None) or text.n_routed_experts
     module = importlib.import_module(type(case.model).__module__)

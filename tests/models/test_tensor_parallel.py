@@ -1,4 +1,4 @@
-"""Heads split over two processes by transformers: both select what one process selects."""
+"""Heads split over two processes by transformers: both select the same tokens as one process."""
 
 import copy
 from types import SimpleNamespace

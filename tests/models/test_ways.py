@@ -1,7 +1,7 @@
 """Every way of calling on every model, against the same call done the slow way.
 
-By default the three families that differ most are called in every way, the others in three. With `--support-record`
-all of them are, and what happened becomes the table of docs/models.md.
+By default the three families that differ most are called in every way, the others in three. With `--support-record` all
+families are called in every way, and the outcomes become the table of docs/models.md.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def way(title, description):
 
 
 class Refused(Exception):
-    """A way of calling that raised what it should; the message says what."""
+    """A way of calling that raised the expected error; the message holds it."""
 
 
 class NotOffered(Exception):
@@ -63,7 +63,7 @@ class NotOffered(Exception):
         "transformers: Chunked prefill cannot split the raw multimodal inputs",
         "transformers: Cannot use prefill chunking without a cache",
         "transformers: Sizes of tensors must match",  # in chunks
-        "transformers: Cannot copy out of meta tensor",  # what encodes images calls parts of modules
+        "transformers: Cannot copy out of meta tensor",  # the image encoder calls parts of modules
         r"transformers: Tensor\.item\(\) cannot be called on meta tensors",
         "transformers: Tensor on device (meta|cpu) is not on the expected device (meta|cpu)",
         "transformers: assisted generation is not supported with stateful models",
@@ -133,7 +133,7 @@ def policies(case, **choices):
 
 
 def hybrid(case):
-    """Whether layers of the stages depend on what stands last in a row."""
+    """Whether layers of the stages depend on the last tokens of a row."""
     return set(layer_types(decoder_of(case.model))) != {"full_attention"}
 
 
@@ -172,7 +172,7 @@ def text_only(case):
 
 
 def equal(actual, expected, atol=1e-4):
-    """Compare what two calls gave: tokens exactly, logits closely."""
+    """Compare the results of two calls: tokens exactly, logits closely."""
     if hasattr(expected, "sequences"):
         assert actual.sequences.tolist() == expected.sequences.tolist()
         actual, expected = torch.stack(actual.logits), torch.stack(expected.logits)
@@ -189,7 +189,7 @@ def compare(case, call, model=None, visual=None, routed=None, routed_call=None, 
         call: gives an output of the model or of generate.
         model: in place of the family's.
         visual: for calls without ids.
-        routed, routed_call: the model to apply the policy to and the call of it, where they are others.
+        routed, routed_call: the model to apply the policy to and the call of it, if they are others.
         choices: of the policies, beside their schedules and actions.
     """
     model = case.model if model is None else model
@@ -328,7 +328,7 @@ def _(case):
     for name in [name for name in inputs if name.startswith(("pixel", "image"))]:
         inputs.pop(name)
     with rk.apply(case.model, policies(case)[0]), pytest.raises(ValueError, match="input_ids must be given"):
-        case.model(**inputs)  # nothing tells what is visual
+        case.model(**inputs)  # nothing tells which tokens are visual
 
 
 @way("greedy", "`generate`")
@@ -456,7 +456,7 @@ def _(case):
 @way("assisted decoding", "`generate(prompt_lookup_num_tokens=3)`, whose first call holds guesses")
 def _(case):
     prompt = one_image(case)
-    prompt.ids[-6:] = torch.tensor([7, 8, 9, 7, 8, 9])  # what stood there before is guessed again
+    prompt.ids[-6:] = torch.tensor([7, 8, 9, 7, 8, 9])  # the earlier text is guessed again
     lengths = []
     settings = {**GREEDY, "max_new_tokens": 40, "eos_token_id": 511}
 
@@ -501,7 +501,7 @@ def _(case):
 
 @way("offloaded cache", '`generate(cache_implementation="offloaded")`; on a CPU with stand-ins for the streams')
 def _(case):
-    """Without a GPU its streams are stand-ins, and what it offloads stays where it is."""
+    """Without a GPU its streams are stand-ins, and offloaded tensors stay in place."""
     call = generate(case, [one_image(case)])
     offloaded = generate(case, [one_image(case)], cache_implementation="offloaded")
     with contextlib.ExitStack() as stack:
@@ -705,7 +705,7 @@ def offloaded(case, put):
     try:
         offered(lambda: model.generate(**inputs, **GREEDY))
         calls = [lambda each=each: each.generate(**inputs, **GREEDY) for each in (case.model, model)]
-    except NotOffered:  # some encode images outside of any forward, where nothing loads weights
+    except NotOffered:  # some encode images outside of any forward, so that nothing loads weights
         model = put(copy.deepcopy(case.model))
         offered(lambda: model(**inputs))
         calls = [lambda each=each: each(**inputs) for each in (case.model, model)]

@@ -1,4 +1,4 @@
-"""Parts of a model inside wrappers: what `torch.compile` puts around them routes, what FSDP shards is refused."""
+"""Parts of a model inside wrappers: those of `torch.compile` route, modules sharded by FSDP are refused."""
 
 import copy
 

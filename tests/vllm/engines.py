@@ -1,4 +1,4 @@
-"""Engines on two cores, and what came out of them."""
+"""Engines on two cores, and their outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTH = 512
 
 
 def arguments(family: str, reroute: dict | None = None) -> dict[str, object]:
-    """Of `vllm.LLM`; three requests run at a time."""
+    """Arguments of `vllm.LLM`; three requests run at a time."""
     routed = {"max_model_len": LENGTH, "max_num_batched_tokens": LENGTH}
     routed |= {"enable_chunked_prefill": False, "enable_prefix_caching": False}
     if reroute is not None:
@@ -42,7 +42,7 @@ def answers(llm, requests: Sequence[Request], steps: int = STEPS) -> list[Answer
     outputs = llm.generate([request.as_prompt() for request in requests], sampling, use_tqdm=False)
     traces = {}
     if llm.llm_engine.vllm_config.additional_config.get("reroute"):
-        # By the number that LLM gave the request, with what vLLM appends to it.
+        # By the number that LLM gave the request, with vLLM's suffix.
         traces = {name.split("-")[0]: trace for name, trace in llm.collective_rpc("routing_traces")[0].items()}
     made = []
     for output in outputs:

@@ -1,4 +1,4 @@
-"""Requests of very different lengths, and what the adapter for transformers answers to them."""
+"""Requests of very different lengths, and the answers of the adapter for transformers."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ SCHEDULES = {
     "three queries, most of a head": {**EVEN, "queries": 3, "head_reduction": "max"},
 }
 
-# Three requests that run at once, and blocks that hold their prompts, but not what they generate as well.
+# Three requests that run at once, and blocks that hold their prompts, but not their generated tokens as well.
 CROWDED = {
     "llava": (("image first", "image in the middle", "image last"), 256, {False: 20, True: 74}),
     "qwen2_5_vl": (("image first", "image in the middle", "image before long text"), 224, {False: 12, True: 68}),
@@ -176,7 +176,7 @@ def test_a_length_that_is_off_by_one_shows(engine, asked, expected, monkeypatch)
 
 
 def test_a_part_of_a_prompt_is_refused(engine, asked, monkeypatch):
-    """Were chunked prefill on all the same."""
+    """As if chunked prefill were on nevertheless."""
     monkeypatch.setattr(worker.RoutedRunner, "_shares", _halved(worker.RoutedRunner._shares))
     with engine(EVEN) as llm, pytest.raises(Exception, match="prefilled in one step"):
         answers(llm, [request for request in asked if request.images])

@@ -1,7 +1,7 @@
 """The adapter for the model runner V2, on a CPU: its arithmetic drives an engine, with a stand-in for that runner.
 
-The stand-in hands `RoutedModelState` what the runner does, from the state of the older runner. What only a GPU shows is
-not tested: that runner itself, its graphs, and the attention backends there.
+The stand-in hands `RoutedModelState` the same arguments as the runner, from the state of the older runner. Three things
+need a GPU and are not tested: that runner itself, its graphs, and the attention backends there.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def test_a_routed_prompt_in_a_graph_is_refused(state):
 
 
 def test_each_stage_has_builders_of_its_own(monkeypatch):
-    """One that keeps what it built last must not build for two stages."""
+    """A builder that keeps its last result must not build for two stages."""
 
     class Builder:
         def __init__(self, size, workspace=None):

@@ -17,7 +17,7 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
                 self.library = torch.library.Library("torchvision", "DEF")
                 for operator in ("nms", "qnms"):
                     self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                sys.torchvision_schemas = self.library  # it is undone where nothing refers to it
+                sys.torchvision_schemas = self.library  # it is undone once nothing refers to it
         return None
 
 

@@ -18,7 +18,7 @@ def write_task(folder: Path, scenes: int) -> None:
     """Write the task `reroute_scenes` and its data, for `--include_path` of lmms-eval.
 
     Args:
-        folder: where to; made if it is missing.
+        folder: to write to; made if it is missing.
         scenes: how many of the held-out scenes, each with its question.
     """
     from datasets import Dataset, Features, List, Value

@@ -11,7 +11,7 @@ def pictures(document: dict) -> list:
 
 
 def results(document: dict, answers: list[str]) -> dict[str, float]:
-    """The measures of the benchmark, of which four fit a box and one the other kinds of answers."""
+    """The measures of the benchmark: four for a box, and one for the other kinds of answers."""
     # Only the box of the object asked for counts here.
     target = Object("", "", "", tuple(document["box"])) if document["box"] else None
     return score(Question(document["kind"], document["question"], document["answer"], target), answers[0])
