@@ -25,7 +25,7 @@ from .families import (
 )
 from .hooks import Routing, routings_on
 from .refusals import BIDIRECTIONAL, MODEL_TYPE
-from .warm_up import make_decisions
+from .warming import make_decisions
 
 __all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register", "remove", "routing_of", "warm_up"]
 

@@ -29,6 +29,14 @@ class Attention(NamedTuple):
     head_reduction: str = "mean"
     rotary_style: str = "rotate_half"
 
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """The fields that hold a tensor, in order."""
+        return self[:8]
+
+    def options(self) -> tuple[float | str | None, ...]:
+        """The other fields, in order."""
+        return self[8:]
+
     def tensors(self) -> dict[str, Tensor | None]:
         """The fields that hold a tensor, by name."""
         return {name: getattr(self, name) for name in TENSORS}
@@ -47,7 +55,7 @@ class Attention(NamedTuple):
         return ops.rank_tokens(**self._asdict())
 
 
-NUM_TENSORS = Attention._fields.index("scale")
+NUM_TENSORS = 8
 TENSORS = Attention._fields[:NUM_TENSORS]
 """The fields that hold a tensor; in a call the others are given by keyword."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import library, ref  # noqa: F401 (the first registers the operations)
-from .attention import NUM_TENSORS, Attention, takes_attention
+from .attention import Attention, takes_attention
 from .backends import backend, forced_backend, operations_for
 from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
 
@@ -51,11 +51,12 @@ def _direct(tensors: Iterable[object], optional: Iterable[object] = ()) -> Modul
         return None
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or _differentiated_by_torch():
         return None
-    records, strided = torch.is_grad_enabled(), torch.strided
+    records, strided, last = torch.is_grad_enabled(), torch.strided, None
     for tensor in (*tensors, *[tensor for tensor in optional if tensor is not None]):
         if type(tensor) is not Tensor or tensor.layout is not strided or (records and tensor.requires_grad):
             return None
-    return None if tensor.is_meta else operations_for(tensor.device)
+        last = tensor
+    return None if last is None or last.is_meta else operations_for(last.device)
 
 
 def _is_count(length: object) -> bool:
@@ -64,7 +65,7 @@ def _is_count(length: object) -> bool:
 
 def _has_plain_options(attention: Attention) -> bool:
     """Whether the options of an attention are of the usual types; a backend looks at their values."""
-    scale, query_reduction, head_reduction, rotary_style = attention[NUM_TENSORS:]
+    scale, query_reduction, head_reduction, rotary_style = attention.options()
     if scale is not None and type(scale) is not float:
         return False
     return type(query_reduction) is type(head_reduction) is type(rotary_style) is str
@@ -137,7 +138,7 @@ def rank_tokens(
         head_reduction,
         rotary_style,
     )
-    if _has_plain_options(attention) and (operations := _direct(attention[:2], attention[2:NUM_TENSORS])) is not None:
+    if _has_plain_options(attention) and (operations := _direct(attention[:2], attention.operands()[2:])) is not None:
         return operations.rank_tokens(attention)
     with torch.no_grad():
         return torch.ops.reroute_kernels.rank_tokens(*_registered(attention))
@@ -332,7 +333,7 @@ def route_tokens(
     (tensor([[1, 2, 4]]), torch.Size([1, 3, 8]))
     """
     if isinstance(tensors, (tuple, list)) and _is_count(length) and _has_plain_options(attention):
-        operations = _direct((*attention[:2], pool, pinned, keep, *tensors), attention[2:NUM_TENSORS])
+        operations = _direct((attention.query, attention.key, pool, pinned, keep, *tensors), attention.operands()[2:])
         if operations is not None:
             return operations.route_tokens(attention, pool, pinned, keep, length, tuple(tensors), return_scores)
     operands = _registered(attention)

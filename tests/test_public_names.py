@@ -19,7 +19,8 @@ RANKING = (
 def test_names():
     classes = "Adapter Attention Cost Policy Preset Routing Stage Trace"
     functions = (
-        "apply backend cost models ops preset presets rankings reducers ref remove routing_of solve suggest triton"
+        "apply backend cost models ops preset presets rankings reducers ref remove routing_of solve suggest triton "
+        "warm_up"
     )
     assert rk.__all__ == f"{classes} {functions}".split()
     assert dir(rk) == sorted([*rk.__all__, "__version__"])
@@ -27,7 +28,7 @@ def test_names():
 
 @pytest.mark.parametrize("name", rk.__all__)
 def test_every_name_resolves(name):
-    if name in ("Adapter", "Routing", "apply", "models", "remove", "routing_of"):
+    if name in ("Adapter", "Routing", "apply", "models", "remove", "routing_of", "warm_up"):
         pytest.importorskip("transformers")
     assert getattr(rk, name) is not None
 

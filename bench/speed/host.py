@@ -1,4 +1,4 @@
-"""What a decision costs the host, on a machine without a GPU.
+"""Cost of a decision for the host, measured without a GPU.
 
     python -m bench.speed.host
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -74,12 +76,12 @@ def add_gather(plan: Plan, index: Slot, shape: tuple[int, ...], first: int) -> N
         if batch * places * math.prod(tensor.shape[2:]):  # else there is nothing to copy
             rows = as_rows(tensor)
             if rows.data_ptr() != tensor.data_ptr():
-                rows = plan.prepare(number, lambda tensors, number=number: as_rows(tensors[number]))
+                rows = plan.prepare(number, _rows_of(number))
             pairs.append((Slot(number), output, rows))
     if not pairs:
         return
-    sources, outputs, rows = zip(*pairs, strict=True)
-    widths = tuple(x.shape[2] for x in rows)
+    sources, outputs, read = zip(*pairs, strict=True)
+    widths = tuple(x.shape[2] for x in read)
     block = row_block(max(widths))
     plan.launch(
         copy_rows_to_compact,
@@ -88,11 +90,15 @@ def add_gather(plan: Plan, index: Slot, shape: tuple[int, ...], first: int) -> N
         sources=sources,
         outputs=outputs,
         # Of one sample whatever it is: kernels are compiled anew for one that is no multiple of 16.
-        source_strides_b=tuple(x.stride(0) if batch > 1 else 0 for x in rows),
-        source_strides_l=tuple(x.stride(1) for x in rows),
-        length=rows[0].shape[1],
+        source_strides_b=tuple(x.stride(0) if batch > 1 else 0 for x in read),
+        source_strides_l=tuple(x.stride(1) for x in read),
+        length=read[0].shape[1],
         index_length=places,
         WIDTHS=widths,
         BLOCK=block,
         num_warps=4,
     )
+
+
+def _rows_of(number: int) -> Callable[[Sequence[Any]], Tensor]:
+    return lambda tensors: as_rows(tensors[number])

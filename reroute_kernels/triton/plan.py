@@ -153,13 +153,13 @@ class Plan:
                 inputs[number] = make(inputs)
         device = self._device
         # A tenth faster on the host than `torch.empty`, which reads its arguments in more ways.
-        make = torch.empty_strided
-        results = [make(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self._results]
+        empty = torch.empty_strided
+        results = [empty(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self._results]
         if not self._planned:  # nothing to do for empty tensors
             return results
         workspace = None
         if self._scratch_bytes:
-            workspace = make((self._scratch_bytes,), (1,), dtype=torch.uint8, device=device)
+            workspace = empty((self._scratch_bytes,), (1,), dtype=torch.uint8, device=device)
         with _on_device(device):
             if self._is_compiled and not _hooked():
                 self._start(inputs, results, workspace)

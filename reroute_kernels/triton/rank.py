@@ -7,6 +7,9 @@ over queries and heads. Keys of earlier turns are further splits, of which only 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -364,7 +367,7 @@ def logits_blocks(length: int, past_length: int, rows: int, head_dim: int) -> di
 @takes_attention
 def rank_tokens(attention: Attention) -> Tensor:
     """See `reroute_kernels.ops.rank_tokens`."""
-    inputs, options = attention[:NUM_TENSORS], attention[NUM_TENSORS:]
+    inputs, options = attention.operands(), attention.options()
     key = "rank", options, layout(inputs)
     plan = find_plan(key)
     if plan is None:
@@ -462,7 +465,7 @@ def _prepared(plan: Plan, queries: int) -> list[Tensor | None]:
     for number, name in enumerate(TENSORS):
         tensor = plan.tensors[number]
         if name in _READ_BY_CHANNEL and tensor is not None and (tensor.is_neg() or tensor.stride(-1) != 1):
-            plan.prepare(number, lambda tensors, number=number: _as_read(tensors[number]))
+            plan.prepare(number, _reading(number))
     mask, index = map(TENSORS.index, ("key_mask", "query_index"))
     if plan.tensors[index] is None and plan.tensors[mask] is not None:
         plan.prepare(index, lambda tensors: last_queries(tensors[1], tensors[mask], queries))
@@ -471,6 +474,10 @@ def _prepared(plan: Plan, queries: int) -> list[Tensor | None]:
     tensors = plan.tensors[:NUM_TENSORS]
     past_key = tensors[TENSORS.index("past_key")]
     return tensors if past_key is None or past_key.shape[1] else [*tensors[:-2], None, None]
+
+
+def _reading(number: int) -> Callable[[Sequence[Any]], Tensor]:
+    return lambda tensors: _as_read(tensors[number])
 
 
 _READ_BY_CHANNEL = ("query", "key", "cos", "sin", "past_key")

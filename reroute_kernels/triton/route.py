@@ -27,8 +27,8 @@ def route_tokens(
     return_scores: bool = False,
 ) -> tuple:
     """See `reroute_kernels.ops.route_tokens`."""
-    inputs = *attention[:NUM_TENSORS], pool, pinned, keep, *tensors
-    key = "route", attention[NUM_TENSORS:], length, layout(inputs)
+    inputs = *attention.operands(), pool, pinned, keep, *tensors
+    key = "route", attention.options(), length, layout(inputs)
     plan = find_plan(key)
     if plan is None:
         batch, total = attention.key.shape[:2]
@@ -38,9 +38,8 @@ def route_tokens(
         check_candidates(pool, pinned, keep, length, attention.key.shape[:2], attention.key.device)
         check_rows(tensors, batch, total, attention.key.device)
         plan = Plan(inputs)
-        scores = add_ranking(plan, attention)
-        index = add_selection(plan, scores, (total, 1), NUM_TENSORS, length)
-        add_gather(plan, index, (batch, length), NUM_TENSORS + 3)
+        kept = add_selection(plan, add_ranking(plan, attention), (total, 1), NUM_TENSORS, length)
+        add_gather(plan, kept, (batch, length), NUM_TENSORS + 3)
         keep_plan(key, plan)
     scores, index, *compact = plan.run(inputs)
     result = index, tuple(compact)

@@ -268,7 +268,7 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
         batch = scores.shape[0]
         if batch > MAX_PROGRAMS:
             parts = parts_of_batch(batch)
-            return torch.cat([select_tokens(*(x[part] for x in inputs), length) for part in parts])
+            return torch.cat([select_tokens(scores[s], pool[s], pinned[s], keep[s], length) for s in parts])
         plan = Plan(inputs)
         if scores.is_neg():
             scores = plan.prepare(0, lambda tensors: as_stored(tensors[0]))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from vllm import envs
 from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
 
@@ -66,24 +70,93 @@ class LayerProjection:
     def attention(
         self, hidden: Tensor, rotary: tuple[Tensor, ...], key_mask: Tensor | None, positions: Tensor | None
     ) -> Attention:
-        query, key = self._projected(hidden, rotary)
         if positions is None:
             positions = torch.full((1, 1), hidden.shape[1] - 1, device=hidden.device)
-        attention = self.layer.self_attn
-        query = query.view(-1, attention.num_heads, attention.head_dim)[positions.clamp(min=0)]
-        return Attention(query, key, key_mask=key_mask, query_index=positions, scale=attention.scaling)
+        attention, rows, places = self.layer.self_attn, positions[0].clamp(min=0), _places(rotary)
+        query, key = self._projected(hidden, rows)
+        return Attention(
+            self._rotated(places[..., rows], query),
+            self._rotated(places, key),
+            key_mask=key_mask,
+            query_index=positions,
+            scale=attention.scaling,
+        )
 
     def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
-        return self._projected(hidden, rotary)[1]
+        _, key = self._projected(hidden, torch.zeros(0, dtype=torch.int64, device=hidden.device))
+        return self._rotated(_places(rotary), key)
 
-    def _projected(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """(L, Hq * D) and (1, L, Hkv, D), rotated."""
+    def _projected(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(Q, Hq * D) of some tokens and (L, Hkv * D) of all."""
         attention = self.layer.self_attn
-        (positions,) = (axes[0].T.contiguous() if axes.ndim == 3 else axes[0] for axes in rotary)
-        projected, _ = attention.qkv_proj(self.layer.input_layernorm(hidden[0]))
+        states = self.layer.input_layernorm(hidden[0])
+        weights = query_and_key_weights(attention, states)
+        if weights is not None:
+            query, key = weights
+            return linear(states[rows], *query), linear(states, *key)
+        projected, _ = attention.qkv_proj(states)
         query, key, _ = projected.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
-        query, key = attention.rotary_emb(positions, query.contiguous(), key.contiguous())
-        return query, key.view(1, -1, attention.num_kv_heads, attention.head_dim)
+        return query[rows], key.contiguous()
+
+    def _rotated(self, positions: Tensor, heads: Tensor) -> Tensor:
+        """(1, N, H, D) of (N, H * D), which may be written to.
+
+        vLLM's rotary embeddings take queries with keys, and some write to both: one head of zeros goes along.
+        """
+        attention = self.layer.self_attn
+        rotated, _ = attention.rotary_emb(positions, heads, heads.new_zeros(len(heads), attention.head_dim))
+        return rotated.view(1, len(heads), -1, attention.head_dim)
+
+
+def _places(rotary: tuple[Tensor, ...]) -> Tensor:
+    """Positions as vLLM's rotary embeddings take them, (L,) or (3, L)."""
+    (positions,) = rotary
+    return positions[0].T.contiguous() if positions.ndim == 3 else positions[0]
+
+
+WeightAndBias: TypeAlias = tuple[Tensor, Tensor | None]
+
+
+def query_and_key_weights(attention: nn.Module, states: Tensor) -> tuple[WeightAndBias, WeightAndBias] | None:
+    """The rows of a fused projection that give queries, and those that give keys; they are views.
+
+    A rank has the rows of its own heads: queries, keys, values. Keys and values of one head may be on several ranks.
+
+    Args:
+        attention: of one of vLLM's layers.
+        states: (L, d), which the projection is to take.
+
+    Returns:
+        None if rows cannot be told apart: the layer is quantized, an adapter is around it, its weight is packed or
+        elsewhere (vLLM's CPU build packs it where oneDNN is there), or it is not known. Then it must be called whole.
+    """
+    fused, sizes = attention.qkv_proj, [attention.q_size, attention.kv_size, attention.kv_size]
+    if type(fused) is not QKVParallelLinear or type(fused.quant_method) is not UnquantizedLinearMethod:
+        return None
+    if envs.VLLM_BATCH_INVARIANT or fused.skip_bias_add or _is_wrapped(fused):
+        return None
+    if not _is_plain(fused.weight, (sum(sizes), states.shape[-1]), states):
+        return None
+    if fused.bias is not None and not _is_plain(fused.bias, (sum(sizes),), states):
+        return None
+    query, key, _ = fused.weight.split(sizes)
+    query_bias, key_bias, _ = (None,) * 3 if fused.bias is None else fused.bias.split(sizes)
+    return (query, query_bias), (key, key_bias)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Calling the module does other things than its class says."""
+    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_plain(parameter: object, shape: tuple[int, ...], like: Tensor) -> bool:
+    """A parameter holds numbers one by one, of the dtype and on the device of a tensor."""
+    return (
+        isinstance(parameter, nn.Parameter)
+        and type(parameter.data) is Tensor
+        and like.is_floating_point()
+        and (parameter.shape, parameter.dtype, parameter.device) == (shape, like.dtype, like.device)
+    )
 
 
 def over_all_ranks(scores: Tensor, reduction: str) -> Tensor:

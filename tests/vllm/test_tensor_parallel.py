@@ -13,15 +13,18 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an
 from reroute_kernels.vllm import Settings
 from tests.vllm.test_engine import EVEN, TOLERANCE
 
+UNPACKED = "tests.vllm.unpacked_worker.UnpackedWorker"
 
-def run(family: str, folder: str, output: str) -> None:
-    """The answers of two ranks, as JSON."""
+
+def run(family: str, folder: str, output: str, extension: str) -> None:
+    """The answers of two ranks, as JSON; with an extension of the workers also what their decisions projected."""
     from vllm import LLM
 
     from tests.vllm.engines import answers, arguments
     from tests.vllm.requests import requests
 
-    llm = LLM(folder, **arguments(family, EVEN) | {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 16 << 20})
+    options = {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 16 << 20, "worker_extension_cls": extension}
+    llm = LLM(folder, **arguments(family, EVEN) | options)
     asked = requests(family)
     ranks = []
     collect = llm.collective_rpc
@@ -29,13 +32,16 @@ def run(family: str, folder: str, output: str) -> None:
     made = answers(llm, asked)
     ((first, second),) = ranks
     written = [[answer.prompt, answer.tokens, answer.logprobs, answer.selected] for answer in made]
-    Path(output).write_text(json.dumps({"answers": written, "first": first, "second": second}))
+    decisions = collect("decisions") if extension else None
+    result = {"answers": written, "first": first, "second": second, "decisions": decisions}
+    Path(output).write_text(json.dumps(result))
 
 
+@pytest.mark.parametrize("extension", ["", UNPACKED], ids=["packed", "unpacked"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
-def test_equals_one_process(family, folder, oracle, asked, tmp_path):
+def test_equals_one_process(family, folder, oracle, asked, tmp_path, extension):
     output = tmp_path / "answers.json"
-    command = [sys.executable, "-m", __name__, family, str(folder), str(output)]
+    command = [sys.executable, "-m", __name__, family, str(folder), str(output), extension]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
@@ -44,6 +50,9 @@ def test_equals_one_process(family, folder, oracle, asked, tmp_path):
     result = json.loads(output.read_text())
     assert result["first"], "no prompt was routed"
     assert result["first"] == result["second"]
+    for made in result["decisions"] or ():
+        assert made, "a rank made no decision"
+        assert all(each["flops"] == each["needed"] and not each["whole"] for each in made)
     policy = Settings.of(EVEN).policy
     for request, (prompt, tokens, logprobs, selected) in zip(asked, result["answers"], strict=True):
         expected = oracle.answer(request, prompt, policy)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reroute_kernels.policy import Policy
 from reroute_kernels.routing import Prompt, RoutedForward
@@ -39,8 +40,13 @@ def _representatives(lengths: Iterable[int]) -> list[int]:
     return sorted({choose(found) for found in classes.values() for choose in (min, max)})
 
 
+def _weight(layer: Any) -> Tensor:
+    """(d,), which tells where a layer runs, and in which dtype."""
+    return layer.input_layernorm.weight
+
+
 def _prompt(adapter: Adapter, length: int, batch_size: int, padded: bool) -> Prompt:
-    device = adapter.layers[0].input_layernorm.weight.device
+    device = _weight(adapter.layers[0]).device
     visual = torch.zeros(batch_size, length, dtype=torch.bool, device=device)
     text = min(TEXT, length // 2)
     visual[:, 1 : length - text] = True
@@ -56,8 +62,8 @@ def _decide(adapter: Adapter, policy: Policy, layers: RoutedLayers, prompt: Prom
     forward = RoutedForward(policy, prompt, pad_left=layers.pad_left)
     batch, length = prompt.visual.shape
     for stage, layer_indices in enumerate(layers.stages):
-        layer: nn.Module = adapter.layers[layer_indices.start]
-        weight: Tensor = layer.input_layernorm.weight  # type: ignore[assignment]
+        layer = adapter.layers[layer_indices.start]
+        weight = _weight(layer)
         if stage == 0:
             hidden = weight.new_zeros(batch, length, weight.shape[0])
             positions = torch.arange(length, device=weight.device).expand(batch, -1)
