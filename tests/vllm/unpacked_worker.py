@@ -15,5 +15,5 @@ class UnpackedWorker:
     """Adds a method to a worker."""
 
     def decisions(self) -> list[dict[str, int]]:
-        """What the decisions of this rank projected until now."""
+        """Projections of the decisions of this rank until now."""
         return _decisions
