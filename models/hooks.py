@@ -194,6 +194,8 @@ class Routing:
     def _install(self) -> None:
         adapter, add = self._adapter, self._handles.append
         self._hooked_layers = tuple(adapter.layers)
+        deciding = {stage.start for stage in self._layers.stages} | self._ranks_ahead
+        self._modules_of = {layer_idx: tuple(adapter.layers[layer_idx].modules()) for layer_idx in deciding}
         self._model_signature = inspect.signature(adapter.model.forward)
         add(adapter.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         add(adapter.model.register_forward_hook(self._leave_model, always_call=True))
@@ -404,25 +406,30 @@ class Routing:
             arguments["inputs_embeds"] = embeds.masked_fill(found[-1][1][:, :, None], 0)
         return call
 
-    def _enter_layer(self, stage: int, layer_idx: int, layer: Module, args: tuple, kwargs: dict):
-        call = self._routed
+    def _enter_layer(
+        self, stage: int, layer_idx: int, layer: Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        # This runs in every layer of every call. `kwargs` is the hooks' own: it is changed in place.
+        stack = self._running.stack
+        call = stack[-1].routed if stack else None
         if call is None:
             return None
-        hidden, *others = args
-        if isinstance(call, Prefill):
-            given = kwargs["position_embeddings"]  # of the full sequence
-            if call.stage == stage:
-                hidden = self._decide(call, layer_idx, layer, hidden, kwargs)
-            if layer_idx in self._ranks_ahead:
-                self._rank_ahead(call, layer_idx, layer, hidden, given)
-            kwargs["position_embeddings"] = call.position_embeddings
-            kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
-        elif self.policy.positions == "contiguous":
-            kwargs["position_embeddings"] = call.position_embeddings(
-                stage, partial(self._adapter.embeddings_at, hidden)
-            )
-        kwargs["attention_mask"] = call.mask(stage, layer_idx, hidden, kwargs)
-        return (hidden, *others), kwargs
+        if not isinstance(call, Prefill):
+            if self.policy.positions == "contiguous":
+                embeddings_at = partial(self._adapter.embeddings_at, args[0])
+                kwargs["position_embeddings"] = call.position_embeddings(stage, embeddings_at)
+            kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0], kwargs)
+            return None
+        given = kwargs["position_embeddings"]  # of the full sequence
+        decides = call.stage == stage
+        if decides:
+            args = self._decide(call, layer_idx, layer, args[0], kwargs), *args[1:]
+        if layer_idx in self._ranks_ahead:
+            self._rank_ahead(call, layer_idx, layer, args[0], given)
+        kwargs["position_embeddings"] = call.position_embeddings
+        kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
+        kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0])
+        return (args, kwargs) if decides else None
 
     def _enter_last_unrouted_layer(self, layer: Module, args: tuple, kwargs: dict) -> None:
         call = self._routed
@@ -432,7 +439,7 @@ class Routing:
 
     def _decide(self, call: Prefill, layer_idx: int, layer: Module, hidden: Tensor, kwargs: dict) -> Tensor:
         call.fill(cache_of(kwargs))
-        hidden = to_execution_device(layer, hidden)
+        hidden = to_execution_device(self._modules_of[layer_idx], hidden)
         rotary = self._rotary(layer, hidden, kwargs["position_embeddings"])
         hidden = call.forward.decide(hidden, rotary, self._projection(call, layer_idx, layer))
         if self.policy.positions == "contiguous":
@@ -446,7 +453,7 @@ class Routing:
         self, call: Prefill, layer_idx: int, layer: Module, hidden: Tensor, position_embeddings: object
     ) -> None:
         """Rank for the decision in the next layer; position_embeddings are those of the full sequence."""
-        hidden = to_execution_device(layer, hidden)
+        hidden = to_execution_device(self._modules_of[layer_idx], hidden)
         rotary = self._rotary(layer, hidden, position_embeddings)
         call.forward.score(hidden, rotary, self._projection(call, layer_idx, layer))
 

@@ -134,6 +134,7 @@ class RoutedLayers:
         Raises:
             NotImplementedError: they cannot.
         """
+        self._form = self.mask_format
         refuse(self, ATTENTION_RULES)
 
     def has_windows(self, total: int) -> bool:
@@ -163,7 +164,7 @@ class RoutedLayers:
             positions: gives (B or 1, P + M), positions in the full sequence.
             hidden: the layer's input.
         """
-        form = self.mask_format
+        form = self._form
         assert form is not None  # checked at the start of the call
         layers = getattr(cache, "layers", ())
         cached = layers[layer_idx] if layer_idx < len(layers) else None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +15,17 @@ FORMATS = ("eager", "flash_attention", "flex_attention", "sdpa")
 """Forms of a mask: additive, the valid keys, a BlockMask, boolean."""
 
 
+@cache
+def _module(name: str) -> Any:
+    """A module of transformers, imported when it is needed first: an import statement takes longer each time."""
+    return import_module(name)
+
+
 def is_flash_attention(implementation: str) -> bool:
     """Whether transformers takes an attention implementation for a kind of flash attention."""
-    from transformers.utils.generic import is_flash_attention_requested
-
-    return is_flash_attention_requested(requested_attention_implementation=implementation)
+    return _module("transformers.utils.generic").is_flash_attention_requested(
+        requested_attention_implementation=implementation
+    )
 
 
 def mask_format(implementation: str) -> str | None:
@@ -24,8 +34,7 @@ def mask_format(implementation: str) -> str | None:
     Names are looked up in transformers' registry of masks, in which kernels from the hub and users' attention functions
     stand beside its own. None if its mask has no form that is known here.
     """
-    from transformers import masking_utils
-
+    masking_utils = _module("transformers.masking_utils")
     registry = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     if implementation in registry:
         known = {getattr(masking_utils, f"{name}_mask"): name for name in FORMATS}

@@ -6,7 +6,7 @@ which a decision is made. The helpers here do both in time for the decision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,15 +21,17 @@ def _accelerate_hooks(module: nn.Module) -> Iterator[Any]:
         yield hook
 
 
-def to_execution_device(layer: nn.Module, hidden: Tensor) -> Tensor:
+def to_execution_device(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     """Move a layer's input to the device on which accelerate runs the layer; unchanged if accelerate moves nothing.
 
     Args:
-        layer: a decoder layer.
+        modules: of a decoder layer, itself first.
         hidden: (B, L, d), its input.
     """
     # With `cpu_offload` and `disk_offload` only the modules in a layer are wrapped, each for the same device.
-    for module in layer.modules():
+    for module in modules:
+        if "_hf_hook" not in vars(module):
+            continue
         for hook in _accelerate_hooks(module):
             device = getattr(hook, "execution_device", None)
             if device is not None:

@@ -42,7 +42,7 @@ class Prefill:
         """Index of the stage that runs, or of the next one before its decision is made."""
         return len(self.forward.kept)
 
-    def mask(self, stage: int, layer_idx: int, hidden: Tensor, kwargs: dict) -> object:
+    def mask(self, stage: int, layer_idx: int, hidden: Tensor) -> object:
         """The mask of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
         key = (stage, self._layers.kinds[layer_idx])
         if key not in self._masks:

@@ -150,6 +150,7 @@ class TokenSequence:
     parent: TokenSequence | None = None
     index: Tensor | None = None
     owned: bool = False
+    _device: torch.device | None = None  # to which everything was moved
 
     def take(self, hidden: Tensor) -> None:
         """Go on with hidden states that the model made, on their device."""
@@ -158,6 +159,9 @@ class TokenSequence:
 
     def move(self, device: torch.device) -> None:
         """Bring everything to a device, parents included."""
+        if device == self._device == self.hidden.device:
+            return
+        self._device = device
         if self.hidden.device != device:
             self.hidden, self.owned = self.hidden.to(device), True
         self.rotary = tuple(on_device(device, table) for table in self.rotary)

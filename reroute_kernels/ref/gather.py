@@ -17,11 +17,14 @@ def gather_tokens(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     if length == 0:
         return tuple(tensor.new_zeros(*index.shape, *tensor.shape[2:]) for tensor in tensors)
     filler = (index < 0) | (index >= length)
-    sample = torch.arange(index.shape[0], device=index.device)[:, None]
     row = index.masked_fill(filler, 0)
+    if index.shape[0] > 1:
+        row = row + length * torch.arange(index.shape[0], device=index.device)[:, None]
+    row = row.flatten()
 
     def compact(tensor: Tensor) -> Tensor:
         expanded_filler = filler.view(*filler.shape, *(1,) * (tensor.ndim - 2))
-        return tensor[sample, row].masked_fill_(expanded_filler, 0)
+        rows = tensor.flatten(0, 1).index_select(0, row).unflatten(0, index.shape)
+        return rows.masked_fill_(expanded_filler, 0)
 
     return tuple(compact(tensor) for tensor in tensors)

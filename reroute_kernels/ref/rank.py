@@ -70,25 +70,21 @@ def rank_tokens(attention: Attention) -> Tensor:
     query, key, cos, sin, key_mask, query_index, past_key, past_mask, scale, *_names = attention
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
-    if length == 0:
-        return torch.empty(batch, 0, dtype=torch.float32, device=key.device)
+    if batch * length == 0:
+        return torch.empty(batch, length, dtype=torch.float32, device=key.device)
+    # The last token of a sequence without padding sees everything.
+    sees_all = queries == 1 and query_index is None and key_mask is None and past_mask is None
     if query_index is None:
         query_index = last_queries(key, key_mask, queries)
-    if scale is None:
-        scale = head_dim**-0.5
 
     rotate = ROTATIONS[attention.rotary_style]
-    query = query.float()
+    query = query.float() * (head_dim**-0.5 if scale is None else scale)
     if cos is not None and sin is not None:
         cos, sin = (table.expand(batch, -1, -1)[:, :, None] for table in (cos, sin))  # [B, L, 1, R]
         rows = query_index.clamp(0, length - 1)[:, :, None, None].expand(-1, -1, 1, cos.shape[-1])
         query = rotate(query, cos.gather(1, rows).float(), sin.gather(1, rows).float())
-    # Query heads h * G ... h * G + G - 1 share key head h.
-    query = query.view(batch, queries, kv_heads, heads // kv_heads, head_dim)
-
-    def tile_logits(tile_key: Tensor) -> Tensor:
-        with full_precision(query.device):
-            return torch.einsum("bqhgd,blhd->bqhgl", query, tile_key)
+    # Query heads h * G ... h * G + G - 1 share key head h: [B, Hkv, Q * G, D].
+    query = query.view(batch, queries, kv_heads, heads // kv_heads, head_dim).transpose(1, 2).flatten(2, 3)
 
     tiles = []
     for start in range(0, length, TILE):
@@ -96,16 +92,27 @@ def rank_tokens(attention: Attention) -> Tensor:
         tile_key = key[:, tile].float()
         if cos is not None and sin is not None:
             tile_key = rotate(tile_key, cos[:, tile].float(), sin[:, tile].float())
-        tiles.append(tile_logits(tile_key))
+        tiles.append(_logits(query, tile_key))
     if past_key is not None:
         past = past_key.shape[1]
-        tiles += [tile_logits(past_key[:, start : start + TILE].float()) for start in range(0, past, TILE)]
-    visible = visible_keys(query_index, length, key_mask, past_key, past_mask)
+        tiles += [_logits(query, past_key[:, start : start + TILE].float()) for start in range(0, past, TILE)]
 
-    logits = torch.cat(tiles, dim=-1).flatten(2, 3) * scale  # [B, Q, Hq, L + P]
-    hidden = ~visible[:, :, None] | (logits == -torch.inf)
-    weights = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).masked_fill(hidden, 0.0)
-    weights = weights[..., :length]
+    logits = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)  # [B, Hkv, Q * G, L + P]
+    logits = logits.unflatten(2, (queries, -1)).transpose(1, 2).flatten(2, 3)  # [B, Q, Hq, L + P]
+    hidden = logits == -torch.inf
+    if not sees_all:
+        hidden = hidden | ~visible_keys(query_index, length, key_mask, past_key, past_mask)[:, :, None]
+        logits = logits.masked_fill(hidden, -torch.inf)
+    weights = logits.softmax(dim=-1).masked_fill(hidden, 0.0)[..., :length]
 
     weights = weights.mean(dim=1) if attention.query_reduction == "mean" else weights.amax(dim=1)
     return weights.mean(dim=1) if attention.head_reduction == "mean" else weights.amax(dim=1)
+
+
+def _logits(query: Tensor, key: Tensor) -> Tensor:
+    """(B, Hkv, Q, L), products of queries (B, Hkv, Q, D) with keys (B, L, Hkv, D).
+
+    Sample by sample, since the keys of one are read in place; those of a batch would be copied.
+    """
+    with full_precision(query.device):
+        return torch.stack([torch.matmul(q, k.permute(1, 2, 0)) for q, k in zip(query, key, strict=True)])

@@ -12,18 +12,29 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
     """See `reroute_kernels.ops.select_tokens`."""
     check_selection(scores, pool, pinned, keep, length)
     batch, total = scores.shape
+    if total == 0:
+        return torch.full((batch, length), -1, device=scores.device)
+    positions = torch.arange(total, device=scores.device)
     candidates = pool & ~pinned
-    positions = torch.arange(total, device=scores.device).expand(batch, total)
 
-    # Stable sorts, least significant first: the position breaks ties of the score, a NaN ranks below every number, and
-    # tokens that are no candidates come last. Adding 0.0 turns -0.0 into 0.0, which some sorts tell apart.
-    is_number = ~scores.isnan()
-    order = (scores + 0.0).masked_fill(~is_number, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    standing = candidates.to(torch.int8) * 2 + is_number.to(torch.int8)
-    order = order.gather(1, standing.gather(1, order).sort(dim=1, descending=True, stable=True).indices)
-    place = torch.empty_like(order).scatter_(1, order, positions)
+    # A candidate is selected if its place in the order, which no two share, is that of the K-th or before.
+    order = _order(scores, candidates)
+    last = order.sort(dim=1, descending=True).values.gather(1, (keep[:, None].long() - 1).clamp(0, total - 1))
+    kept = pinned | (candidates & (order >= last) & (keep[:, None] > 0))
 
-    kept = pinned | (candidates & (place < keep[:, None]))
-    index = positions.masked_fill(~kept, total).sort(dim=1).values[:, :length]
-    index = index.masked_fill(index == total, -1)
-    return torch.nn.functional.pad(index, (0, length - index.shape[1]), value=-1)
+    # What is beyond the last column falls into one that is cut off.
+    place = (kept.cumsum(dim=1) - 1).masked_fill_(~kept, length).clamp_(max=length)
+    index = torch.full((batch, length + 1), -1, device=scores.device)
+    return index.scatter_(1, place, positions.expand(batch, total))[:, :length].contiguous()
+
+
+def _order(scores: Tensor, candidates: Tensor) -> Tensor:
+    """(B, L) int64, larger for what is selected first: by score, then by the smaller position; others come last.
+
+    A NaN ranks below every number. The bits of a float32 are in its order, for negative ones but the sign in reverse.
+    """
+    total = scores.shape[1]
+    bits = (scores + 0.0).view(torch.int32).long()  # adding 0.0 turns -0.0 into 0.0
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = order.masked_fill_(scores.isnan(), -(2**32)).masked_fill_(~candidates, -(2**33))
+    return order * total + torch.arange(total - 1, -1, -1, device=scores.device)
