@@ -1,6 +1,6 @@
 """The operations: their contracts, results and gradients.
 
-Each makes one registered call, see `library.py`; the backend that runs it checks the tensors, see `checks.py`.
+Each calls a backend, which checks the tensors, see `checks.py`: directly, or by one registered call, see `library.py`.
 """
 
 from __future__ import annotations
@@ -306,8 +306,8 @@ def route_tokens(
 ) -> tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Make a whole decision in one call: rank the tokens, select those that run, and compact their per-token tensors.
 
-    Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in a single registered
-    call: four launches for at most 4,096 tokens, else eight, the one that compacts included. Finding the queries
+    Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in a single call:
+    four launches for at most 4,096 tokens, else eight, the one that compacts included. Finding the queries
     by `key_mask`, if `query_index` is None, takes a few more. Differentiable in `tensors`.
 
     Args:

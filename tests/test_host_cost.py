@@ -39,3 +39,7 @@ def test_a_decision_calls_few_functions(measured):
 
 def test_launch_hooks_see_every_launch(measured):
     assert measured["hook"] == {"launches": 2, "seen": 2}
+
+
+def test_threads_share_a_plan(measured):
+    assert measured["threads"] == 32 * 3  # without tensors to compact

@@ -1,4 +1,4 @@
-"""Microbenchmarks on a CPU, in docs/performance.md: prefill, operations, hooks, reducers."""
+"""Microbenchmarks on a CPU, in docs/performance.md: prefill, operations, hooks, the host's part, reducers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def cpu_tables(results: dict) -> str:
             for (operation, shape), medians in rows.items()
         ),
     )
-    return "\n".join([*lines, *hooks_table(entries), *reducers_table(entries)])
+    return "\n".join([*lines, *hooks_table(entries), *host_table(entries), *reducers_table(entries)])
 
 
 def hooks_table(entries: list[dict]) -> list[str]:
@@ -81,6 +81,26 @@ def hooks_table(entries: list[dict]) -> list[str]:
         return []
     layers = next(iter(calls.values()))["layers"]
     return ["", *table([f"hooks on {layers} layers of width 32, microseconds", "unrouted", "routed", "added"], rows)]
+
+
+def host_table(entries: list[dict]) -> list[str]:
+    """Table of the host's part of a decision on a GPU; empty if it was not measured."""
+    rows: list[list[str]] = []
+    for info in (entry["extra_info"] for entry in entries if entry["group"] == "host"):
+        for name, row in info["decision"].items():
+            title = "`scatter_tokens_` and `route_tokens`" if name == "decision" else f"`{name}`"
+            rows.append([title, row["launches"], row["python_calls"], f"{row['microseconds']:.0f}"])
+        prompts = info["prompts"]
+        shortest, longest = prompts["tokens"]
+        after = (
+            f"`rk.warm_up` compiled {prompts['kernels_of_warm_up']} kernels for Qwen2.5-VL-7B; {prompts['count']} "
+            f"random prompts of {shortest} to {longest:,} tokens then compiled {prompts['kernels']}."
+        )
+    if not rows:
+        return []
+    header = ["host's part of operations on a GPU, LLaVA-1.5-7B", "launches", "Python calls", "microseconds"]
+    text = "The driver is a library that does nothing (bench/speed/host.py), so no time of a GPU's driver is in it."
+    return ["", *table(header, rows), "", f"{text} {after}"]
 
 
 def reducers_table(entries: list[dict]) -> list[str]:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,24 @@ def launches_seen_by_a_hook(launches: Callable[[], int]) -> dict[str, int]:
     return {"launches": launches() - before, "seen": len(seen)}
 
 
+def launches_of_threads(launches: Callable[[], int], threads: int = 4, calls: int = 32) -> int:
+    """Launches of decisions that threads make at once, none of which was planned before."""
+    import torch
+
+    import reroute_kernels as rk
+    from bench.speed.decisions import Decision
+    from reroute_kernels.triton.plan import forget_plans
+
+    decision = Decision(SHAPES[0], 1, torch.device("cpu"), torch.bfloat16)
+    forget_plans()
+    before = launches()
+    with ThreadPoolExecutor(threads) as pool:
+        made = [pool.submit(rk.ops.route_tokens, **decision.ranking, **decision.selection) for _ in range(calls)]
+        for future in made:
+            future.result()
+    return launches() - before
+
+
 def warm_up() -> int:
     """Compile for Qwen2.5-VL-7B, of which two layers are made, without their MLP; returns how many kernels."""
     import torch
@@ -216,6 +235,7 @@ def measure(library: Path) -> dict[str, Any]:
         },
         "decision": measure_decision(launches),
         "hook": launches_seen_by_a_hook(launches),
+        "threads": launches_of_threads(launches),
     }
 
 

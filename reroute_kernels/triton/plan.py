@@ -72,7 +72,7 @@ class _Launch:
 class Plan:
     """Launches of a call, for inputs of one layout: shapes, strides, dtypes and alignment.
 
-    It is made by its functions, called in the order of the work, and then run any number of times.
+    It is made by its functions, called in the order of the work, then kept, and run any number of times by any thread.
 
     Args:
         inputs: tensors of the call, or None in the place of one that is not given.
@@ -80,7 +80,7 @@ class Plan:
 
     def __init__(self, inputs: Sequence[Tensor | None]):
         self.tensors: list[Tensor | None] = list(inputs)
-        """The inputs, as kernels read them; dropped when the plan is kept."""
+        """The inputs, as kernels read them."""
         self._inputs = len(self.tensors)
         self._device = next(x.device for x in inputs if x is not None)
         self._prepared: list[tuple[int, Make]] = []
@@ -92,7 +92,7 @@ class Plan:
         # Values that arguments are taken from: inputs, results and scratch by slot, tuples of these, other objects.
         self._tuples: list[list[int]] = []
         self._objects: list[Any] = []
-        self._launches: list[_Launch] | None = None
+        self._launches: list[_Launch] = []
         self._is_compiled = False
 
     def prepare(self, number: int, make: Make) -> Tensor:
@@ -127,13 +127,14 @@ class Plan:
         """
         self._planned.append((kernel, grid, arguments))
 
-    def _numbered(self) -> list[_Launch]:
-        launches = []
+    def close(self) -> None:
+        """End the plan: number the arguments of its launches, and let go of the tensors it was made with."""
         for kernel, grid, arguments in self._planned:
             numbers = [self._number(arguments.pop(name)) for name in kernel.arg_names]
-            launches.append(_Launch(kernel, grid, numbers, {"enable_fp_fusion": True, **arguments}))
+            self._launches.append(_Launch(kernel, grid, numbers, {"enable_fp_fusion": True, **arguments}))
         self._objects.reverse()
-        return launches
+        self._planned.clear()
+        self.tensors.clear()
 
     def _number(self, value: Any) -> int:
         """Number of an argument among the values; other objects are counted from the end."""
@@ -155,7 +156,7 @@ class Plan:
         # A tenth faster on the host than `torch.empty`, which reads its arguments in more ways.
         empty = torch.empty_strided
         results = [empty(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self._results]
-        if not self._planned:  # nothing to do for empty tensors
+        if not self._launches:  # nothing to do for empty tensors
             return results
         workspace = None
         if self._scratch_bytes:
@@ -175,13 +176,10 @@ class Plan:
         values += self._objects
         driver = triton.runtime.driver.active
         stream = driver.get_current_stream(driver.get_current_device())
-        assert self._launches is not None
         for launch in self._launches:
             launch.start(values, stream)
 
     def _compile(self, inputs: Sequence[Tensor | None], results: list[Tensor], workspace: Tensor | None) -> None:
-        if self._launches is None:
-            self._launches = self._numbered()
         pieces = {}
         if workspace is not None:
             pieces = {offset: workspace[offset:].view(dtype) for offset, dtype in self._scratch.items()}
@@ -212,8 +210,8 @@ def find_plan(key: Hashable) -> Plan | None:
 
 
 def keep_plan(key: Hashable, plan: Plan) -> Plan:
-    """Keep a plan for later calls; the oldest goes if there are too many."""
-    plan.tensors.clear()
+    """Close a plan and keep it for later calls; the oldest goes if there are too many."""
+    plan.close()
     while len(_plans) >= MAX_PLANS:
         _plans.pop(next(iter(_plans)), None)
     _plans[key] = plan
