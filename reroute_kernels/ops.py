@@ -409,9 +409,10 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     tensor([0., 1., 1., 0., 1.])
     """
     operations = _direct((full, index, compact))
-    if operations is not None and not full.is_neg() and not full.is_inference():
+    if operations is not None and not full.is_neg() and full.is_inference() <= torch.is_inference_mode_enabled():
         operations.scatter_tokens_(full, index, compact)
-        torch.autograd.graph.increment_version(full)
+        if not full.is_inference():
+            torch.autograd.graph.increment_version(full)
         return full
     for name, tensor in (("full", full), ("index", index), ("compact", compact)):
         expect_tensor(name, tensor)

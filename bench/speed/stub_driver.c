@@ -3,7 +3,7 @@
 #include <stddef.h>
 
 typedef int Result;
-static long launches;
+static _Atomic long launches; /* Triton launches without Python's lock */
 
 long stub_launches(void) { return launches; }
 
