@@ -110,15 +110,15 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
 def warm_up(model: nn.Module, policy: Policy | str, lengths: Iterable[int], *, batch_size: int = 1) -> None:
     """Compile the kernels of a policy's decisions ahead, so that no prompt of these lengths waits for a compiler.
 
-    The decisions of made-up prompts are made, with and without padding. Kernels differ by the power of two that a
-    length reaches, not by the length; that is a few seconds for all of `range(300, 4001)` the first time on a machine,
-    whose disk keeps what Triton compiles. Nothing is compiled for a backend without a compiler, such as the reference.
+    The decisions of made-up prompts are made, with and without padding. Lengths between two powers of two share their
+    kernels, so that all of `range(300, 4001)` takes a few seconds, and less in later processes, which find the kernels
+    on the disk. The reference backend, which runs on a CPU, has no kernels: then there is nothing to gain.
 
     Args:
         model: as for `apply`; whether it is routed is no matter.
         policy: as for `apply`.
-        lengths: of the prompts to come, in tokens, 2 or more.
-        batch_size: samples of a call.
+        lengths: of whole prompts, the tokens of text and of images together, 2 or more.
+        batch_size: samples of a call. Kernels of 2 or more samples are nearly the same; those of 1 are others.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `apply`, or a length or a batch size is not accepted.

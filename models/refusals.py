@@ -39,7 +39,7 @@ def refuse(facts: object, rules: Iterable[Refusal]) -> None:
 # By `apply`
 
 BIDIRECTIONAL = Refusal(
-    "models whose image tokens attend in both directions (Gemma 3, PaliGemma)",
+    "models whose image tokens attend in both directions (Gemma 3, Gemma 4, PaliGemma, Molmo 2)",
     "model must be one whose image tokens attend causally, got {model_type!r}, whose image tokens attend in both "
     "directions",
 )

@@ -200,7 +200,7 @@ def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
     """A rerouting policy to begin with: decisions at four depths, all with the same keep ratio.
 
     Published models decide where the Reroute paper does, and at a third follow its preset `reroute-fastv/192`, which
-    averages 191.8 of 576 tokens on LLaVA-1.5 and 197.3 on Qwen2.5-VL. Others decide at an eighth, a quarter, a half and
+    averages 191.8 of 576 tokens on LLaVA-1.5 and 197.4 on Qwen2.5-VL. Others decide at an eighth, a quarter, a half and
     three quarters of their depth, at the next layers that can.
 
     Args:

@@ -22,7 +22,7 @@ def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, le
     last = order.sort(dim=1, descending=True).values.gather(1, (keep[:, None].long() - 1).clamp(0, total - 1))
     kept = pinned | (candidates & (order >= last) & (keep[:, None] > 0))
 
-    # What is beyond the last column falls into one that is cut off.
+    # Tokens beyond the last column go to one that is cut off.
     place = (kept.cumsum(dim=1) - 1).masked_fill_(~kept, length).clamp_(max=length)
     index = torch.full((batch, length + 1), -1, device=scores.device)
     return index.scatter_(1, place, positions.expand(batch, total))[:, :length].contiguous()
