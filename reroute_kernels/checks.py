@@ -227,6 +227,20 @@ def check_scatter(full: Tensor, index: Tensor, compact: Tensor) -> None:
         raise _refused("compact", compact, f"{tuple(shape)} {full.dtype} on {full.device}")
 
 
+def check_norm(full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor) -> None:
+    """Refuse tensors that `scatter_norm_tokens_` does not accept, but for what `check_scatter` refuses.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, or only one of two tensors is given.
+    """
+    if (index is None) != (compact is None):
+        raise ValueError("index and compact must be given together, got only one of them")
+    if full.ndim != 3 or full.dtype not in FLOATING:
+        raise _refused("full", full, "(B, L, d) float32, float16 or bfloat16")
+    if weight.shape != full.shape[2:] or weight.dtype != full.dtype or weight.device != full.device:
+        raise _refused("weight", weight, f"({full.shape[2]},) {full.dtype} on {full.device}, as full is")
+
+
 def check_written(full: Tensor) -> None:
     """Refuse a tensor that cannot be written row by row: one that holds an element twice, as expanded views do.
 

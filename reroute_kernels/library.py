@@ -70,16 +70,48 @@ def _route_fake(*arguments):
 
 
 def _scatter(full, index, compact):
+    _expect_writable(full)
+    operations_for(full.device).scatter_tokens_(full, index, compact)
+    _note_write(full)
+
+
+def _expect_writable(full):
     if full.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("full must not be an inference tensor outside torch.inference_mode(), got one")
-    operations_for(full.device).scatter_tokens_(full, index, compact)
-    # PyTorch's own in-place operators increment it too, so that autograd notices the write.
+
+
+def _note_write(full):
+    """As PyTorch's own in-place operators do, so that autograd notices the write."""
     if not full.is_inference():
         torch.autograd.graph.increment_version(full)
 
 
 def _scatter_fake(full, index, compact):
     checks.check_scatter(full, index, compact)
+
+
+def _scatter_norm(full, index, compact, weight, eps, zero_centered):
+    _expect_writable(full)
+    operations = operations_for(full.device)
+    normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
+    _note_write(full)
+    return normed
+
+
+def _scatter_norm_fake(full, index, compact, weight, eps, zero_centered):
+    checks.check_scatter(full, index, compact)
+    checks.check_norm(full, index, compact, weight)
+    return full.new_empty(full.shape)
+
+
+def _norm(full, weight, eps, zero_centered):
+    operations = operations_for(full.device)
+    return operations.scatter_norm_tokens_(full, None, None, weight, eps, zero_centered=zero_centered)
+
+
+def _norm_fake(full, weight, eps, zero_centered):
+    checks.check_norm(full, None, None, weight)
+    return full.new_empty(full.shape)
 
 
 _RANKING = (
@@ -100,6 +132,14 @@ _register(
     _route_fake,
 )
 _register("scatter_tokens_(Tensor(a!) full, Tensor index, Tensor compact) -> ()", _scatter, _scatter_fake)
+_register(
+    "scatter_norm_tokens_(Tensor(a!) full, Tensor index, Tensor compact, Tensor weight, float eps, bool zero_centered) "
+    "-> Tensor",
+    _scatter_norm,
+    _scatter_norm_fake,
+)
+# `scatter_norm_tokens_` without an index: a schema tells the compiler which tensors are written to.
+_register("norm_tokens(Tensor full, Tensor weight, float eps, bool zero_centered) -> Tensor", _norm, _norm_fake)
 
 if "torch.utils.flop_counter" in sys.modules:
     from . import flops  # noqa: F401 (registers the FLOPs of the operations)

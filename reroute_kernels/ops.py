@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import library, ref  # noqa: F401 (the first registers the operations)
 from .attention import Attention, takes_attention
 from .backends import backend, forced_backend, operations_for
-from .checks import REDUCTIONS, ROTARY_STYLES, expect_one_of, expect_tensor
+from .checks import REDUCTIONS, ROTARY_STYLES, check_norm, expect_one_of, expect_tensor
 
 
 def _registered(attention: Attention) -> Attention:
@@ -416,6 +416,83 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
         return full
     for name, tensor in (("full", full), ("index", index), ("compact", compact)):
         expect_tensor(name, tensor)
+    _expect_no_negation(full)
+    return _scatter_(full, index, compact)
+
+
+def _expect_no_negation(full: Tensor) -> None:
     if not torch.compiler.is_compiling() and full.is_neg():
         raise ValueError("full must not be a lazily negated view, got one: write to a copy of it")
-    return _scatter_(full, index, compact)
+
+
+def scatter_norm_tokens_(
+    full: Tensor,
+    index: Tensor | None,
+    compact: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    zero_centered: bool = False,
+) -> Tensor:
+    """Write compact rows back to their places in the full sequence, in place, and normalize all rows, in one launch.
+
+    RMSNorm in float32, as decoder layers begin with. Differentiable in `full`, `compact` and `weight`: where gradients
+    are needed, `scatter_tokens_` and PyTorch's own operators run.
+
+    Args:
+        full: (B, L, d), float32, float16 or bfloat16, written in place; no two elements may share memory, unless
+            nothing is written.
+        index: (B, M) int64, as from `select_tokens`: each row ascends, but for what fills it up on the right, at
+            positions outside 0 ... L - 1, or on the left, at negative ones, which is skipped; a position appears at
+            most once in a row. None: nothing is written back.
+        compact: (B, M, d), same dtype and device as `full`. None with `index`.
+        weight: (d,), same dtype and device as `full`.
+        eps: added to the mean of the squares of a row.
+        zero_centered: False: a row is rounded to its dtype, then multiplied by `weight` (Llama, Qwen2 and 3, GLM).
+            True: it is multiplied by 1 + `weight` in float32, then rounded (Gemma, Qwen3.5).
+
+    Returns:
+        (B, L, d) contiguous, dtype of `full`: the norm of every row, of those that were written and the others.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a shape, dtype, device or memory layout is not accepted.
+
+    >>> full, index = torch.zeros(1, 3, 2), torch.tensor([[1]])
+    >>> scatter_norm_tokens_(full, index, torch.tensor([[[3.0, -3.0]]]), weight=torch.tensor([1.0, 2.0]), eps=0.0)[0, 1]
+    tensor([ 1., -2.])
+    >>> full[0]
+    tensor([[ 0.,  0.],
+            [ 3., -3.],
+            [ 0.,  0.]])
+    """
+    operations = _direct((full, weight), (index, compact))
+    if operations is not None and type(eps) is float and (index is None) == (compact is None):
+        is_written = index is not None
+        if not is_written or (not full.is_neg() and full.is_inference() <= torch.is_inference_mode_enabled()):
+            normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
+            if is_written and not full.is_inference():
+                torch.autograd.graph.increment_version(full)
+            return normed
+    for name, tensor in (("full", full), ("index", index), ("compact", compact), ("weight", weight)):
+        if tensor is not None or name in ("full", "weight"):
+            expect_tensor(name, tensor)
+    if not isinstance(eps, (Real, torch.SymFloat)):
+        raise TypeError(f"eps must be a real number, got {eps!r}")
+    if (index is None) != (compact is None):
+        raise ValueError("index and compact must be given together, got only one of them")
+    if index is None or compact is None:
+        return _norm(full, weight, float(eps), zero_centered)
+    _expect_no_negation(full)
+    if _differentiated_by_torch():
+        return ref.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
+    if _needs_gradient(full, compact, weight):
+        check_norm(full, index, compact, weight)
+        return _norm(_scatter_(full, index, compact), weight, float(eps), zero_centered)
+    return torch.ops.reroute_kernels.scatter_norm_tokens_(full, index, compact, weight, float(eps), zero_centered)
+
+
+def _norm(full: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+    if _differentiated_by_torch() or _needs_gradient(full, weight):
+        return ref.scatter_norm_tokens_(full, None, None, weight, eps, zero_centered=zero_centered)
+    return torch.ops.reroute_kernels.norm_tokens(full, weight, eps, zero_centered)

@@ -71,6 +71,12 @@ def scatter(width, dtype):
     kernels.scatter_tokens_(torch.empty(2, 640, width, dtype=dtype), index, torch.empty(2, 200, width, dtype=dtype))
 
 
+def scatter_norm(width, dtype, kept=200, **options):
+    index, compact = torch.empty(2, kept, dtype=torch.int64), torch.empty(2, kept, width, dtype=dtype)
+    full, weight = torch.empty(2, 640, width, dtype=dtype), torch.empty(width, dtype=dtype)
+    kernels.scatter_norm_tokens_(full, index if kept else None, compact if kept else None, weight, 1e-6, **options)
+
+
 MAXIMA = {"query_reduction": "max", "head_reduction": "max"}
 CASES = {
     "llava-1.5-7b float32": lambda: rank(32, 32, 128, 128, torch.float32),
@@ -98,6 +104,15 @@ CASES = {
     "scatter 4096 bfloat16": lambda: scatter(4096, torch.bfloat16),
     "scatter 4096 float32": lambda: scatter(4096, torch.float32),
     "scatter 4095 bfloat16": lambda: scatter(4095, torch.bfloat16),
+    "llava norm 4096 bfloat16": lambda: scatter_norm(4096, torch.bfloat16),
+    "qwen norm 3584 bfloat16": lambda: scatter_norm(3584, torch.bfloat16),
+    "long qwen norm 3584 bfloat16": lambda: scatter_norm(3584, torch.bfloat16, kept=4096),
+    "first norm 4096 bfloat16": lambda: scatter_norm(4096, torch.bfloat16, kept=0),
+    "zero-centered norm 2048 bfloat16": lambda: scatter_norm(2048, torch.bfloat16, zero_centered=True),
+    "norm 4096 float32": lambda: scatter_norm(4096, torch.float32),
+    "norm 16384 float32": lambda: scatter_norm(16384, torch.float32),
+    "norm 16384 bfloat16": lambda: scatter_norm(16384, torch.bfloat16, kept=4096, zero_centered=True),
+    "norm 4095 bfloat16": lambda: scatter_norm(4095, torch.bfloat16),
 }
 
 

@@ -89,6 +89,24 @@ def launches(monkeypatch):
 
 
 @pytest.fixture
+def interpreter_rounds_to_nearest(monkeypatch):
+    """Triton's interpreter rounds float32 to bfloat16 as compiled kernels do, where its own way is to cut bits off."""
+    if HAS_GPU:
+        return
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def converted(data, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, rounding)
+        return torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", converted)
+
+
+@pytest.fixture
 def random_tensor(device):
     """Makes tensors of random values, over the whole range of an integer dtype."""
 

@@ -37,6 +37,14 @@ ACCEPTED = {
     "gather_tokens": {"index": positions(2, 3), "tensors": (zeros(2, 20, 4), zeros(2, 20))},
     "scatter_tokens_": {"full": zeros(2, 20, 4), "index": positions(2, 3) - 1, "compact": zeros(2, 3, 4)},
     "route_tokens": {**RANKING, **SELECTION, "tensors": (zeros(2, 20, 4),)},
+    "scatter_norm_tokens_": {
+        "full": zeros(2, 20, 4),
+        "index": positions(2, 3) - 1,
+        "compact": zeros(2, 3, 4),
+        "weight": zeros(4),
+        "eps": 1e-6,
+        "zero_centered": False,
+    },
 }
 REFUSED = [
     ("rank_tokens", "query", zeros(4, 1, 4, 16)),
@@ -73,6 +81,15 @@ REFUSED = [
     ("route_tokens", "keep", positions(3)),
     ("route_tokens", "tensors", (zeros(2, 10, 4),)),
     ("route_tokens", "tensors", (zeros(2, 20, 4), zeros(2, 10, 4))),
+    ("scatter_norm_tokens_", "index", positions(4, 3)),
+    ("scatter_norm_tokens_", "full", zeros(2, 20, 5)),
+    ("scatter_norm_tokens_", "full", zeros(1, 20, 4)),
+    ("scatter_norm_tokens_", "full", zeros(2, 20, 4).double()),
+    ("scatter_norm_tokens_", "full", zeros(2, 20)),
+    ("scatter_norm_tokens_", "compact", zeros(2, 2, 4)),
+    ("scatter_norm_tokens_", "compact", zeros(2, 3, 4).half()),
+    ("scatter_norm_tokens_", "weight", zeros(3)),
+    ("scatter_norm_tokens_", "weight", zeros(4).half()),
 ]
 IDS = [f"{name}-{argument}-{number}" for number, (name, argument, _) in enumerate(REFUSED)]
 
@@ -111,7 +128,7 @@ def test_accepted(device, way, name):
 def test_refused(way, name, argument, value, launches):
     """Before a kernel is launched that would read or write outside its tensors."""
     arguments = {**ACCEPTED[name], argument: value}
-    written = arguments["full"].clone() if name == "scatter_tokens_" else None
+    written = arguments["full"].clone() if name.startswith("scatter") else None
     backend = "triton" if way == "registered" else None
     with rk.backend(backend), pytest.raises(ValueError, match=r"\w+(\[\d\])? must be .*, got"):
         WAYS[way](name, arguments)
@@ -143,9 +160,9 @@ def test_refused_where_shapes_are_asked_for(name, argument, value):
 def test_tensors_are_checked_once(name, monkeypatch, device):
     """Tensors are checked right before memory is touched and only there: twice would cost the host twice."""
     counted = []
-    for check in ("check_ranking", "check_selection", "check_gather", "check_scatter"):
+    for check in ("check_ranking", "check_selection", "check_gather", "check_scatter", "check_norm"):
         for module in (rk.ref, rk.triton):
-            for part in ("rank", "select", "gather", "scatter"):
+            for part in ("rank", "select", "gather", "scatter", "scatter_norm"):
                 target = f"{module.__name__}.{part}.{check}"
                 original = getattr(checks, check)
 
@@ -170,6 +187,7 @@ def test_tensors_are_checked_once(name, monkeypatch, device):
         "gather_tokens": ["check_gather"],
         "scatter_tokens_": ["check_scatter"],
         "route_tokens": ["check_ranking", "check_selection", "check_gather"],
+        "scatter_norm_tokens_": ["check_norm", "check_scatter"],
     }
     assert counted == expected[name]
 
@@ -188,10 +206,11 @@ def test_scatter_where_inputs_lie_in_what_is_written(device, backend, dtype):
     assert torch.equal(memory, expected)
 
 
+@pytest.mark.parametrize("name", ["scatter_tokens_", "scatter_norm_tokens_"])
 @pytest.mark.parametrize("way", WAYS)
-def test_writing_to_elements_that_share_memory_is_refused(way, launches):
+def test_writing_to_elements_that_share_memory_is_refused(way, name, launches):
     full = zeros(2, 1, 4).expand(2, 20, 4)
     backend = "triton" if way == "registered" else None
     with rk.backend(backend), pytest.raises(ValueError, match="full must not hold an element twice"):
-        WAYS[way]("scatter_tokens_", {**ACCEPTED["scatter_tokens_"], "full": full, "index": positions(2, 3)})
+        WAYS[way](name, {**ACCEPTED[name], "full": full, "index": positions(2, 3)})
     assert launches == []

@@ -20,6 +20,7 @@ KERNELS = [
     "copy_rows_to_compact",
     "copy_rows_to_full",
     "count_digits",
+    "normalize_rows",
     "reduce_attention",
     "select_and_compact",
 ]
@@ -120,6 +121,19 @@ def test_rows_are_copied_16_bytes_at_a_time(compiled):
         assert row["other_stores"] == 0, row
 
 
+@pytest.mark.parametrize("kernel", ["normalize_rows"], indirect=True)
+def test_rows_are_normalized_16_bytes_at_a_time(compiled):
+    rows = [row for row in compiled if "4095" not in row["case"]]
+    assert len(rows) == 8
+    for row in rows:
+        # The row of either sequence and the weight; the row that was written, and the norm.
+        first = row["case"].startswith("first")
+        assert row["wide_loads"] % (2 if first else 3) == 0 < row["wide_loads"], row
+        assert row["wide_stores"] * (2 if first else 3) == row["wide_loads"] * (1 if first else 2), row
+        assert row["other_loads"] <= 9, row  # the index
+        assert row["other_stores"] == 0, row
+
+
 @pytest.mark.parametrize("kernel", ["attention_logits"], indirect=True)
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"], indirect=True)
 def test_keys_are_read_16_bytes_at_a_time(compiled):
@@ -141,7 +155,7 @@ def test_interleaved_keys_are_read_16_bytes_at_a_time(compiled):
         assert row["other_loads"] <= 3, row
 
 
-@pytest.mark.parametrize("kernel", ["copy_rows_to_compact", "copy_rows_to_full"], indirect=True)
+@pytest.mark.parametrize("kernel", ["copy_rows_to_compact", "copy_rows_to_full", "normalize_rows"], indirect=True)
 def test_odd_rows_are_copied_as_their_alignment_allows(compiled):
     """The count of wide accesses can be other than perfect."""
     (row,) = (row for row in compiled if "4095" in row["case"])

@@ -199,7 +199,34 @@ def check_route(case):
         assert_copies_equal(actual, expected)
 
 
-CHECKS = [check_rank, check_select, check_gather, check_scatter, check_route]
+def check_scatter_norm(case):
+    batch, length, width = case.random.randint(0, 3), case.size(70), case.size(300)
+    dtype = case.random.choice([torch.float32, torch.float16])  # Triton's interpreter rounds others its own way
+    index = case.index(batch, length)
+    if case.chance(0.3):
+        index = torch.where(index < length, index, -1).sort().values  # filled up on the left
+    full, compact, weight = (
+        torch.randn(shape).to(case.device, dtype)
+        for shape in ((batch, length, width), (batch, index.shape[1], width), (width,))
+    )
+    if compact.numel() and case.chance(0.3):
+        compact.view(-1)[case.random.randrange(compact.numel())] = case.random.choice(SPECIAL)
+    if case.chance(0.2):
+        index = compact = None
+    options = {"weight": weight, "eps": case.random.choice([0.0, 1e-6, 1e-5]), "zero_centered": case.chance(0.5)}
+    full = case.laid_out(full, LAYOUTS if index is None else WRITABLE_LAYOUTS)
+    compact = None if compact is None else case.laid_out(compact)
+    written = full.clone(memory_format=torch.contiguous_format)
+    expected = rk.ref.scatter_norm_tokens_(written, index, compact, **options)
+    normed = rk.triton.scatter_norm_tokens_(full, index, compact, **options)
+    assert_copies_equal(full, written)
+    assert normed.is_contiguous()
+    # Sums in another order may round either way.
+    atol, rtol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-7, 2e-3)
+    torch.testing.assert_close(normed, expected, atol=atol, rtol=rtol, equal_nan=True)
+
+
+CHECKS = [check_rank, check_select, check_gather, check_scatter, check_route, check_scatter_norm]
 
 
 def pytest_generate_tests(metafunc):

@@ -118,6 +118,17 @@ def test_positions_outside_a_sample_touch_nothing(device, accesses, width):
     assert accesses.masks == {np.dtype(bool)}
 
 
+@pytest.mark.parametrize("writes", [True, False], ids=["write", "no-write"])
+@pytest.mark.parametrize("fan", [512, 2])
+def test_a_norm_touches_its_tensors_alone(device, accesses, monkeypatch, fan, writes):
+    monkeypatch.setattr(rk.triton.scatter_norm, "FAN", fan)
+    index = torch.tensor([[0, 19, 20, -2, 2**40], [-(2**63), -1, 3, 5, 2**63 - 1]], device=device)
+    full, compact, weight = (torch.randn(*shape, 33, device=device) for shape in ((2, 20), (2, 5), ()))
+    rk.triton.scatter_norm_tokens_(full, *((index, compact) if writes else (None, None)), weight, 1e-6)
+    assert accesses.count > 0
+    assert accesses.masks == {np.dtype(bool)}
+
+
 def test_the_check_sees_what_lies_outside(device, accesses):
     inside = torch.zeros(8, device=device)
     accesses.launched((inside[:4],))

@@ -8,7 +8,7 @@ import torch
 
 import reroute_kernels as rk
 
-NAMES = ["rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_", "route_tokens"]
+NAMES = ["rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_", "route_tokens", "scatter_norm_tokens_"]
 
 
 @pytest.fixture(params=["ref", "triton"])
@@ -48,6 +48,14 @@ def arguments(device):
             "index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device),
             "compact": torch.randn(2, 3, 16, device=device),
         },
+        "scatter_norm_tokens_": {
+            "full": torch.randn(2, 20, 16, device=device),
+            "index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device),
+            "compact": torch.randn(2, 3, 16, device=device),
+            "weight": torch.randn(16, device=device),
+            "eps": 1e-6,
+            "zero_centered": True,
+        },
     }
 
 
@@ -67,7 +75,7 @@ def call(operations, name, arguments):
     if name == "route_tokens":
         index, compact = result
         return (index, *compact)
-    return (result,)
+    return (result, arguments["full"]) if name == "scatter_norm_tokens_" else (result,)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,7 +83,7 @@ def test_wrapper_equals_every_backend(arguments, backend, name):
     results = call(rk.ops, name, arguments[name])
     for module in (getattr(rk, backend), rk.ref):
         for actual, expected in zip(results, call(module, name, arguments[name]), strict=True):
-            exact = name != "rank_tokens"
+            exact = name not in ("rank_tokens", "scatter_norm_tokens_")
             torch.testing.assert_close(actual, expected, atol=0 if exact else 1e-5, rtol=0)
 
 
@@ -187,7 +195,7 @@ def test_compiled_by_default_equals_eager(arguments, name):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static-shapes", "dynamic-shapes"])
-@pytest.mark.parametrize("name", ["gather_tokens", "scatter_tokens_", "route_tokens"])
+@pytest.mark.parametrize("name", ["gather_tokens", "scatter_tokens_", "route_tokens", "scatter_norm_tokens_"])
 def test_compiled_gradients_equal_eager(arguments, backend, name, dynamic):
     """In one graph, the backward pass included."""
 
@@ -197,7 +205,7 @@ def test_compiled_gradients_equal_eager(arguments, backend, name, dynamic):
             for each, value in arguments[name].items()
         }
         inputs = [t for t in values.get("tensors", ()) if t.requires_grad]
-        if name == "scatter_tokens_":
+        if name.startswith("scatter"):
             inputs = [values["full"].detach().requires_grad_(), values["compact"].detach().requires_grad_()]
             values |= {"full": inputs[0] * 1, "compact": inputs[1]}
         outputs = [t for t in function(values) if t.requires_grad]
@@ -228,7 +236,7 @@ def test_keep_per_sample_as_a_list(arguments):
     assert not torch.equal(index, rk.ops.select_tokens(**values | {"keep": [5, 3]}))
 
 
-RANK, SELECT, GATHER, SCATTER, ROUTE = NAMES
+RANK, SELECT, GATHER, SCATTER, ROUTE, NORM = NAMES
 ones = partial(torch.ones, device="cuda" if torch.cuda.is_available() else "cpu")
 REFUSED = [
     # operation, arguments in place of good ones, error, its message
@@ -358,6 +366,27 @@ REFUSED = [
     (SCATTER, {"compact": ones(2, 3, 1)}, ValueError, ["compact", "(2, 3, 1)", "(2, 3, 16) torch.float32"]),
     (SCATTER, {"compact": ones(2, 3, 16).half()}, ValueError, ["compact", "float16", "(2, 3, 16) torch.float32"]),
     (SCATTER, {"compact": ones(2, 3, 16, device="meta")}, ValueError, ["compact", "meta", "(2, 3, 16) torch.float32"]),
+    (NORM, {"full": None}, TypeError, ["full", "tensor", "NoneType"]),
+    (NORM, {"full": ones(2, 20)}, ValueError, ["full", "(2, 20)", "(B, L, d)"]),
+    (NORM, {"full": ones(2, 20, 4, 4)}, ValueError, ["full", "(2, 20, 4, 4)", "(B, L, d)"]),
+    (NORM, {"full": ones(2, 20, 16).double()}, ValueError, ["full", "float64", "float32, float16 or bfloat16"]),
+    (NORM, {"full": ones(2, 20, 16).long()}, ValueError, ["full", "int64", "float32, float16 or bfloat16"]),
+    (NORM, {"full": ones(1, 20, 16).expand(2, 20, 16)}, ValueError, ["full", "(0, 16, 1)", "expanded"]),
+    (NORM, {"full": torch.view_as_complex(ones(2, 20, 16, 2)).conj().imag}, ValueError, ["full", "negated", "copy"]),
+    (NORM, {"index": None}, ValueError, ["index", "compact", "only one"]),
+    (NORM, {"index": 3}, TypeError, ["index", "tensor", "int"]),
+    (NORM, {"index": ones(3, 3).long()}, ValueError, ["index", "(3, 3)", "(2, M) int64"]),
+    (NORM, {"index": ones(2, 3)}, ValueError, ["index", "float32", "(2, M) int64"]),
+    (NORM, {"compact": None}, ValueError, ["index", "compact", "only one"]),
+    (NORM, {"compact": ones(2, 3, 16).half()}, ValueError, ["compact", "float16", "(2, 3, 16) torch.float32"]),
+    (NORM, {"compact": ones(2, 4, 16)}, ValueError, ["compact", "(2, 4, 16)", "(2, 3, 16) torch.float32"]),
+    (NORM, {"weight": None}, TypeError, ["weight", "tensor", "NoneType"]),
+    (NORM, {"weight": ones(15)}, ValueError, ["weight", "(15,)", "(16,) torch.float32"]),
+    (NORM, {"weight": ones(1, 16)}, ValueError, ["weight", "(1, 16)", "(16,) torch.float32"]),
+    (NORM, {"weight": ones(16).bfloat16()}, ValueError, ["weight", "bfloat16", "as full is"]),
+    (NORM, {"weight": ones(16, device="meta")}, ValueError, ["weight", "meta", "as full is"]),
+    (NORM, {"eps": None}, TypeError, ["eps", "None", "real number"]),
+    (NORM, {"eps": ones(1)}, TypeError, ["eps", "tensor", "real number"]),
 ]
 
 

@@ -7,7 +7,14 @@ import pytest
 
 import reroute_kernels as rk
 
-OPERATIONS = ["gather_tokens", "rank_tokens", "route_tokens", "scatter_tokens_", "select_tokens"]
+OPERATIONS = [
+    "gather_tokens",
+    "rank_tokens",
+    "route_tokens",
+    "scatter_norm_tokens_",
+    "scatter_tokens_",
+    "select_tokens",
+]
 RANKING = (
     "query: Tensor, key: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, "
     "key_mask: Tensor | None = None, query_index: Tensor | None = None, past_key: Tensor | None = None, "
@@ -47,6 +54,8 @@ def test_signatures():
         "route_tokens": f"({RANKING}, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, length: int, "
         "tensors: Sequence[Tensor] = (), return_scores: bool = False) -> tuple[Tensor, tuple[Tensor, ...]] | "
         "tuple[Tensor, tuple[Tensor, ...], Tensor]",
+        "scatter_norm_tokens_": "(full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, "
+        "eps: float, *, zero_centered: bool = False) -> Tensor",
         "scatter_tokens_": "(full: Tensor, index: Tensor, compact: Tensor) -> Tensor",
         "select_tokens": "(scores: Tensor, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, "
         "length: int) -> Tensor",
@@ -54,7 +63,7 @@ def test_signatures():
 
 
 @pytest.mark.parametrize("module", [rk.ref, rk.triton], ids=["ref", "triton"])
-@pytest.mark.parametrize("name", ["gather_tokens", "rank_tokens", "scatter_tokens_"])
+@pytest.mark.parametrize("name", ["gather_tokens", "rank_tokens", "scatter_norm_tokens_", "scatter_tokens_"])
 def test_backends_have_the_same_signatures(module, name):
     assert inspect.signature(getattr(module, name)) == inspect.signature(getattr(rk.ops, name))
 

@@ -108,6 +108,14 @@ def test_scatter_is_one_launch(device, work):
     assert work(lambda: rk.ops.scatter_tokens_(full, index, compact)) == (["copy_rows_to_full"], {})
 
 
+@pytest.mark.parametrize("writes", [True, False], ids=["write", "no-write"])
+def test_a_write_back_with_the_norm_is_one_launch(device, work, writes):
+    full, compact = torch.randn(2, 30, 8, device=device), torch.randn(2, 3, 8, device=device)
+    index, weight = torch.tensor([[0, 3, 4], [2, 5, -1]], device=device), torch.randn(8, device=device)
+    given = (index, compact) if writes else (None, None)
+    assert work(lambda: rk.ops.scatter_norm_tokens_(full, *given, weight, 1e-6)) == (["normalize_rows"], {})
+
+
 def test_the_count_sees_transfers_and_other_work(device, work):
     numbers = torch.ones(3, device=device)
     if HAS_GPU:

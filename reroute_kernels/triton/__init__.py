@@ -4,6 +4,7 @@ from .gather import gather_tokens
 from .rank import rank_tokens
 from .route import route_tokens
 from .scatter import scatter_tokens_
+from .scatter_norm import scatter_norm_tokens_
 from .select import select_tokens
 
-__all__ = ["gather_tokens", "rank_tokens", "route_tokens", "scatter_tokens_", "select_tokens"]
+__all__ = ["gather_tokens", "rank_tokens", "route_tokens", "scatter_norm_tokens_", "scatter_tokens_", "select_tokens"]
