@@ -9,10 +9,12 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from reroute_kernels.attention import Attention
+from reroute_kernels.rankings import Norm
 from reroute_kernels.versions import SUPPORTED
 
 from .checkpointing import checkpointed
 from .modules import Module, uncompiled
+from .norms import known_norm
 from .tensor_parallel import check_not_sharded
 from .vision import ReducedVision
 
@@ -202,6 +204,15 @@ class Adapter:
         axes = self.position_axes
         return self.decoder.rotary_emb(hidden, positions if axes == 1 else positions.expand(axes, -1, -1))
 
+    def norm(self, layer: Module, hidden: Tensor) -> Norm | None:
+        """The norm that a layer begins with, if an operation can compute it in place of the module.
+
+        Args:
+            layer: the decision layer.
+            hidden: hidden states of its dtype and on its device, (B, M, d).
+        """
+        return known_norm(layer.input_layernorm, hidden)
+
     def ranking(
         self,
         layer: Module,
@@ -210,6 +221,7 @@ class Adapter:
         sin: Tensor,
         valid: Tensor | None,
         positions: Tensor | None,
+        states: Tensor | None = None,
     ) -> Attention:
         """Attention that tokens would pay to others in this layer.
 
@@ -219,12 +231,14 @@ class Adapter:
             cos, sin: (B or 1, L, R).
             valid: (B, L) bool, or None if every token counts.
             positions: (B, Q) of the queries in the sequence, -1 for none; None for the last of each row.
+            states: (B, L, d), the norm of `hidden` that the layer begins with, if it was computed.
 
         Returns:
             The argument of the operations that rank.
         """
         attention = layer.self_attn
-        states = layer.input_layernorm(hidden)
+        if states is None:
+            states = layer.input_layernorm(hidden)
         if positions is None:
             query_states = states[:, -1:]
         else:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from reroute_kernels.attention import Attention
 from reroute_kernels.checks import FLOATING
 from reroute_kernels.policy import Policy
+from reroute_kernels.rankings import Norm
 from reroute_kernels.routing import on_device
 from reroute_kernels.trace import Trace
 
@@ -65,13 +66,21 @@ class LayerProjection:
     layer_idx: int
     layer: Module
 
+    def norm(self, hidden: Tensor) -> Norm | None:
+        return self.adapter.norm(self.layer, hidden)
+
     @torch.no_grad()
     def attention(
-        self, hidden: Tensor, rotary: tuple[Tensor, ...], key_mask: Tensor | None, positions: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, ...],
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        states: Tensor | None = None,
     ) -> Attention:
         cos, sin = rotary
         with onloaded(self.layer, self.layer.self_attn):
-            attention = self.adapter.ranking(self.layer, hidden, cos, sin, key_mask, positions)
+            attention = self.adapter.ranking(self.layer, hidden, cos, sin, key_mask, positions, states)
         check_heads(attention.query, attention.key, self.adapter.decoder.config, self.head_group)
         call = self.call
         past = None if call is None else call.past
@@ -85,9 +94,11 @@ class LayerProjection:
         )
 
     @torch.no_grad()
-    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...], states: Tensor | None = None) -> Tensor:
         with onloaded(self.layer, self.layer.self_attn):
-            key = self.adapter.unnormalized_keys(self.layer.self_attn, self.layer.input_layernorm(hidden))
+            if states is None:
+                states = self.layer.input_layernorm(hidden)
+            key = self.adapter.unnormalized_keys(self.layer.self_attn, states)
         check_heads(None, key, self.adapter.decoder.config, self.head_group)
         return key
 

@@ -385,6 +385,19 @@ def _scatter_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     return full
 
 
+def _can_write(full: Tensor, index: Tensor | None, compact: Tensor | None) -> bool:
+    """Whether rows can be written to `full` directly, or none are."""
+    if index is None or compact is None:
+        return index is compact
+    return not full.is_neg() and full.is_inference() <= torch.is_inference_mode_enabled()
+
+
+def _note_write(full: Tensor) -> None:
+    """Let autograd notice a write, as PyTorch's own in-place operators do."""
+    if not full.is_inference():
+        torch.autograd.graph.increment_version(full)
+
+
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     """Write compact rows back to their places in the full sequence, in place.
 
@@ -409,10 +422,9 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     tensor([0., 1., 1., 0., 1.])
     """
     operations = _direct((full, index, compact))
-    if operations is not None and not full.is_neg() and full.is_inference() <= torch.is_inference_mode_enabled():
+    if operations is not None and _can_write(full, index, compact):
         operations.scatter_tokens_(full, index, compact)
-        if not full.is_inference():
-            torch.autograd.graph.increment_version(full)
+        _note_write(full)
         return full
     for name, tensor in (("full", full), ("index", index), ("compact", compact)):
         expect_tensor(name, tensor)
@@ -467,13 +479,11 @@ def scatter_norm_tokens_(
             [ 0.,  0.]])
     """
     operations = _direct((full, weight), (index, compact))
-    if operations is not None and type(eps) is float and (index is None) == (compact is None):
-        is_written = index is not None
-        if not is_written or (not full.is_neg() and full.is_inference() <= torch.is_inference_mode_enabled()):
-            normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
-            if is_written and not full.is_inference():
-                torch.autograd.graph.increment_version(full)
-            return normed
+    if operations is not None and type(eps) is float and _can_write(full, index, compact):
+        normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
+        if index is not None:
+            _note_write(full)
+        return normed
     for name, tensor in (("full", full), ("index", index), ("compact", compact), ("weight", weight)):
         if tensor is not None or name in ("full", "weight"):
             expect_tensor(name, tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,11 +20,31 @@ from .ref.rank import last_queries
 LAYERS = ("this", "previous")
 
 
+class Norm(NamedTuple):
+    """An RMSNorm that `ops.scatter_norm_tokens_` computes, with its arguments."""
+
+    weight: Tensor
+    eps: float
+    zero_centered: bool
+
+
 class Projection(Protocol):
     """Queries and keys of the layer that ranks, for the tokens of a sequence."""
 
+    def norm(self, hidden: Tensor) -> Norm | None:
+        """The norm of its input that the layer begins with; None leaves it to the layer.
+
+        Args:
+            hidden: hidden states of the dtype and on the device of those that will be ranked, (B, M, d).
+        """
+
     def attention(
-        self, hidden: Tensor, rotary: tuple[Tensor, ...], key_mask: Tensor | None, positions: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, ...],
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        states: Tensor | None = None,
     ) -> Attention:
         """Attention that some tokens would pay to all.
 
@@ -33,9 +53,10 @@ class Projection(Protocol):
             rotary: per-token tensors of the rotary embedding, (B, L, ...).
             key_mask: (B, L) bool, False at tokens that no query sees; None if there are none.
             positions: (B, Q) of the queries in the sequence, -1 for none; None for the last of each row.
+            states: (B, L, d), the norm of `hidden`, if it was computed.
         """
 
-    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...], states: Tensor | None = None) -> Tensor:
         """(B, L, Hkv, D), the keys of all tokens, before a norm of keys."""
 
 
@@ -66,6 +87,7 @@ class Candidates:
     """The number of the decision, from 0."""
     _rotary: tuple[Tensor, ...] = field(repr=False)
     _projection: Projection = field(repr=False)
+    _states: Tensor | None = field(default=None, repr=False)
 
     @property
     def ordinals(self) -> Tensor:
@@ -98,12 +120,12 @@ class Candidates:
             positions = None if self.last is None else self.last[:, None]
         else:
             positions = last_queries(self.hidden, self.valid, min(queries, length))
-        attention = self._projection.attention(self.hidden, self._rotary, self.valid, positions)
+        attention = self._projection.attention(self.hidden, self._rotary, self.valid, positions, self._states)
         return attention._replace(query_reduction=query_reduction, head_reduction=head_reduction)
 
     def keys(self) -> Tensor:
         """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected, before a norm of keys."""
-        return self._projection.keys(self.hidden, self._rotary)
+        return self._projection.keys(self.hidden, self._rotary, self._states)
 
 
 class RankingLike(Protocol):
@@ -119,9 +141,12 @@ class Ranking(ABC):
     Attributes:
         layer: `"this"`: ranks by the weights of the decision layer; `"previous"`: by those of the layer before it and
             by its input.
+        projects: whether it asks for attention or keys at every decision. Then the norm before them is computed with
+            the write-back of the last stage, in one launch, if it can be.
     """
 
     layer = "this"
+    projects = False
 
     @abstractmethod
     def rank(self, candidates: Candidates) -> Tensor | Attention:
@@ -139,6 +164,7 @@ class Ranking(ABC):
 
 
 class _ByAttention(Ranking):
+    projects = True
     query_reduction: str
     head_reduction: str
 
@@ -232,6 +258,7 @@ class KeyNorm(Ranking):
     """
 
     layer: str = "this"
+    projects = True
 
     def __post_init__(self):
         expect_one_of(layer=(self.layer, LAYERS))

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from . import ops
 from .attention import Attention
+from .backends import active_backend
 from .policy import Policy
-from .rankings import Candidates, Projection
+from .rankings import Candidates, Norm, Projection
 from .trace import DecisionScores
 
 # Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
@@ -171,15 +172,25 @@ class TokenSequence:
         if self.parent is not None:
             self.parent.move(device)
 
-    def write_back(self) -> TokenSequence:
-        """Put the hidden states at their positions in the parent, which is returned."""
+    def write_back(self, norm: Norm | None = None) -> tuple[TokenSequence, Tensor | None]:
+        """Put the hidden states at their positions in the parent.
+
+        Returns:
+            The parent, and (B, L, d), the norm of its hidden states, or None without one.
+        """
         parent, index = self.parent, self.index
         assert parent is not None
         assert index is not None
         if not parent.owned:
             parent.hidden, parent.owned = parent.hidden.clone(), True
-        parent.hidden = ops.scatter_tokens_(parent.hidden, index, self.hidden)
-        return parent
+        if norm is None:
+            parent.hidden = ops.scatter_tokens_(parent.hidden, index, self.hidden)
+            return parent, None
+        return parent, _normed(norm, parent.hidden, index, self.hidden)
+
+    def normed(self, norm: Norm | None) -> Tensor | None:
+        """(B, L, d), the norm of the hidden states; None without one."""
+        return None if norm is None else _normed(norm, self.hidden, None, None)
 
     def add(self, addition: Tensor) -> None:
         """Add (B, L, d) of the full sequence to the hidden states, parents included."""
@@ -187,6 +198,12 @@ class TokenSequence:
         self.hidden, self.owned = self.hidden + own, True
         if self.parent is not None:
             self.parent.add(addition)
+
+
+@torch.no_grad()
+def _normed(norm: Norm, full: Tensor, index: Tensor | None, compact: Tensor | None) -> Tensor:
+    weight, eps, zero_centered = norm
+    return ops.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
 
 
 class RoutedForward:
@@ -264,8 +281,8 @@ class RoutedForward:
 
     def score(self, hidden: Tensor, rotary: tuple[Tensor, ...], projection: Projection) -> None:
         """Rank for the next decision in the layer before it; arguments as in `decide`."""
-        source = self._source(hidden, rotary)
-        ranked = self._rank(source, projection)
+        source, states = self._source(hidden, rotary, self._norm(hidden, projection))
+        ranked = self._rank(source, projection, states)
         self._scores = self._all_scores(ranked) if isinstance(ranked, Attention) else ranked
 
     def decide(self, hidden: Tensor, rotary: tuple[Tensor, ...], projection: Projection) -> Tensor:
@@ -282,7 +299,8 @@ class RoutedForward:
         """
         stage = len(self.kept)
         reduces = self._reduces and stage == 0
-        source = self._source(hidden, rotary)
+        ranks = not reduces and self._scores is None
+        source, states = self._source(hidden, rotary, self._norm(hidden, projection) if ranks else None)
         # A token that is dropped for good is no candidate later: its flags leave with it. Positions count in the full
         # sequence.
         for_good = self._drops(stage)
@@ -295,7 +313,7 @@ class RoutedForward:
         elif self._scores is not None:
             ranked, self._scores = on_device(hidden.device, self._scores), None
         else:
-            ranked = self._rank(source, projection)
+            ranked = self._rank(source, projection, states)
         index, rows, scores = self._route(
             ranked,
             pool=source.pool,
@@ -335,8 +353,23 @@ class RoutedForward:
         """Whether tokens that a stage does not run are no candidates of later decisions."""
         return self.policy.action == "remove" or (self._reduces and stage == 0)
 
-    def _rank(self, source: TokenSequence, projection: Projection) -> Attention | Tensor:
-        """Rank the candidates of the next decision by the policy's rule."""
+    def _norm(self, hidden: Tensor, projection: Projection) -> Norm | None:
+        """The norm before a ranking, if it is to be computed with the write-back; None leaves it to the layer.
+
+        That is worth it where a kernel does it. The norm and what is written then take no part in gradients.
+        """
+        if not getattr(self.policy.ranking, "projects", False) or torch.compiler.is_compiling():
+            return None
+        if active_backend(hidden.device) != "triton" or (torch.is_grad_enabled() and self._has_gradients(hidden)):
+            return None
+        return projection.norm(hidden)
+
+    def _has_gradients(self, hidden: Tensor) -> bool:
+        parent = None if self._active is None else self._active.parent
+        return hidden.requires_grad or (parent is not None and parent.hidden.requires_grad)
+
+    def _rank(self, source: TokenSequence, projection: Projection, states: Tensor | None) -> Attention | Tensor:
+        """Rank the candidates of the next decision by the policy's rule; states are their norm, if it was computed."""
         stage = len(self.kept)
         source.owned = False  # the ranking and the hooks of the norm before it may hold the hidden states
         candidates = Candidates(
@@ -350,6 +383,7 @@ class RoutedForward:
             decision=stage - self._reduces,
             _rotary=source.rotary,
             _projection=projection,
+            _states=states,
         )
         with torch.no_grad():
             ranked = self.policy.ranking.rank(candidates)
@@ -398,20 +432,25 @@ class RoutedForward:
         moved = torch.where(shifted < 0, shifted, index.gather(1, shifted.clamp(min=0)))
         return moved, ops.gather_tokens(shifted, *rows)
 
-    def _source(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> TokenSequence:
-        """The sequence to select from: under `reroute` all tokens, or all that a reducer left, else the survivors."""
+    def _source(
+        self, hidden: Tensor, rotary: tuple[Tensor, ...], norm: Norm | None
+    ) -> tuple[TokenSequence, Tensor | None]:
+        """The sequence to select from: under `reroute` all tokens, or all that a reducer left, else the survivors.
+
+        With it the norm of its hidden states, or None without one.
+        """
         active = self._active
         if active is None:
             prompt = self.prompt
             full = TokenSequence(hidden, rotary, prompt.pool, prompt.pinned, prompt.visible, prompt.last)
             full.move(hidden.device)
-            return full
+            return full, full.normed(norm)
         active.take(hidden)
         if not self._drops(len(self.kept) - 1):
-            return active.write_back()
+            return active.write_back(norm)
         if self.policy.action == "remove":  # the tokens that a reducer left are written back once, at the end
             active.write_back()
-        return active
+        return active, active.normed(norm)
 
     def add(self, hidden: Tensor, addition: Tensor) -> Tensor:
         """Add to the tokens between two layers, to deferred ones too.
@@ -439,7 +478,7 @@ class RoutedForward:
         sequence = self.active
         sequence.take(hidden)
         while sequence.parent is not None:
-            sequence = sequence.write_back()
+            sequence, _ = sequence.write_back()
         full, prompt = sequence.hidden, self.prompt
         if prompt.right_padded and prompt.end is not None:
             end = on_device(full.device, prompt.end)

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import reroute_kernels as rk
 from reroute_kernels.attention import Attention
+from reroute_kernels.rankings import Norm
 from reroute_kernels.routing import Prompt, RoutedForward
 from reroute_kernels.triton.plan import forget_plans
 from tests.conftest import HAS_GPU
@@ -131,6 +132,8 @@ def test_the_count_sees_transfers_and_other_work(device, work):
 class Forward:
     """A routed prefill without a model: tensors as between its layers."""
 
+    layer_norm = None
+
     def __init__(self, device, action, lefts):
         length = 60
         valid = torch.arange(length, device=device) >= torch.tensor(lefts, device=device)[:, None]
@@ -143,7 +146,11 @@ class Forward:
         self.query = torch.randn(len(lefts), 1, 4, 8, device=device)
         self.key = torch.randn(len(lefts), length, 2, 8, device=device)
 
-    def attention(self, hidden, rotary, key_mask, positions):
+    def norm(self, hidden):
+        return self.layer_norm
+
+    def attention(self, hidden, rotary, key_mask, positions, states):
+        assert (states is None) == (self.layer_norm is None)
         return Attention(self.query, self.key[:, : hidden.shape[1]], *rotary, key_mask=key_mask, query_index=positions)
 
     def decide(self):
@@ -168,6 +175,22 @@ def test_decisions_of_a_prefill(device, work, action):
     assert work(forward.decide) == (SCATTER_FIRST, {**COPIED, **lookup})
     copied = COPIED if action == "reroute" else {}
     assert work(forward.decide) == (SCATTER_FIRST, {**copied, **lookup})
+    assert work(forward.finish) == (["copy_rows_to_full"], copied)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+def test_decisions_with_the_norm(device, work, action):
+    """One launch more at the first decision and where survivors alone are ranked, else in place of the write-back."""
+    forward = Forward(device, action, lefts=[0, 0])
+    forward.layer_norm = Norm(torch.ones(16, device=device), 1e-6, False)
+    decision = ["normalize_rows", *DECISION]
+    lookup = {"lt": 1, "where": 1} if action == "remove" else {}
+    copied = COPIED if action == "reroute" else {}
+    assert work(forward.decide) == (decision, {})
+    later = decision if action == "reroute" else ["copy_rows_to_full", *decision]
+    assert work(forward.decide) == (later, {**COPIED, **lookup})
+    assert work(forward.decide) == (later, {**copied, **lookup})
     assert work(forward.finish) == (["copy_rows_to_full"], copied)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -235,10 +236,10 @@ class Prefill:
         return call
 
     def _projection(self, layer):
-        def attention(hidden, rotary, key_mask, positions):
-            return self.adapter.ranking(layer, hidden, *rotary, key_mask, positions)
+        def attention(hidden, rotary, key_mask, positions, states):
+            return self.adapter.ranking(layer, hidden, *rotary, key_mask, positions, states)
 
-        return SimpleNamespace(attention=attention)
+        return SimpleNamespace(attention=attention, norm=partial(self.adapter.norm, layer))
 
     def _run(self, layer: nn.Module, hidden: Tensor, tables: tuple[Tensor, ...], cache) -> Tensor:
         output = layer(

@@ -15,6 +15,7 @@ from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
 
 from ..attention import Attention
+from ..rankings import Norm
 from .step import RoutedStep
 
 DECODERS = (LlamaModel, Qwen2Model)
@@ -67,8 +68,17 @@ class LayerProjection:
 
     layer: nn.Module
 
+    def norm(self, hidden: Tensor) -> Norm | None:
+        """None: vLLM has fused norms of its own."""
+        return None
+
     def attention(
-        self, hidden: Tensor, rotary: tuple[Tensor, ...], key_mask: Tensor | None, positions: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, ...],
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        states: Tensor | None = None,
     ) -> Attention:
         if positions is None:
             positions = torch.full((1, 1), hidden.shape[1] - 1, device=hidden.device)
@@ -82,7 +92,7 @@ class LayerProjection:
             scale=attention.scaling,
         )
 
-    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...], states: Tensor | None = None) -> Tensor:
         _, key = self._projected(hidden, torch.zeros(0, dtype=torch.int64, device=hidden.device))
         return self._rotated(_places(rotary), key)
 

@@ -68,7 +68,10 @@ def test_a_part_of_a_prompt(share):
 class FirstChannel:
     """Attends to the first channel; positions come along."""
 
-    def attention(self, hidden, rotary, key_mask, positions):
+    def norm(self, hidden):
+        return None
+
+    def attention(self, hidden, rotary, key_mask, positions, states):
         length = hidden.shape[1]
         assert rotary[0].shape[:2] == (1, length)
         key = hidden[:, :, None, :4]
