@@ -50,6 +50,7 @@ def test_counts_of_the_sections(dry_run):
     launches = {(row["shape"], row["operation"]): row["launches"] for row in results["operations"]}
     assert launches["tiny", "route_tokens"] == 4
     assert launches["tiny", "decision"] == 5
+    assert launches["tiny", "scatter_norm_tokens_"] == 1
     assert launches["tiny, long", "route_tokens"] == 8
     assert all(row["graph"]["median"] > 0 and row["graph"]["floor_us"] > 0 for row in results["operations"])
     for name in ("prefill-llava", "prefill-qwen2_5_vl", "prefill-more-llava"):
@@ -59,7 +60,7 @@ def test_counts_of_the_sections(dry_run):
         assert row["flops"]["reroute"] < row["flops"]["unrouted"]
         assert row["tokens"] == row["visual_tokens"] + 64
     for name in ("decision-llava", "decision-qwen2_5_vl"):
-        parts = ["scatter", "norm", "key projection", "query", "rank", "select", "gather", "whole"]
+        parts = ["scatter", "norm", "scatter and norm", "key projection", "query", "rank", "select", "gather", "whole"]
         assert list(results[name][0]["microseconds"]) == parts
     held = results["decode-llava"]["cache_bytes"]
     # 4 layers, keys and values, 2 samples, 2 heads of 8 channels, 64 text tokens and a slot.

@@ -69,7 +69,10 @@ def device_section(folder: Path, target: Path) -> list[str]:
 def decision_section(rows: list[dict]) -> list[str]:
     """Table of the parts of a decision."""
     parts = list(rows[0]["microseconds"])
-    lines = [f"### A whole decision, {rows[0]['decoder']}", "", "Medians in us, each part alone in a CUDA graph.", ""]
+    about = "Medians in us, each part alone in a CUDA graph."
+    if "scatter and norm" in parts:
+        about += " One launch does the scatter and the norm together, as the whole takes them."
+    lines = [f"### A whole decision, {rows[0]['decoder']}", "", about, ""]
     cells = (
         [
             f"{row['visual_tokens']:,}",

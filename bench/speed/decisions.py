@@ -16,6 +16,7 @@ from bench.speed import eager
 from bench.speed.device import Clock
 
 TEXT = 64
+EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Decision:
             "sin": angles.sin().to(dtype),
         }
         self.hidden = random(shape.hidden)
+        self.weight = torch.rand(shape.hidden, device=device).to(dtype)
         self.rows = (self.hidden, *(self.ranking[name].expand(batch, -1, -1) for name in ("cos", "sin")))
         pinned = torch.ones(batch, length, dtype=torch.bool, device=device)
         pinned[:, TEXT // 4 : length - TEXT * 3 // 4] = False
@@ -111,6 +113,17 @@ class Decision:
         written = rk.ops.scatter_tokens_(torch.zeros_like(self.hidden), self.index, self.compact)
         if not torch.equal(written, rk.ref.scatter_tokens_(torch.zeros_like(self.hidden), self.index, self.compact)):
             raise AssertionError("scattered rows differ")
+        self._check_norm()
+
+    def _check_norm(self) -> None:
+        whole, expected = torch.zeros_like(self.hidden), torch.zeros_like(self.hidden)
+        normed = rk.ops.scatter_norm_tokens_(whole, self.index, self.compact, self.weight, EPS)
+        wanted = rk.ref.scatter_norm_tokens_(expected, self.index, self.compact, self.weight, EPS)
+        if not torch.equal(whole, expected):
+            raise AssertionError("scattered rows differ")
+        # Sums in another order now and then round the other way, once or twice.
+        exact = self.hidden.dtype == torch.float32
+        torch.testing.assert_close(normed, wanted, atol=1e-5, rtol=0 if exact else 2**-6)
 
     def calls(self) -> dict[str, Callable[[], object]]:
         """Each operation as a call without arguments; `decision` is the fused call with the scatter before it."""
@@ -127,6 +140,7 @@ class Decision:
             "select_tokens": lambda: rk.ops.select_tokens(scores, **self.selection),
             "gather_tokens": lambda: rk.ops.gather_tokens(index, *self.rows),
             "scatter_tokens_": scatter,
+            "scatter_norm_tokens_": lambda: rk.ops.scatter_norm_tokens_(self.hidden, index, compact, self.weight, EPS),
             "route_tokens": route,
             "decision": lambda: (scatter(), route()),
         }
@@ -152,6 +166,7 @@ class Decision:
             "select_tokens": lambda: eager.select_tokens(scores, pool, pinned, self.count),
             "gather_tokens": lambda: eager.gather_tokens(kept, *self.rows),
             "scatter_tokens_": scatter,
+            "scatter_norm_tokens_": lambda: eager.norm_tokens(scatter(), self.weight, EPS),
             "route_tokens": route,
             "decision": lambda: (scatter(), route()),
         }
@@ -169,6 +184,7 @@ class Decision:
             "select_tokens": select,
             "gather_tokens": 2 * rows,
             "scatter_tokens_": hidden,
+            "scatter_norm_tokens_": 2 * self.hidden.numel() * self.hidden.element_size() + hidden // 2,
             "route_tokens": rank + select + 2 * rows,
         }
         return moved | {"decision": moved["route_tokens"] + hidden}

@@ -51,6 +51,8 @@ MORE: dict[Decoder, list[Case]] = {
 """Further budgets and batches, measured last."""
 
 DECODING = Case(4096, 8, 128)
+APART = ("scatter", "norm")
+"""Parts of a decision that one launch does together."""
 
 
 class Models:
@@ -174,8 +176,9 @@ def measure_decision(clock: Clock, models: Models, decoder: Decoder, cases: list
         parts = decision_parts(prefill, decoder.policies(case.tier)["reroute"], case)
 
         def whole(parts=parts) -> None:
-            for part in parts.values():
-                part()
+            for name, part in parts.items():
+                if name not in APART:
+                    part()
 
         times = clock.graphs_in_turn({**parts, "whole": whole})
         yield {"decoder": decoder.name, **case._asdict(), "microseconds": times}
@@ -184,8 +187,8 @@ def measure_decision(clock: Clock, models: Models, decoder: Decoder, cases: list
 def decision_parts(prefill: Prefill, policy: rk.Policy, case: Case) -> dict[str, Callable[[], object]]:
     """The parts of a policy's last decision, in their order.
 
-    The write-back of the stage before, the norm of all tokens, their key projection, the query of the last token,
-    ranking, selection, and the compaction of the tokens that run.
+    The write-back of the stage before, the norm of all tokens by its module, both in one launch, their key projection,
+    the query of the last token, ranking, selection, and the compaction of the tokens that run.
     """
     layer = prefill.layers[policy.schedule[-1].layer]
     routed = prefill.routed(policy)
@@ -195,11 +198,15 @@ def decision_parts(prefill: Prefill, policy: rk.Policy, case: Case) -> dict[str,
     keep = torch.tensor([policy.selected_counts(case.visual_tokens)[-1]] * case.batch, device=hidden.device)
     (compact,) = rk.ops.gather_tokens(index, hidden)
     states = layer.input_layernorm(hidden)
+    weight, eps, zero_centered = prefill.adapter.norm(layer, hidden)
     ranking = prefill.adapter.ranking(layer, hidden, cos, sin, None, None)
     scores = ranking.scores()
     return {
         "scatter": lambda: rk.ops.scatter_tokens_(hidden, index, compact),
         "norm": lambda: layer.input_layernorm(hidden),
+        "scatter and norm": lambda: rk.ops.scatter_norm_tokens_(
+            hidden, index, compact, weight, eps, zero_centered=zero_centered
+        ),
         "key projection": lambda: attention.k_proj(states),
         "query": lambda: attention.q_proj(states[:, -1:]),
         "rank": ranking.scores,

@@ -43,3 +43,10 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     full = full.clone()
     full[:, index] = compact
     return full
+
+
+def norm_tokens(full: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm as modules of transformers compute it."""
+    wide = full.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(full.dtype)
