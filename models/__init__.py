@@ -23,11 +23,12 @@ from .families import (
     Qwen3_5Adapter,
     Qwen3VLAdapter,
 )
+from .graphs import CudaGraphs
 from .hooks import Routing, routings_on
 from .refusals import BIDIRECTIONAL, MODEL_TYPE
 from .warming import make_decisions
 
-__all__ = ["ADAPTERS", "Adapter", "Routing", "apply", "register", "remove", "routing_of", "warm_up"]
+__all__ = ["ADAPTERS", "Adapter", "CudaGraphs", "Routing", "apply", "register", "remove", "routing_of", "warm_up"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "aya_vision": AyaVisionAdapter,
@@ -72,7 +73,9 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
         raise ValueError(f"model_type must have no adapter yet, got {model_type!r}, which has {ADAPTERS[model_type]!r}")
 
 
-def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> Routing:
+def apply(
+    model: nn.Module, policy: Policy | str, *, replace: bool = False, cuda_graph: bool | str | CudaGraphs = False
+) -> Routing:
     """Route this model's prompts by a policy, until the handle is removed.
 
     Only this instance changes, through PyTorch's forward hooks; `generate` and plain calls work as before. A call
@@ -85,9 +88,12 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
             `"3:0.25,7:0.25"`.
         replace: whether a routing that is on the model already is removed for this one; it stays as it is if this one
             is refused. The handle of the replaced routing is then a removed one.
+        cuda_graph: whether prefills of routed prompts are captured in CUDA graphs and replayed. What cannot be captured
+            runs without a graph, after one warning a reason; with `"require"` it is refused. `CudaGraphs` has the
+            settings.
 
     Returns:
-        The handle: a context manager with `remove()` and `trace`.
+        The handle: a context manager with `remove()`, `trace` and `graphs`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -104,7 +110,7 @@ def apply(model: nn.Module, policy: Policy | str, *, replace: bool = False) -> R
     """
     if not isinstance(replace, bool):
         raise TypeError(f"replace must be a bool, got {replace!r}")
-    return Routing(*_adapted(model, policy), replace)
+    return Routing(*_adapted(model, policy), replace, CudaGraphs.of(cuda_graph))
 
 
 def warm_up(model: nn.Module, policy: Policy | str, lengths: Iterable[int], *, batch_size: int = 1) -> None:

@@ -6,6 +6,7 @@ import inspect
 import sys
 import threading
 import weakref
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -28,11 +29,13 @@ from .answers import Answers, checked
 from .calls import CallReader, by_name
 from .checkpointing import runs_first
 from .experts import asks_for_router_logits, with_tokens, without_padding
+from .graphs import CudaGraphs, GraphedPrefills, Graphs
 from .layers import RoutedLayers
 from .modules import Module, uncompiled
 from .offload import onloaded, to_execution_device
 from .prefill import Continuation, Prefill
 from .stack import calls_of, forwards_of
+from .static import PrefillKey
 from .tensor_parallel import check_heads, check_not_sharded, head_group
 from .vision import ReducedVision
 
@@ -120,14 +123,16 @@ class Routing:
         adapter: of the model.
         policy: the policy.
         replace: whether to remove a routing that is on the model, once this one is found valid.
+        cuda_graphs: how prefills are captured in CUDA graphs; None if they are not.
 
     Attributes:
         policy: the policy.
         trace: record of the latest routed prefill, or None before the first one.
+        graphs: the prefills that are held in CUDA graphs; None if none are to be.
         answers_from: where answers begin in prompts that are scored together with them; None leaves it to `labels`.
     """
 
-    def __init__(self, adapter: Adapter, policy: Policy, replace: bool = False):
+    def __init__(self, adapter: Adapter, policy: Policy, replace: bool = False, cuda_graphs: CudaGraphs | None = None):
         self.policy = policy
         self.trace: Trace | None = None
         self._answers_from: int | Tensor | None = None
@@ -143,6 +148,8 @@ class Routing:
         self._count_calls = torch.compiler.disable(partial(calls_of, adapter.core))
         self._decoder_runs = torch.compiler.disable(partial(forwards_of, adapter.decoder))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.graphs: Graphs | None = None if cuda_graphs is None else Graphs(adapter, policy, cuda_graphs)
+        self._graphed: GraphedPrefills | None = None
         self._remove_present(replace)
         self._install()
 
@@ -231,6 +238,9 @@ class Routing:
             add(adapter.layers[layer_idx].register_forward_hook(partial(self._add_layer_features, layer_idx)))
         add(adapter.layers[-1].register_forward_hook(self._leave_last_layer))
         _routings[adapter.core] = _routings[adapter.decoder] = weakref.ref(self)
+        if self.graphs is not None:
+            own_hooks = frozenset(handle.id for handle in self._handles)
+            self._graphed = GraphedPrefills(adapter, self.graphs, self._prompt, self._note_trace, own_hooks)
         _forget_compiled_code()
 
     def remove(self) -> None:
@@ -242,6 +252,8 @@ class Routing:
                 self._vision.remove()
             for module in (self._adapter.core, self._adapter.decoder):
                 _routings.pop(module, None)
+            if self._graphed is not None:
+                self._graphed.remove()
             _forget_compiled_code()
         self._handles.clear()
         self._running = _Calls()  # an interrupted call may have left its state
@@ -488,8 +500,48 @@ class Routing:
             return None
         full = call.forward.finish(output)
         call.record()
-        self.trace = Trace.of(call.forward, call.past.length if call.past else 0)
+        self._note_trace(call)
         return full
+
+    def _note_trace(self, call: Prefill) -> None:
+        self.trace = Trace.of(call.forward, call.past.length if call.past else 0)
+
+    # In CUDA graphs
+
+    def _prompt(self) -> Prefill | None:
+        """The prompt that is routed in the call that runs, if it is one."""
+        call = self._routed
+        return call if isinstance(call, Prefill) else None
+
+    def capture(
+        self,
+        batch: int = 1,
+        lengths: Iterable[int] = (),
+        visual: Iterable[int | Sequence[int]] = (),
+        padded: bool = False,
+    ) -> list[PrefillKey]:
+        """Capture prefills in CUDA graphs ahead, each length with each number of visual tokens.
+
+        A graph serves prompts whose length, padded to `CudaGraphs.multiple`, and visual tokens are the same, and which
+        do not end with an image.
+
+        Args:
+            batch: samples of a call.
+            lengths: of prompts, all tokens counted, padding too.
+            visual: visual tokens of each sample: a number for all samples, or one for each.
+            padded: whether the samples are of different lengths.
+
+        Returns:
+            The keys of the prefills, as `graphs.keys` has them.
+
+        Raises:
+            RuntimeError: the policy was applied without `cuda_graph`, or was removed.
+            ValueError: the numbers do not fit each other.
+            NotImplementedError: something cannot be captured, which is named.
+        """
+        if self.graphs is None or not self._handles:
+            raise RuntimeError("routing must be on its model with cuda_graph=True to capture prefills, got one without")
+        return self.graphs.capture(batch, lengths, visual, padded)
 
 
 def routings_on(model: nn.Module) -> list[Routing]:

@@ -427,6 +427,119 @@ CONTINUATION_MASK_RULES = (
     ),
 )
 
+# Of a prefill in a CUDA graph. Facts `c` are a `DecoderFacts`, of a call a `PrefillFacts`, of graphs.py
+
+GRAPH_MODEL_RULES = (
+    Refusal(
+        "layers without full attention (sliding windows, recurrent states), before the first decision, too",
+        "cuda_graph needs full attention in all layers, got layer {c.unable_layer} of {c.unable_kind!r}",
+        lambda c: c.unable_layer is not None,
+    ),
+    Refusal(
+        "rankings that are not of `reroute_kernels.rankings`, whose shapes may depend on data",
+        "cuda_graph needs a ranking of reroute_kernels.rankings, got {c.policy.ranking!r}",
+        lambda c: not c.ranking_is_static,
+    ),
+    Refusal(
+        "heads split over processes",
+        "cuda_graph needs all attention heads on each process, got a model under tensor parallelism",
+        lambda c: c.head_group is not None,
+    ),
+    Refusal(
+        "decoders with other parts than embeddings, layers, a norm and a rotary embedding",
+        "cuda_graph needs a decoder of {c.known_parts} alone, got one with {c.unknown_part!r}",
+        lambda c: c.unknown_part is not None,
+    ),
+    Refusal(
+        "layers inside what `torch.compile` or activation checkpointing put around them",
+        "cuda_graph needs decoder layers that nothing is put around, got {c.wrapped_layer}",
+        lambda c: c.wrapped_layer is not None,
+    ),
+    Refusal(
+        "adapters of PEFT that are not merged",
+        "cuda_graph needs a decoder without adapters of PEFT (merge_and_unload), got a {c.peft_module}",
+        lambda c: c.peft_module is not None,
+    ),
+    Refusal(
+        "mixtures of experts that ask the device which experts are hit (`experts_implementation`)",
+        "cuda_graph needs experts_implementation to be {c.accepted_experts}, got {c.experts!r}",
+        lambda c: c.experts not in c.static_experts,
+    ),
+    Refusal(
+        "attention implementations without masks of fixed shape (flex attention)",
+        "cuda_graph needs an attn_implementation with masks of the form {c.accepted_forms}, got {c.implementation!r}",
+        lambda c: c.form not in c.static_forms,
+    ),
+    Refusal(
+        "contiguous positions where the rotary embedding depends on the length",
+        "cuda_graph needs a rotary embedding of fixed frequencies where positions are contiguous, got {c.rope_type!r}",
+        lambda c: c.rotates_by_length,
+    ),
+    Refusal(
+        "devices without CUDA graphs",
+        "cuda_graph needs a model on a CUDA device, got {c.device}",
+        lambda c: not c.device_captures,
+    ),
+)
+GRAPH_CALL_RULES = (
+    Refusal(
+        "calls that `torch.compile` compiles",
+        "cuda_graph needs a call that torch.compile does not compile, got one that it does",
+        lambda c: c.is_compiled,
+    ),
+    Refusal(
+        "gradients",
+        "cuda_graph needs torch.no_grad or torch.inference_mode around a call, got gradients enabled",
+        lambda c: c.has_gradients,
+    ),
+    Refusal(
+        "a model in training mode",
+        "cuda_graph needs a model in evaluation mode (model.eval), got training mode",
+        lambda c: c.is_training,
+    ),
+    Refusal("autocast", "cuda_graph needs autocast to be off, got it on", lambda c: c.is_autocast),
+    Refusal(
+        "accelerate's offloading and placement, and any other `forward` of an instance in the decoder",
+        "cuda_graph needs modules of the decoder with the forward of their class, got a {c.replaced_module} with "
+        "another (accelerate puts one there)",
+        lambda c: c.replaced_module is not None,
+    ),
+    Refusal(
+        "forward hooks of others in the decoder",
+        "cuda_graph needs a decoder without forward hooks of others, got one on a {c.hooked_module}",
+        lambda c: c.hooked_module is not None,
+    ),
+    Refusal(
+        "a cache that holds tokens already",
+        "cuda_graph needs an empty {c.cache_name}, got one with tokens",
+        lambda c: c.has_past,
+    ),
+    Refusal(
+        "caches other than `DynamicCache`, and offloaded ones",
+        "cuda_graph needs {c.cache_name} to be a DynamicCache on the device, got {c.cache_class}",
+        lambda c: not c.cache_is_plain,
+    ),
+    Refusal(
+        "draft tokens, and answers that are scored with their prompt",
+        "cuda_graph needs a prompt whose last token ranks, got tokens behind that one",
+        lambda c: c.ranks_within,
+    ),
+    Refusal(
+        "flash attention in a padded batch",
+        "cuda_graph needs prompts of one length under flash attention, got a padded batch",
+        lambda c: c.is_padded and c.form == "flash_attention",
+    ),
+    Refusal(
+        "other arguments that reach the decoder (`output_router_logits`, `return_dict=False` among them)",
+        "cuda_graph needs a call without {c.unknown_argument}, which changes the decoder's work; got it given",
+        lambda c: c.unknown_argument is not None,
+    ),
+)
+CAPTURE_FAILED = Refusal(
+    "operations that CUDA refuses to capture",
+    "cuda_graph needs layers that can be captured, got {failure}",
+)
+
 PAGE: dict[str, tuple[Refusal, ...]] = {
     "By `apply`": (
         MODEL_TYPE,
@@ -466,6 +579,11 @@ PAGE: dict[str, tuple[Refusal, ...]] = {
         HALF_RESET,
         CROPPED,
         UNEVEN,
+    ),
+    'By `cuda_graph="require"`; with `cuda_graph=True` it runs without a graph, after one warning': (
+        *GRAPH_MODEL_RULES,
+        *GRAPH_CALL_RULES,
+        CAPTURE_FAILED,
     ),
 }
 """The refusals as docs/refusals.md lists them."""

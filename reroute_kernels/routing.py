@@ -479,7 +479,11 @@ class RoutedForward:
         sequence.take(hidden)
         while sequence.parent is not None:
             sequence, _ = sequence.write_back()
-        full, prompt = sequence.hidden, self.prompt
+        return self.with_padding(sequence.hidden)
+
+    def with_padding(self, full: Tensor) -> Tensor:
+        """Rows (B, L, ...) of the full sequence in which trailing padding shows its sample's last token."""
+        prompt = self.prompt
         if prompt.right_padded and prompt.end is not None:
             end = on_device(full.device, prompt.end)
             trailing = torch.arange(prompt.length, device=full.device) > end[:, None]
