@@ -705,20 +705,25 @@ def hand_over(result: Result, lengths: Iterable[int], cache: Any) -> None:
 
 def take_decisions(result: Result, forward: RoutedForward) -> None:
     """Leave with a forward what a run of its prompt decided, without the rows that the bucket adds."""
-    length = forward.prompt.length
-    widths = [length, *forward.lengths]
-    forward.kept = [kept[:, :width].clone() for kept, width in zip(result.kept, forward.lengths, strict=True)]
-    forward.scored = [_cut(scored, width, length) for scored, width in zip(result.scored, widths, strict=False)]
+    lengths = forward.lengths
+    forward.kept = [kept[:, :width].clone() for kept, width in zip(result.kept, lengths, strict=True)]
+    ranking, share = forward.policy.ranking, 1.0
+    if isinstance(ranking, AllText) and ranking.query_reduction == "mean":
+        share = result.most_text / forward.prompt.most_text  # rows without a token count in the mean
+    # Of a compact sequence, candidates are what the stage before left; under `reroute`, what a reducer left.
+    before = lengths if forward.policy.action == "remove" else lengths[:1] * len(lengths)
+    forward.scored = [
+        _cut(scored, forward.prompt.length if scored is None or scored.kept is None else width, share)
+        for scored, width in zip(result.scored, [0, *before], strict=False)
+    ]
 
 
-def _cut(scored: DecisionScores | None, rows: int, length: int) -> DecisionScores | None:
-    """Scores of so many rows of a compact sequence, or of the `length` tokens of the full one."""
+def _cut(scored: DecisionScores | None, width: int, share: float) -> DecisionScores | None:
+    """Scores of so many rows, multiplied by a share."""
     if scored is None:
         return None
-    if scored.kept is None:
-        return DecisionScores(scored.scores[:, :length].clone(), scored.pool[:, :length].clone(), None)
-    scores, pool, kept = (each[:, :rows].clone() for each in (scored.scores, scored.pool, scored.kept))
-    return DecisionScores(scores, pool, kept)
+    kept = None if scored.kept is None else scored.kept[:, :width].clone()
+    return DecisionScores(scored.scores[:, :width] * share, scored.pool[:, :width].clone(), kept)
 
 
 def output_of(hidden: Tensor, cache: Any) -> object:

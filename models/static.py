@@ -158,13 +158,15 @@ class Result:
     """Output of a prefill, which the next run overwrites.
 
     hidden: (B, L, d), normalized; cached: keys and values (B, Hkv, L or M, D) of each layer; kept: (B, M) of each
-    stage, -1 at rows without a token; scored: of each decision, None for what a reducer left.
+    stage, -1 at rows without a token; scored: of each decision, None for what a reducer left; most_text: how many text
+    tokens may have ranked.
     """
 
     hidden: Tensor
     cached: list[tuple[Tensor, Tensor]]
     kept: list[Tensor] = field(default_factory=list)
     scored: list[DecisionScores | None] = field(default_factory=list)
+    most_text: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -308,7 +310,7 @@ class StaticPrefill:
             self.result = Result(self._adapter.decoder.norm(hidden), cache.layers)
         else:
             hidden = self._adapter.decoder.norm(forward.finish(hidden))
-            self.result = Result(hidden, cache.layers, forward.kept, forward.scored)
+            self.result = Result(hidden, cache.layers, forward.kept, forward.scored, forward.prompt.most_text)
 
     def _decide(self, forward: _StaticForward, layer: Module, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         hidden = forward.decide(hidden, self._tables, _Projection(self._adapter, layer))

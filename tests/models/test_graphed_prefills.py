@@ -7,10 +7,12 @@ import torch
 
 import reroute_kernels as rk
 from reroute_kernels.models import CudaGraphs
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
+from reroute_kernels.reducers import Nuwa
 from tests.models import static_prefills
 from tests.models.conftest import hooks
 from tests.models.families import MODELS, load
-from tests.models.prompts import cached_lengths, policy
+from tests.models.prompts import ACTIONS, IMAGE, SCHEDULE, batch, cached_lengths, policy, selections
 from tests.models.slow_way import decoder_of
 
 STAGES = (rk.Stage(1, 0.4), rk.Stage(3, 0.3), rk.Stage(5, 0.2))
@@ -26,7 +28,7 @@ def runs(monkeypatch):
 
 
 @pytest.fixture
-def family(request):
+def case(request):
     """A tiny model, whose experts ask the device for nothing."""
     family = load(request.param)
     config = decoder_of(family.model).config
@@ -96,16 +98,16 @@ def check(model, inputs, this, runs, **options):
     return runs[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@pytest.mark.parametrize("case", FAMILIES, indirect=True)
 @pytest.mark.parametrize("side", [None, "left", "right"], ids=str)
 @pytest.mark.filterwarnings("ignore:.*right-padding.*")
-def test_every_family(family, runs, side):
-    prompts = [family.prompt(1, 6, 15, seed=1)]
+def test_every_family(case, runs, side):
+    prompts = [case.prompt(1, 6, 15, seed=1)]
     if side is not None:
-        prompts += [family.prompt(2, 4, 9, seed=2), family.prompt(0, 4, 30, seed=3)]
-    inputs = family.batch(prompts, side or "left")
+        prompts += [case.prompt(2, 4, 9, seed=2), case.prompt(0, 4, 30, seed=3)]
+    inputs = case.batch(prompts, side or "left")
     this = policy("reroute", STAGES)
-    run = check(family.model, inputs, this, runs)
+    run = check(case.model, inputs, this, runs)
     key, length = run.prefill.key, inputs["input_ids"].shape[1]
     assert (key.batch, key.padded, key.length) == (len(prompts), side is not None, in_buckets(length))
     # The layers of a stage run what is not skipped, with the rows that fill the buckets up.
@@ -125,3 +127,177 @@ def rows_kept(this, key):
     """How many tokens each stage selects of each sample."""
     counts = [this.selected_counts(visual, pool) for visual, pool in zip(key.visual, key.pool, strict=True)]
     return list(zip(*counts, strict=True))
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("difference", [-1, 0, 1])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_edges_of_buckets(model, prompt, runs, action, difference):
+    one = prompt(1, 5, 60, seed=1)
+    after = 60 + 256 + difference - len(one) if len(one) > 128 else 60 + 128 + difference - len(one)
+    one = prompt(1, 5, after, seed=1)
+    run = check(model, batch([one]), policy(action), runs)
+    assert run.prefill.key.length == in_buckets(len(one))
+    assert (len(one) - difference) % 64 == 0
+
+
+@pytest.mark.parametrize("multiple", [1, 10, 1000])
+def test_other_buckets(model, inputs, runs, multiple):
+    run = check(model, inputs, policy(), runs, multiple=multiple)
+    assert run.prefill.key.length == -(-inputs["input_ids"].shape[1] // multiple) * multiple
+
+
+@pytest.mark.parametrize(
+    "ranking",
+    [
+        LastQuery(queries=3, head_reduction="max"),
+        LastQuery("previous"),
+        AllText(query_reduction="max"),
+        AllText(),
+        AllText("previous"),
+        KeyNorm(),
+        KeyNorm("previous"),
+        Random(seed=3),
+        Uniform(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_every_ranking(model, prompt, runs, ranking, action):
+    inputs = batch([prompt(1, 4, 9, seed=1), prompt(2, 7, 20, seed=2), prompt(0, 4, 30, seed=3)])
+    check(model, inputs, rk.Policy(SCHEDULE, action, ranking), runs)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("layers", [(0, 1, 2), (0, 4), (11,), (3, 4, 5, 6, 7)], ids=str)
+def test_layers_of_decisions(model, inputs, runs, layers, action):
+    stages = [rk.Stage(layer, 0.5 - 0.05 * number) for number, layer in enumerate(layers)]
+    check(model, inputs, rk.Policy(stages, action), runs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.filterwarnings("ignore:.*right-padding.*")
+def test_contiguous_positions(model, prompt, runs, side):
+    inputs = batch([prompt(1, 4, 9, seed=1), prompt(2, 7, 20, seed=2)], side)
+    check(model, inputs, rk.Policy(SCHEDULE, positions="contiguous"), runs)
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, ()], ids=["and-decisions", "alone"])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_reducers(model, prompt, runs, action, schedule):
+    """The tokens that a reducer left are the pool."""
+    this = rk.Policy(schedule, action, reducer=Nuwa(keep=0.5, per_cell=2))
+    inputs = batch([prompt(1, 4, 9, seed=1)])
+    run = check(model, inputs, this, runs)
+    assert run.prefill.key.pool < run.prefill.key.visual
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", [None, "left", "right"], ids=str)
+@pytest.mark.filterwarnings("ignore:.*right-padding.*")
+def test_attention_implementations(model, prompt, runs, attention, side):
+    model.set_attn_implementation(attention)
+    prompts = [prompt(1, 4, 9, seed=1), prompt(2, 7, 20, seed=2)]
+    inputs = batch(prompts[:1]) if side is None else batch(prompts, side)
+    check(model, inputs, policy(), runs)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_vl", "llava_onevision"])
+def test_videos(name, runs):
+    case = load(name)
+    check(case.model, case.batch([case.prompt(0, 6, 15, seed=1, video=True)]), policy("reroute", STAGES), runs)
+
+
+@pytest.mark.parametrize("layers", [(0, 2), (2, 4), (4, 5)], ids=str)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_features_that_are_added_between_layers(runs, layers, action):
+    """By the routing before the last of them, by the decoder itself if the first decision stands behind."""
+    case = load("qwen3_vl")
+    stages = tuple(rk.Stage(layer, keep) for layer, keep in zip(layers, (0.4, 0.3), strict=True))
+    run = check(case.model, case.batch([case.prompt(1, 6, 15, seed=1)]), policy(action, stages), runs)
+    assert run.prefill.key.features == 3
+
+
+def test_prompt_that_ends_in_an_image(model, prompt, runs):
+    one = prompt(1, 9, 0, seed=7)
+    one.ids = one.ids[: int((one.ids == IMAGE).nonzero()[-1]) + 1]
+    run = check(model, batch([one]), policy(), runs)
+    assert run.prefill.key.pool[0] == run.prefill.key.visual[0] - 1
+
+
+@torch.no_grad()
+def test_sample_without_a_token(model, prompt, runs, family):
+    if family == "qwen2_5_vl":
+        pytest.skip("its model numbers no tokens in an empty row")
+    inputs = batch([prompt(1, 4, 9, seed=1), prompt(1, 4, 9, seed=2)])
+    inputs["attention_mask"][1] = 0
+    with rk.apply(model, policy()) as routing:
+        expected, selected = model(**inputs).logits[0], selections(routing.trace)
+    with rk.apply(model, policy(), cuda_graph="require") as routing:
+        assert_near(model(**inputs).logits[0], expected)
+        assert selections(routing.trace) == selected
+    assert len(runs) == 1
+
+
+@torch.no_grad()
+def test_a_graph_follows_its_data(model, prompt, runs):
+    """Prompts of one key, longer and shorter ones; what was handed out before stays as it was."""
+    prompts = [batch([prompt(1, before, 9, seed=seed)]) for seed, before in ((1, 5), (2, 12), (3, 1))]
+    with rk.apply(model, policy()) as routing:
+        expected = [(model(**each, use_cache=True), routing.trace) for each in prompts]
+    with rk.apply(model, policy(), cuda_graph="require") as routing:
+        found = [(model(**each, use_cache=True), routing.trace) for each in prompts]
+        assert len(routing.graphs) == 1
+    assert len({run.prefill for run in runs}) == 1
+    for inputs, (ours, our_trace), (theirs, their_trace) in zip(prompts, found, expected, strict=True):
+        assert_near(ours.logits, theirs.logits)
+        assert_same_trace(our_trace, their_trace)
+        kept = [stage._kept for stage in their_trace.stages]
+        valid = inputs["attention_mask"].bool()
+        assert_same_cache(ours.past_key_values, theirs.past_key_values, valid, kept, policy().stage_layers)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_generate_in_other_ways(model, inputs, runs, settings):
+    settings = {**GREEDY, **settings}
+    with rk.apply(model, policy()):
+        torch.manual_seed(0)
+        expected = model.generate(**inputs, **settings)
+    with rk.apply(model, policy(), cuda_graph="require"):
+        torch.manual_seed(0)
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+    assert runs
+
+
+@torch.no_grad()
+def test_without_a_cache(model, inputs, runs):
+    with rk.apply(model, policy(), cuda_graph="require"):
+        output = model(**inputs, use_cache=False)
+        assert output.past_key_values is None
+        assert_near(output.logits, model(**inputs, use_cache=True).logits)
+    assert len(runs) == 2
+
+
+@torch.no_grad()
+def test_text_runs_as_ever(model, prompt, runs):
+    text = batch([prompt(0, 4, 30, seed=3)])
+    expected = model(**text).logits
+    with rk.apply(model, policy(), cuda_graph="require"):
+        assert torch.equal(model(**text).logits, expected)
+    assert not runs
+
+
+def test_inference_mode(model, inputs, runs):
+    """Buffers that one mode made serve in the other."""
+    with rk.apply(model, policy(), cuda_graph="require"):
+        with torch.inference_mode():
+            first = model(**inputs, use_cache=True)
+            model(input_ids=torch.tensor([[7]]), past_key_values=first.past_key_values)
+        with torch.no_grad():
+            second = model(**inputs, use_cache=True)
+        with torch.inference_mode():
+            assert torch.equal(model(**inputs).logits, first.logits)
+        assert torch.equal(second.logits, first.logits)
+    assert len(runs) == 3
