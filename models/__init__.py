@@ -23,12 +23,23 @@ from .families import (
     Qwen3_5Adapter,
     Qwen3VLAdapter,
 )
-from .graphs import CudaGraphs
+from .graphs import CudaGraphs, Graphs, UnroutedPrefills
 from .hooks import Routing, routings_on
 from .refusals import BIDIRECTIONAL, MODEL_TYPE
 from .warming import make_decisions
 
-__all__ = ["ADAPTERS", "Adapter", "CudaGraphs", "Routing", "apply", "register", "remove", "routing_of", "warm_up"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "CudaGraphs",
+    "Routing",
+    "apply",
+    "register",
+    "remove",
+    "routing_of",
+    "unrouted",
+    "warm_up",
+]
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "aya_vision": AyaVisionAdapter,
@@ -97,8 +108,8 @@ def apply(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the model type is not supported, the model is routed already and `replace` is False, or the
-            policy does not fit it.
+        ValueError: the model type is not supported, the model is routed already and `replace` is False, the policy
+            does not fit it, or `cuda_graph` is none of what is named.
         NotImplementedError: the model or the policy asks for something that is not supported, which is named, or
             transformers is older than all supported versions.
         AttributeError: this version of transformers builds the model differently, which is named.
@@ -139,10 +150,44 @@ def warm_up(model: nn.Module, policy: Policy | str, lengths: Iterable[int], *, b
     make_decisions(adapter, policy, lengths, batch_size)
 
 
+def unrouted(model: nn.Module, cuda_graph: bool | str | CudaGraphs = True) -> UnroutedPrefills:
+    """Capture the prompts of a model in CUDA graphs without routing them, for a fair comparison with a routed one.
+
+    Whether a prompt is padded is read from the device. Outputs at padding are any.
+
+    Args:
+        model: as `apply` takes it, without a routing.
+        cuda_graph: as `apply` takes it.
+
+    Returns:
+        The handle: a context manager with `remove()` and `graphs`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the model type is not supported, the model is routed, or `cuda_graph` is False.
+        NotImplementedError: with `"require"`, something cannot be captured, which is named.
+
+    >>> with unrouted(model):
+    ...     output = model.generate(**inputs, max_new_tokens=2)
+    """
+    settings = CudaGraphs.of(cuda_graph)
+    if settings is None:
+        raise ValueError('cuda_graph must be True, "require" or CudaGraphs where nothing is routed, got False')
+    adapter = _adapter_of(model)
+    if routings_on(adapter.core):
+        raise ValueError("model must not be routed, got one that is: remove() the routing first")
+    return UnroutedPrefills(adapter, Graphs(adapter, None, settings))
+
+
 def _adapted(model: nn.Module, policy: Policy | str) -> tuple[Adapter, Policy]:
     """The adapter of a model and the policy that is meant, or an error that tells what is accepted."""
     if not isinstance(policy, Policy | str):
         raise TypeError(f"policy must be a Policy or its text, got {type(policy).__name__}")
+    adapter = _adapter_of(model)
+    return adapter, Policy.parse(policy, adapter.model) if isinstance(policy, str) else policy
+
+
+def _adapter_of(model: nn.Module) -> Adapter:
     inside = _unwrapped(model)
     model_type = getattr(getattr(inside, "config", None), "model_type", None)
     if not isinstance(inside, nn.Module) or model_type is None:
@@ -152,9 +197,7 @@ def _adapted(model: nn.Module, policy: Policy | str) -> tuple[Adapter, Policy]:
     if model_type not in ADAPTERS:
         raise MODEL_TYPE.because(supported=", ".join(ADAPTERS), model_type=model_type)
     check_transformers()
-    if isinstance(policy, str):
-        policy = Policy.parse(policy, inside)
-    return ADAPTERS[model_type](inside), policy
+    return ADAPTERS[model_type](inside)
 
 
 def routing_of(model: nn.Module) -> Routing | None:

@@ -38,6 +38,7 @@ _STATIC_RANKINGS = (AllText, KeyNorm, LastQuery, Random, Uniform)
 _STATIC_FORMS = ("eager", "flash_attention", "sdpa")
 _STATIC_EXPERTS = ("batched_mm", "grouped_mm")
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+_GLOBAL = torch.nn.modules.module
 _FEATURES = ("visual_pos_masks", "deepstack_visual_embeds")
 # Arguments of a decoder that are read, or that tell nothing of an empty cache.
 _KNOWN_ARGUMENTS = {
@@ -221,6 +222,7 @@ class PrefillFacts:
         is_padded: whether some sample has padding.
         ranks_within: whether tokens stand behind the one that ranks.
         own_hooks: numbers of the hooks that the routing has on the model.
+        is_replaced: whether the decoder had a `forward` of its own before this one.
         is_compiled: whether `torch.compile` compiles the call.
     """
 
@@ -232,6 +234,7 @@ class PrefillFacts:
     is_padded: bool
     ranks_within: bool
     own_hooks: frozenset[int]
+    is_replaced: bool
     is_compiled: bool
 
     @property
@@ -247,9 +250,16 @@ class PrefillFacts:
         return torch.is_autocast_enabled(self.arguments["inputs_embeds"].device.type)
 
     @property
+    def is_watched(self) -> bool:
+        """Whether a mode of PyTorch is told of every operation."""
+        return torch._C._len_torch_dispatch_stack() > 0
+
+    @property
     def replaced_module(self) -> str | None:
         """Class of the first module whose instance has a `forward` of its own."""
         attributes = self.parts.attributes
+        if self.is_replaced:
+            return type(self.adapter.decoder).__name__
         if not any(map(operator.contains, attributes, repeat("forward"))):
             return None
         found = zip(self.parts.modules, attributes, strict=True)
@@ -258,6 +268,8 @@ class PrefillFacts:
     @property
     def hooked_module(self) -> str | None:
         """Class of the first module with a hook that neither the routing nor transformers put there."""
+        if _GLOBAL._global_forward_hooks or _GLOBAL._global_forward_pre_hooks:
+            return "Module"
         for number, table in enumerate(self.parts.hooks):
             for handle, hook in table.items() if table else ():
                 if handle not in self.own_hooks and "transformers" not in getattr(hook, "__module__", ""):
@@ -577,6 +589,11 @@ class DecoderForward:
         self._forward = forward
         decoder.forward = forward
 
+    @property
+    def replaces_another(self) -> bool:
+        """Whether the instance had a `forward` of its own before."""
+        return self._before is not None
+
     def restore(self) -> None:
         """Put back what was there. Under a wrapper that came later, this one stays and changes nothing."""
         self._run = None
@@ -588,27 +605,17 @@ class DecoderForward:
             self._decoder.forward = self._before
 
 
-class GraphedPrefills:
-    """Has routed prompts of one model replayed from CUDA graphs, and all else run as ever.
+class _Prefills:
+    """Has prefills of one model replayed from CUDA graphs, and all else run as ever.
 
     Args:
         adapter: of the model.
         graphs: of its prefills.
-        call: gives the prompt that is routed in the call that runs, or None.
-        finished: is told of each prompt that was replayed.
         own_hooks: numbers of the hooks that the routing has on the model.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        graphs: Graphs,
-        call: Callable[[], object],
-        finished: Callable[[Prefill], None],
-        own_hooks: frozenset[int],
-    ):
-        self._adapter, self._graphs = adapter, graphs
-        self._call, self._finished, self._own_hooks = call, finished, own_hooks
+    def __init__(self, adapter: Adapter, graphs: Graphs, own_hooks: frozenset[int] = frozenset()):
+        self._adapter, self._graphs, self._own_hooks = adapter, graphs, own_hooks
         self._signature = inspect.signature(adapter.decoder.forward)
         # Whether a call can be captured is no matter of torch.compile.
         self._replayed = torch.compiler.disable(self._try)
@@ -620,59 +627,51 @@ class GraphedPrefills:
         self._graphs.clear()
 
     def _forward(self, original: Callable, args: tuple, kwargs: dict) -> object:
-        call = self._call()
-        if not isinstance(call, Prefill) or call.stage:
+        prefill = self._prefill(args, kwargs)
+        if prefill is None:
             return original(*args, **kwargs)
-        output = self._replayed(call, args, kwargs, torch.compiler.is_compiling())
+        output = self._replayed(prefill, args, kwargs, torch.compiler.is_compiling())
         return original(*args, **kwargs) if output is None else output
 
-    def _try(self, call: Prefill, args: tuple, kwargs: dict, is_compiled: bool) -> object:
+    def _try(self, prefill: object, args: tuple, kwargs: dict, is_compiled: bool) -> object:
         """The output of the decoder, or None if the call runs without a graph."""
         arguments = by_name(self._signature, args, kwargs)
-        prompt = call.forward.prompt
-        facts = PrefillFacts(
-            adapter=self._adapter,
-            parts=self._graphs.parts,
-            arguments=arguments,
-            cache=cache_of(arguments),
-            has_past=call.past is not None,
-            is_padded=prompt.padded,
-            ranks_within=prompt.ranks_within,
-            own_hooks=self._own_hooks,
-            is_compiled=is_compiled,
-        )
         try:
+            facts = PrefillFacts(
+                adapter=self._adapter,
+                parts=self._graphs.parts,
+                arguments=arguments,
+                cache=cache_of(arguments),
+                own_hooks=self._own_hooks,
+                is_replaced=self._replaced.replaces_another,
+                is_compiled=is_compiled,
+                **self._facts(prefill, arguments),
+            )
             self._graphs.check(facts)
-            return self._replay(call, arguments)
+            return self._replay(prefill, arguments)
         except NotImplementedError as reason:
             self._graphs.refused(reason)
             return None
 
-    def _replay(self, call: Prefill, arguments: dict) -> object:
-        embeds, forward = arguments["inputs_embeds"], call.forward
-        features = call.layer_features or self._adapter.take_layer_features(arguments)
-        tables = tables_of(
-            self._adapter, embeds, decoder_positions(self._adapter, arguments.get("position_ids"), embeds)
-        )
-        valid = forward.prompt.valid
-        key = self._graphs.key(embeds.shape[:2], embeds, valid is not None, len(features), Counts.of(forward.prompt))
-        cache = self._cache(arguments)
-        outputs: list[Tensor] = []
+    def _run(
+        self,
+        arguments: dict,
+        features: Sequence[Tensor],
+        valid: Tensor | None,
+        forward: RoutedForward | None,
+        read: Callable[[Result], None],
+    ) -> None:
+        """Replay the prefill of the decoder's arguments; others as those of `StaticPrefill.load`."""
+        embeds = arguments["inputs_embeds"]
+        positions = decoder_positions(self._adapter, arguments.get("position_ids"), embeds)
+        tables = tables_of(self._adapter, embeds, positions)
+        counts = Counts() if forward is None else Counts.of(forward.prompt)
+        key = self._graphs.key(embeds.shape[:2], embeds, valid is not None, len(features), counts)
 
         def load(prefill: StaticPrefill) -> None:
             prefill.load(embeds, tables, features, valid, forward)
 
-        def read(result: Result) -> None:
-            call.fill(cache)
-            lengths = self._cached_lengths(call)
-            hand_over(result, lengths, cache)
-            take_decisions(result, forward)
-            outputs.append(forward.with_padding(result.hidden[:, : embeds.shape[1]].clone()))
-
         self._graphs.replay(key, load, tables, read)
-        call.record()
-        self._finished(call)
-        return output_of(outputs[0], cache)
 
     def _cache(self, arguments: dict) -> Any:
         """The cache that the decoder fills, made as it makes one."""
@@ -684,15 +683,121 @@ class GraphedPrefills:
             return DynamicCache(config=config)
         return cache
 
+    # Of each kind
+
+    def _prefill(self, args: tuple, kwargs: dict) -> Any:
+        """The prefill that a call of the decoder is, or None."""
+        raise NotImplementedError
+
+    def _facts(self, prefill: Any, arguments: dict) -> dict[str, Any]:
+        """Facts about it, by name."""
+        raise NotImplementedError
+
+    def _replay(self, prefill: Any, arguments: dict) -> object:
+        """The output of the decoder."""
+        raise NotImplementedError
+
+
+class RoutedPrefills(_Prefills):
+    """Has routed prompts replayed.
+
+    Args:
+        adapter, graphs, own_hooks: as in `_Prefills`.
+        prompt: gives the prompt that is routed in the call that runs, or None.
+        finished: is told of each prompt that was replayed.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        graphs: Graphs,
+        own_hooks: frozenset[int],
+        prompt: Callable[[], Prefill | None],
+        finished: Callable[[Prefill], None],
+    ):
+        self._prompt, self._finished = prompt, finished
+        super().__init__(adapter, graphs, own_hooks)
+
+    def _prefill(self, args: tuple, kwargs: dict) -> Prefill | None:
+        prompt = self._prompt()
+        return None if prompt is None or prompt.stage else prompt
+
+    def _facts(self, prefill: Prefill, arguments: dict) -> dict[str, Any]:
+        prompt = prefill.forward.prompt
+        has_past = prefill.past is not None
+        return {"has_past": has_past, "is_padded": prompt.padded, "ranks_within": prompt.ranks_within}
+
+    def _replay(self, prefill: Prefill, arguments: dict) -> object:
+        forward, cache = prefill.forward, self._cache(arguments)
+        features = prefill.layer_features or self._adapter.take_layer_features(arguments)
+        outputs: list[Tensor] = []
+
+        def read(result: Result) -> None:
+            prefill.fill(cache)
+            hand_over(result, self._cached_lengths(forward), cache)
+            take_decisions(result, forward)
+            outputs.append(forward.with_padding(result.hidden[:, : forward.prompt.length].clone()))
+
+        self._run(arguments, features, forward.prompt.valid, forward, read)
+        prefill.record()
+        self._finished(prefill)
+        return output_of(outputs[0], cache)
+
     @staticmethod
-    def _cached_lengths(call: Prefill) -> Iterator[int]:
+    def _cached_lengths(forward: RoutedForward) -> Iterator[int]:
         """How many tokens each layer caches: those of the prompt, then those of its stage."""
-        forward = call.forward
         starts = dict(zip(forward.policy.stage_layers, forward.lengths, strict=True))
         length = forward.prompt.length
         for layer_idx in itertools.count():
             length = starts.get(layer_idx, length)
             yield length
+
+
+class UnroutedPrefills(_Prefills):
+    """Has the prompts of a model without a routing replayed; a context manager.
+
+    Attributes:
+        graphs: the prefills that are held.
+    """
+
+    def __init__(self, adapter: Adapter, graphs: Graphs):
+        self.graphs = graphs
+        super().__init__(adapter, graphs)
+
+    def __enter__(self) -> UnroutedPrefills:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _prefill(self, args: tuple, kwargs: dict) -> bool | None:
+        embeds = by_name(self._signature, args, kwargs).get("inputs_embeds")
+        return None if embeds is None or embeds.shape[1] == 1 else True  # else a step
+
+    def _facts(self, prefill: object, arguments: dict) -> dict[str, Any]:
+        mask, cache = arguments.get("attention_mask"), cache_of(arguments)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise refusals.UNROUTED_MASK.because(mask=type(mask).__name__)
+        has_past = cache is not None and bool(cache.get_seq_length())
+        return {"has_past": has_past, "is_padded": self._valid(arguments) is not None, "ranks_within": False}
+
+    @staticmethod
+    def _valid(arguments: dict) -> Tensor | None:
+        """(B, L) bool, False at padding; None if there is none, which is read from the device."""
+        mask = arguments.get("attention_mask")
+        return None if mask is None or bool(mask.all()) else mask.bool()
+
+    def _replay(self, prefill: object, arguments: dict) -> object:
+        length, cache = arguments["inputs_embeds"].shape[1], self._cache(arguments)
+        features = self._adapter.take_layer_features(arguments)
+        outputs: list[Tensor] = []
+
+        def read(result: Result) -> None:
+            hand_over(result, repeat(length), cache)
+            outputs.append(result.hidden[:, :length].clone())
+
+        self._run(arguments, features, self._valid(arguments), None, read)
+        return output_of(outputs[0], cache)
 
 
 def hand_over(result: Result, lengths: Iterable[int], cache: Any) -> None:

@@ -29,7 +29,7 @@ from .answers import Answers, checked
 from .calls import CallReader, by_name
 from .checkpointing import runs_first
 from .experts import asks_for_router_logits, with_tokens, without_padding
-from .graphs import CudaGraphs, GraphedPrefills, Graphs
+from .graphs import CudaGraphs, Graphs, RoutedPrefills
 from .layers import RoutedLayers
 from .modules import Module, uncompiled
 from .offload import onloaded, to_execution_device
@@ -149,7 +149,7 @@ class Routing:
         self._decoder_runs = torch.compiler.disable(partial(forwards_of, adapter.decoder))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.graphs: Graphs | None = None if cuda_graphs is None else Graphs(adapter, policy, cuda_graphs)
-        self._graphed: GraphedPrefills | None = None
+        self._graphed: RoutedPrefills | None = None
         self._remove_present(replace)
         self._install()
 
@@ -240,7 +240,7 @@ class Routing:
         _routings[adapter.core] = _routings[adapter.decoder] = weakref.ref(self)
         if self.graphs is not None:
             own_hooks = frozenset(handle.id for handle in self._handles)
-            self._graphed = GraphedPrefills(adapter, self.graphs, self._prompt, self._note_trace, own_hooks)
+            self._graphed = RoutedPrefills(adapter, self.graphs, own_hooks, self._prompt, self._note_trace)
         _forget_compiled_code()
 
     def remove(self) -> None:

@@ -497,6 +497,11 @@ GRAPH_CALL_RULES = (
         "cuda_graph needs a model in evaluation mode (model.eval), got training mode",
         lambda c: c.is_training,
     ),
+    Refusal(
+        "modes of PyTorch that are told of every operation (FLOP counters)",
+        "cuda_graph needs a call outside of modes that are told of every operation, got one inside",
+        lambda c: c.is_watched,
+    ),
     Refusal("autocast", "cuda_graph needs autocast to be off, got it on", lambda c: c.is_autocast),
     Refusal(
         "accelerate's offloading and placement, and any other `forward` of an instance in the decoder",
@@ -534,6 +539,10 @@ GRAPH_CALL_RULES = (
         "cuda_graph needs a call without {c.unknown_argument}, which changes the decoder's work; got it given",
         lambda c: c.unknown_argument is not None,
     ),
+)
+UNROUTED_MASK = Refusal(
+    "without a routing, attention masks of four dimensions",
+    "cuda_graph needs an attention_mask of two dimensions where nothing is routed, got a {mask} of others",
 )
 CAPTURE_FAILED = Refusal(
     "operations that CUDA refuses to capture",
@@ -583,6 +592,7 @@ PAGE: dict[str, tuple[Refusal, ...]] = {
     'By `cuda_graph="require"`; with `cuda_graph=True` it runs without a graph, after one warning': (
         *GRAPH_MODEL_RULES,
         *GRAPH_CALL_RULES,
+        UNROUTED_MASK,
         CAPTURE_FAILED,
     ),
 }
