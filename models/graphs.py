@@ -60,6 +60,9 @@ class CudaGraphs:
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a number is below 1.
+
+    >>> CudaGraphs(multiple=128, limit=4)
+    CudaGraphs(require=False, multiple=128, limit=4)
     """
 
     require: bool = False
@@ -335,7 +338,7 @@ class _CudaGraph:
             torch.cuda.empty_cache()  # as the capture does, which would hide what it takes
             before = torch.cuda.memory_reserved()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 prefill.run()
             self.nbytes = max(torch.cuda.memory_reserved() - before, 0)
 

@@ -10,10 +10,22 @@ import torch
 import reroute_kernels as rk
 from reroute_kernels.cli import demo
 
-MODULES = ("backends", "budget", "cost", "models", "ops", "policy", "presets", "rankings", "reducers", "roofline")
+MODULES = (
+    "backends",
+    "budget",
+    "cost",
+    "models",
+    "models.graphs",
+    "ops",
+    "policy",
+    "presets",
+    "rankings",
+    "reducers",
+    "roofline",
+)
 EXPLAINED = (
     *(getattr(rk.ops, name) for name in rk.ref.__all__),
-    *(rk.Policy, rk.apply, rk.backend, rk.cost, rk.preset, rk.presets, rk.solve, rk.suggest),
+    *(rk.Policy, rk.apply, rk.backend, rk.cost, rk.preset, rk.presets, rk.solve, rk.suggest, rk.models.unrouted),
     *(rk.rankings.LastQuery, rk.reducers.Nuwa),
 )
 

@@ -129,6 +129,46 @@ def rows_kept(this, key):
     return list(zip(*counts, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_replays_on_a_gpu(device, name, dtype):
+    """A replay equals the same code without a graph, whatever ran between; selections are those of the hooks."""
+    case = load(name)
+    model = copy.deepcopy(case.model).to(device, dtype)
+    if "moe" in decoder_of(model).config.model_type:
+        decoder_of(model).config._experts_implementation = "batched_mm"
+    prompts = [case.prompt(1, 6, after, seed=seed) for seed, after in ((1, 15), (2, 12), (3, 9))]
+    inputs = [{name: each.to(device) for name, each in case.batch([prompt]).items()} for prompt in prompts]
+    for each in inputs:
+        each |= {name: each[name].to(dtype) for name in each if each[name].is_floating_point()}
+    this = policy("reroute", STAGES)
+    with rk.apply(model, this) as routing:
+        expected = [(model(**each, use_cache=True), routing.trace) for each in inputs]
+    with rk.apply(model, this, cuda_graph="require") as routing:
+        routing.capture(lengths=[64, 128, 192], visual=[expected[0][1].visual_counts[0]])
+        found = [(model(**each, use_cache=True), routing.trace) for each in inputs]
+        again = [model(**each, use_cache=True) for each in inputs]
+        tokens = model.generate(**inputs[0], **GREEDY)
+        assert routing.graphs.bytes > 0
+        for (output, trace), repeated, (wanted, wanted_trace) in zip(found, again, expected, strict=True):
+            assert torch.equal(output.logits, repeated.logits)
+            assert cached_lengths(output.past_key_values) == cached_lengths(wanted.past_key_values)
+            if dtype == torch.float32:
+                assert selections(trace) == selections(wanted_trace)
+                torch.testing.assert_close(output.logits, wanted.logits, atol=1e-3, rtol=1e-3)
+        held = list(routing.graphs._held.values())
+        for one in held:
+            one.runner.replay()
+            replayed = [tensor.clone() for tensor in one.prefill.result.tensors]
+            one.prefill.run()
+            torch.testing.assert_close(one.prefill.result.tensors, replayed)
+    if dtype == torch.float32:
+        with rk.apply(model, this):
+            assert torch.equal(model.generate(**inputs[0], **GREEDY), tokens)
+
+
 # Prompts
 
 
