@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, product, repeat
+from itertools import chain, compress, product, repeat
 from typing import Any, Protocol
 
 import torch
@@ -106,9 +106,12 @@ class _Parts:
         norm, rotary = (getattr(decoder, name, None) for name in ("norm", "rotary_emb"))
         roots = [*decoder.layers, *(module for module in (norm, rotary) if isinstance(module, nn.Module))]
         self.modules = list(dict.fromkeys(module for root in roots for module in root.modules()))
-        self._tables = [table for module in self.modules for table in (module._modules, module._parameters)]
-        self._tables += [decoder._modules, decoder.layers._modules]
+        # This is read in every call. Whatever is put into a module takes the place of something, or comes beside it.
+        tables = (table for module in self.modules for table in (module._modules, module._parameters) if table)
+        self._tables = [*tables, decoder._modules, decoder.layers._modules]
         self._found = list(self._values())
+        tensors = (value for value in self._found if isinstance(value, Tensor))
+        self._weights = [tensor for tensor in tensors if type(tensor) in (Tensor, nn.Parameter)]
         self._places = self._pointers()
         self.attributes = [vars(module) for module in self.modules]
         self.hooks = [table for module in self.modules for table in (module._forward_hooks, module._forward_pre_hooks)]
@@ -122,8 +125,7 @@ class _Parts:
         return chain.from_iterable(map(dict.values, self._tables))
 
     def _pointers(self) -> list[int]:
-        plain = (value for value in self._found if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter))
-        return [value.data_ptr() for value in plain]
+        return list(map(Tensor.data_ptr, self._weights))
 
     def hold(self) -> bool:
         """Whether the modules and the places of their weights are what they were."""
@@ -273,8 +275,8 @@ class PrefillFacts:
         """Class of the first module with a hook that neither the routing nor transformers put there."""
         if _GLOBAL._global_forward_hooks or _GLOBAL._global_forward_pre_hooks:
             return "Module"
-        for number, table in enumerate(self.parts.hooks):
-            for handle, hook in table.items() if table else ():
+        for number, table in compress(enumerate(self.parts.hooks), self.parts.hooks):
+            for handle, hook in table.items():
                 if handle not in self.own_hooks and "transformers" not in getattr(hook, "__module__", ""):
                     return type(self.parts.modules[number // 2]).__name__
         return None
