@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reroute_kernels.attention import Attention
 from reroute_kernels.checks import FLOATING
 from reroute_kernels.policy import Policy
-from reroute_kernels.rankings import Norm
-from reroute_kernels.routing import on_device
 from reroute_kernels.trace import Trace
 
 from . import refusals
@@ -32,11 +29,12 @@ from .experts import asks_for_router_logits, with_tokens, without_padding
 from .graphs import CudaGraphs, Graphs, RoutedPrefills
 from .layers import RoutedLayers
 from .modules import Module, uncompiled
-from .offload import onloaded, to_execution_device
+from .offload import to_execution_device
 from .prefill import Continuation, Prefill
+from .projection import LayerProjection
 from .stack import calls_of, forwards_of
 from .static import PrefillKey
-from .tensor_parallel import check_heads, check_not_sharded, head_group
+from .tensor_parallel import check_not_sharded, head_group
 from .vision import ReducedVision
 
 # Active routing per decoder and per module around it: `copy.copy(model)` shares both, and a user may replace either.
@@ -56,54 +54,6 @@ class _Call:
     unread: Any = None
     awaits_decoder: bool = False
     mask: object = None
-
-
-@dataclass(eq=False)
-class LayerProjection:
-    """Queries and keys of one layer, and the keys that its cache holds, as rankings ask for them."""
-
-    adapter: Adapter
-    head_group: Any
-    call: Prefill | None
-    """The routed call whose cache holds earlier keys, if there is one."""
-    layer_idx: int
-    layer: Module
-
-    def norm(self, hidden: Tensor) -> Norm | None:
-        return self.adapter.norm(self.layer, hidden)
-
-    @torch.no_grad()
-    def attention(
-        self,
-        hidden: Tensor,
-        rotary: tuple[Tensor, ...],
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        states: Tensor | None = None,
-    ) -> Attention:
-        cos, sin = rotary
-        with onloaded(self.layer, self.layer.self_attn):
-            attention = self.adapter.ranking(self.layer, hidden, cos, sin, key_mask, positions, states)
-        check_heads(attention.query, attention.key, self.adapter.decoder.config, self.head_group)
-        call = self.call
-        past = None if call is None else call.past
-        if call is None or past is None:
-            return attention
-        keys = self.adapter.cached_keys(call.cache, self.layer_idx)[:, :, : past.lengths[call.stage]]
-        valid = past.seen(call.stage)
-        return attention._replace(
-            past_key=on_device(hidden.device, keys).transpose(1, 2),
-            past_mask=None if valid is None else on_device(hidden.device, valid).expand(hidden.shape[0], -1),
-        )
-
-    @torch.no_grad()
-    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...], states: Tensor | None = None) -> Tensor:
-        with onloaded(self.layer, self.layer.self_attn):
-            if states is None:
-                states = self.layer.input_layernorm(hidden)
-            key = self.adapter.unnormalized_keys(self.layer.self_attn, states)
-        check_heads(None, key, self.adapter.decoder.config, self.head_group)
-        return key
 
 
 class _Calls(threading.local):
@@ -464,7 +414,7 @@ class Routing:
         call.fill(cache_of(kwargs))
         hidden = to_execution_device(self._modules_of[layer_idx], hidden)
         rotary = self._rotary(layer, hidden, kwargs["position_embeddings"])
-        hidden = call.forward.decide(hidden, rotary, self._projection(call, layer_idx, layer))
+        hidden = call.forward.decide(hidden, rotary, LayerProjection(self._adapter, layer_idx, self._head_group, call))
         if self.policy.positions == "contiguous":
             call.position_embeddings = self._adapter.embeddings_at(hidden, call.forward.position_ids(hidden.device))
             call.forward.rotary = self._rotary(layer, hidden, call.position_embeddings)
@@ -478,15 +428,12 @@ class Routing:
         """Rank for the decision in the next layer; position_embeddings are those of the full sequence."""
         hidden = to_execution_device(self._modules_of[layer_idx], hidden)
         rotary = self._rotary(layer, hidden, position_embeddings)
-        call.forward.score(hidden, rotary, self._projection(call, layer_idx, layer))
+        call.forward.score(hidden, rotary, LayerProjection(self._adapter, layer_idx, self._head_group, call))
 
     def _rotary(self, layer: Module, hidden: Tensor, position_embeddings: object) -> tuple[Tensor, ...]:
         """cos and sin, (B, L, R), from the position embeddings that layers are handed."""
         cos_and_sin = self._adapter.rotary(layer, position_embeddings)
         return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in cos_and_sin)
-
-    def _projection(self, call: Prefill, layer_idx: int, layer: Module) -> LayerProjection:
-        return LayerProjection(self._adapter, self._head_group, call, layer_idx, layer)
 
     def _add_layer_features(self, layer_idx: int, layer: Module, args: tuple, output: Tensor) -> Tensor | None:
         call = self._routed

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reroute_kernels.attention import Attention
 from reroute_kernels.policy import Policy
 from reroute_kernels.routing import Prompt, RoutedForward
 from reroute_kernels.trace import DecisionScores
@@ -24,7 +23,7 @@ from reroute_kernels.trace import DecisionScores
 from .adapter import Adapter, cache_name
 from .masks import attention_mask
 from .modules import Module
-from .tensor_parallel import check_heads
+from .projection import LayerProjection
 
 
 class Counts(NamedTuple):
@@ -131,26 +130,6 @@ class _Recorder:
     def update(self, key: Tensor, value: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         self.layers.append((key, value))
         return key, value
-
-
-class _Projection(NamedTuple):
-    """Queries and keys of one layer, as rankings ask for them."""
-
-    adapter: Adapter
-    layer: Module
-
-    def attention(
-        self, hidden: Tensor, rotary: tuple[Tensor, ...], key_mask: Tensor | None, positions: Tensor | None
-    ) -> Attention:
-        cos, sin = rotary
-        attention = self.adapter.ranking(self.layer, hidden, cos, sin, key_mask, positions)
-        check_heads(attention.query, attention.key, self.adapter.decoder.config, None)
-        return attention
-
-    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
-        key = self.adapter.unnormalized_keys(self.layer.self_attn, self.layer.input_layernorm(hidden))
-        check_heads(None, key, self.adapter.decoder.config, None)
-        return key
 
 
 @dataclass(eq=False)
@@ -298,10 +277,10 @@ class StaticPrefill:
         for layer_idx, layer in enumerate(self._adapter.layers):
             if forward is not None:
                 if layer_idx in self._decisions:
-                    hidden, tables = self._decide(forward, layer, hidden)
+                    hidden, tables = self._decide(forward, layer_idx, hidden)
                     mask = self._mask(hidden, None)
                 if layer_idx in self._ranks_ahead:
-                    forward.score(hidden, self._tables, _Projection(self._adapter, layer))
+                    forward.score(hidden, self._tables, LayerProjection(self._adapter, layer_idx))
             hidden = self._run_layer(layer, hidden, tables, mask, cache)
             if layer_idx < self.key.features:
                 feature = self._features[layer_idx]
@@ -312,11 +291,12 @@ class StaticPrefill:
             hidden = self._adapter.decoder.norm(forward.finish(hidden))
             self.result = Result(hidden, cache.layers, forward.kept, forward.scored, forward.prompt.most_text)
 
-    def _decide(self, forward: _StaticForward, layer: Module, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        hidden = forward.decide(hidden, self._tables, _Projection(self._adapter, layer))
+    def _decide(self, forward: _StaticForward, layer_idx: int, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        hidden = forward.decide(hidden, self._tables, LayerProjection(self._adapter, layer_idx))
         if forward.policy.positions == "contiguous":
-            axes, positions = self._adapter.position_axes, forward.position_ids(hidden.device)
-            positions = positions if axes == 1 else positions.expand(axes, -1, -1)
+            positions = forward.position_ids(hidden.device)
+            if self._adapter.position_axes > 1:
+                positions = positions.expand(self._adapter.position_axes, -1, -1)
             forward.rotary = tables_of(self._adapter, hidden, positions)
         return hidden, forward.rotary
 

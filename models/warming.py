@@ -12,8 +12,8 @@ from reroute_kernels.policy import Policy
 from reroute_kernels.routing import Prompt, RoutedForward
 
 from .adapter import Adapter
-from .hooks import LayerProjection
 from .layers import RoutedLayers
+from .projection import LayerProjection
 
 TEXT = 16
 """Text tokens of the prompts that are made up here, if they are long enough."""
@@ -69,7 +69,7 @@ def _decide(adapter: Adapter, policy: Policy, layers: RoutedLayers, prompt: Prom
             positions = torch.arange(length, device=weight.device).expand(batch, -1)
             embeddings = adapter.embeddings_at(hidden, positions)
         rotary = tuple(x.expand(batch, *x.shape[1:]) for x in adapter.rotary(layer, embeddings))
-        projection = LayerProjection(adapter, None, None, layer_indices.start, layer)
+        projection = LayerProjection(adapter, layer_indices.start)
         if policy.ranks_by_previous_layer and stage >= len(layers.stages) - len(policy.schedule):
             forward.score(hidden, rotary, projection)
         hidden = forward.decide(hidden, rotary, projection)

@@ -1,6 +1,7 @@
 """Fixtures of every test: a device or the interpreter, dirty memory, fixed seeds, and awkward memory layouts."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def _dirty_memory():
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def _plans_anew():
+    """Forget how kernels are launched: a test may have changed the limits that plans are made by."""
+    if module := sys.modules.get("reroute_kernels.triton.plan"):
+        module.forget_plans()
 
 
 @pytest.fixture(autouse=True)

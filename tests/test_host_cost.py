@@ -27,6 +27,7 @@ def test_launches(measured):
         "select_tokens": 1,
         "gather_tokens": 1,
         "scatter_tokens_": 1,
+        "scatter_norm_tokens_": 1,
         "route_tokens": 4,
         "decision": 5,
     }

@@ -102,12 +102,12 @@ def scatter_norm_tokens_(
         plan = keep_plan(key, _plan(full, index, compact, weight, float(eps), zero_centered))
     if index is not None and compact is not None:
         # Inputs in the memory of the full sequence could be read after it was written.
-        apart = [each.clone() if _may_overlap(full, each) else each for each in inputs[1:]]
-        if any(one is not other for one, other in zip(apart, inputs[1:], strict=True)):
+        if any(_may_overlap(full, each) for each in (index, compact, weight)):
+            apart = index.clone(), compact.clone(), weight.clone()
             return scatter_norm_tokens_(full, *apart, eps, zero_centered=zero_centered)
         target = as_rows(full)
         if target.data_ptr() != full.data_ptr():  # the inner layout forces a copy: write there, then back
-            normed = scatter_norm_tokens_(target, *apart, eps, zero_centered=zero_centered)
+            normed = scatter_norm_tokens_(target, index, compact, weight, eps, zero_centered=zero_centered)
             full.copy_(target)
             return normed
     return plan.run(inputs)[0]
