@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
 from reroute_kernels import triton as kernels
+from reroute_kernels.triton.plan import forget_plans
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -94,6 +95,7 @@ CASES = {
     "head_dim 256 bfloat16": lambda: rank(8, 4, 256, 256, torch.bfloat16),
     "head_dim 256 rotary 64 float32": lambda: rank(16, 2, 256, 64, torch.float32),
     "no rotary bfloat16": lambda: rank(32, 8, 128, 0, torch.bfloat16),
+    "200 queries bfloat16": lambda: rank(28, 4, 128, 128, torch.bfloat16, length=1504, queries=200),
     "128 heads on one bfloat16": lambda: rank(128, 1, 128, 128, torch.bfloat16, length=131072),
     "length 208": lambda: select(208),
     "length 4096": lambda: select(4096),
@@ -143,6 +145,34 @@ def resources(compiled):
     }
 
 
+def innermost_loops(compiled):
+    """Machine instructions in the body of each innermost loop, most first; none for AMD's GPUs.
+
+    A loop is what lies between a branch to a smaller address and its target, both counted. It is an innermost one if no
+    other such branch and its target lie within.
+    """
+    if "cubin" not in compiled.asm:
+        return []
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    instructions = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", listing, re.MULTILINE)
+    addresses = [int(address, 16) for address, _ in instructions]
+    targets = [re.search(r"\bBRA(?:\.\w+)*\s.*?0x([0-9a-f]+)", instruction) for _, instruction in instructions]
+    jumps = [(int(target[1], 16), at) for at, target in zip(addresses, targets, strict=True) if target]
+    loops = {(first, last) for first, last in jumps if first < last}
+    return sorted(
+        (
+            sum(first <= address <= last for address in addresses)
+            for first, last in loops
+            if not any(first <= start and end <= last for start, end in loops - {(first, last)})
+        ),
+        reverse=True,
+    )
+
+
 def memory_accesses(compiled):
     """Instructions that load or store global memory, by whether they move 16 bytes at a time."""
     accesses = dict.fromkeys(("wide_loads", "other_loads", "wide_stores", "other_stores"), 0)
@@ -183,6 +213,7 @@ def has_wide_addresses(compiled):
 def compile_case(target_and_case):
     target, case = target_and_case
     triton.runtime.driver.set_active(AbsentDevice(TARGETS[target]))
+    forget_plans()  # which are of one device
     rows = []
 
     def compile_only(kernel, grid):
@@ -190,7 +221,10 @@ def compile_case(target_and_case):
             compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             row = {"kernel": kernel.__name__, "case": case, "target": target}
             row |= resources(compiled) | memory_accesses(compiled)
-            rows.append(row | {"shared": compiled.metadata.shared, "wide_addresses": has_wide_addresses(compiled)})
+            row |= {"shared": compiled.metadata.shared, "wide_addresses": has_wide_addresses(compiled)}
+            given = dict(zip(kernel.arg_names, args, strict=True)) | kwargs
+            sizes = {name: given[name] for name in ("TILE", "BLOCK_ROWS", "num_warps") if name in given}
+            rows.append(row | {"loops": innermost_loops(compiled), **sizes})
 
         return launch
 

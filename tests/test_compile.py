@@ -141,8 +141,24 @@ def test_keys_are_read_16_bytes_at_a_time(compiled):
     assert len(rows) == 8
     for row in rows:
         assert row["wide_loads"] >= 6, row  # both halves of the key, its cosines and its sines
-        # One row of each for a query, and its position; in the one case with masks one of them besides.
-        assert row["other_loads"] <= (8 if row["case"].startswith("long") else 7), row
+        # One row of each for a query, and its position. In the one case with masks a thread has eight positions, and
+        # two keys of the past and of the present.
+        assert row["other_loads"] <= (12 if row["case"].startswith("long") else 7), row
+
+
+@pytest.mark.parametrize("kernel", ["attention_logits"], indirect=True)
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize(
+    ("case", "most"), [("qwen2.5-vl-7b bfloat16", 600), ("qwen2.5-vl-7b decision", 600), ("200 queries bfloat16", 330)]
+)
+def test_instructions_of_grouped_queries(compiled, case, most):
+    """Machine instructions, of all warps, for each 8 tokens of a key head and 8 rows: 1,441 without tensor cores.
+
+    A tile takes one turn of the innermost loop, which is the whole work on its tokens.
+    """
+    (row,) = (row for row in compiled if row["case"] == case)
+    (loop,) = row["loops"]
+    assert 0 < loop * row["num_warps"] / (row["TILE"] / 8) / (row["BLOCK_ROWS"] / 8) <= most, row
 
 
 @pytest.mark.parametrize("kernel", ["attention_logits"], indirect=True)

@@ -51,10 +51,11 @@ def test_selection_in_parts(device, few_programs, launches, batch, total):
 def test_too_many_rows_of_queries(device, few_programs, launches):
     query = torch.randn(1, 40, 4, 16, device=device)
     key = torch.randn(1, 40, 2, 16, device=device)
-    with pytest.raises(ValueError, match="query must have at most 4 queries of 4 heads for this backend, got 40"):
+    most = 4 if torch.version.hip else 32
+    with pytest.raises(ValueError, match=f"query must have at most {most} queries of 4 heads for this backend, got 40"):
         rk.triton.rank_tokens(query, key)
     assert launches == []
-    rk.triton.rank_tokens(query[:, :4], key)
+    rk.triton.rank_tokens(query[:, :most], key)
     assert launches
 
 

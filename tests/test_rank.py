@@ -2,11 +2,14 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import reroute_kernels as rk
+from reroute_kernels.triton.plan import Plan, forget_plans
+from tests.conftest import HAS_GPU
 
 # Under the interpreter NumPy warns of an infinity or a NaN, which a GPU computes in silence.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -162,6 +165,84 @@ def test_triton_matches_reference(
     scores = rk.triton.rank_tokens(**inputs, rotary_style=rotary_style)
     assert [name for name, _ in launches] == ["attention_logits", "reduce_attention"]
     assert_scores_equal(scores, rk.ref.rank_tokens(**inputs, rotary_style=rotary_style))
+
+
+GROUPED_SHAPES = [
+    # batch, length, queries, heads, kv heads, head_dim, rotary
+    pytest.param(2, 100, 1, 7, 1, 128, 128, id="seven-rows"),
+    pytest.param(1, 70, 3, 4, 1, 24, 12, id="twelve-rows-partly-rotary"),
+    pytest.param(1, 45, 30, 4, 2, 64, 64, id="sixty-rows"),
+    pytest.param(1, 40, 33, 4, 1, 32, 0, id="more-rows-than-a-block"),
+]
+
+
+@pytest.fixture(params=[True, False], ids=["tensor-cores", "no-tensor-cores"])
+def has_tensor_cores(request, monkeypatch):
+    forget_plans()
+    monkeypatch.setattr(Plan, "has_tensor_cores", request.param)
+    yield request.param
+    forget_plans()
+
+
+@pytest.mark.parametrize("rotary_style", ROTARY_STYLES)
+@pytest.mark.parametrize(("batch", "length", "queries", "heads", "kv_heads", "head_dim", "rotary"), GROUPED_SHAPES)
+@pytest.mark.skipif(HAS_GPU, reason="the device decides")
+def test_grouped_queries_with_and_without_tensor_cores(
+    device, has_tensor_cores, batch, length, queries, heads, kv_heads, head_dim, rotary, rotary_style, products
+):
+    inputs = random_inputs(device, batch, length, queries, heads, kv_heads, head_dim, rotary)
+    arguments = {
+        "key_mask": torch.rand(batch, length) < 0.8,
+        "query_index": torch.randint(-1, length, (batch, queries)),
+        "past_key": torch.randn(batch, 50, kv_heads, head_dim),
+        "rotary_style": rotary_style,
+    }
+    assert_scores_equal(rk.triton.rank_tokens(**inputs, **arguments), rk.ref.rank_tokens(**inputs, **arguments))
+    assert (products.count > 0) == has_tensor_cores
+
+
+class Products:
+    """Products of matrices in Triton's interpreter, which reads their operands as tensor cores do: in TF32."""
+
+    def __init__(self):
+        self.count = 0
+
+    def cut(self, handle):
+        assert handle.data.dtype == np.float32
+        return type(handle)((handle.data.view(np.uint32) & 0xFFFFE000).view(np.float32), handle.dtype)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    seen = Products()
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(builder, a, b, *rest):
+        seen.count += 1
+        return multiply(builder, seen.cut(a), seen.cut(b), *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    return seen
+
+
+@pytest.mark.parametrize("amplitude", [1, 10, 30])
+@pytest.mark.parametrize("length", [37, 640])
+@pytest.mark.skipif(HAS_GPU, reason="looks into Triton's interpreter")
+def test_tensor_cores_lose_nothing(device, amplitude, length, products):
+    inputs = random_inputs(device, 2, length, 1, 8, 1, 128, 128)
+    rotate, tables = (
+        rk.ref.rank.ROTATIONS["rotate_half"],
+        [inputs[name].double()[:, :, None] for name in ("cos", "sin")],
+    )
+    key = rotate(inputs["key"].double(), *tables)
+    query = rotate(inputs["query"].double(), *(table[:, -1:] for table in tables))
+    logits = torch.einsum("bqhd,blgd->bhl", query, key)
+    scale = amplitude / logits.abs().max().item()
+    scores = rk.triton.rank_tokens(**inputs, scale=scale)
+    torch.testing.assert_close(scores.double(), (logits * scale).softmax(-1).mean(1), atol=1e-6, rtol=0)
+    assert products.count > 0
 
 
 def test_rotary_styles_differ(device, operations):

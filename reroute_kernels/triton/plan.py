@@ -95,6 +95,17 @@ class Plan:
         self._launches: list[_Launch] = []
         self._is_compiled = False
 
+    @property
+    def has_tensor_cores(self) -> bool:
+        """Whether products of float32 matrices go to tensor cores; the interpreter does as if there were any.
+
+        They do on CUDA devices. For AMD's the compiler spills registers with them.
+        """
+        if triton.knobs.runtime.interpret:
+            return True
+        with _on_device(self._device):
+            return triton.runtime.driver.active.get_current_target().backend == "cuda"
+
     def prepare(self, number: int, make: Make) -> Tensor:
         """Replace an input, in each call, by what `make` makes of the inputs; returned for this one."""
         self._prepared.append((number, make))

@@ -1,8 +1,11 @@
 """Score tokens by the attention that a few queries pay to them, in two launches.
 
-The first launch reads the key once for every eight rows (a row is one query of one head), rotates it on the way, and
+The first launch reads the key once for up to 64 rows (a row is one query of one head), rotates it on the way, and
 writes the logits with the softmax statistics of every split of the sequence; the second combines the splits and reduces
 over queries and heads. Keys of earlier turns are further splits, of which only the statistics are kept.
+
+Four rows of a key head or more are multiplied on tensor cores, if there are any that serve, to the precision of
+float32. Their operands are float32 always: Triton's interpreter would take bfloat16 operands for integers.
 """
 
 from __future__ import annotations
@@ -23,27 +26,37 @@ from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 # Splits of a sequence at most; how many there are, the shape alone decides, never the size of the device.
 MAX_SPLITS = 128
-# Channels that a program holds at a time, of eight tokens at least, and rows: many small programs, most of one warp,
-# wait for memory by turns.
+# Channels that a program without tensor cores holds at a time, of eight tokens at least, and rows: many small programs,
+# most of one warp, wait for memory by turns.
 TILE_CHANNELS, MAX_ROWS = 1024, 8
+# Tensor cores multiply from this many rows of a key head on, up to so many in a program, with a tile of these tokens:
+# a warp has 16 tokens and 8 or 16 rows. Wider heads than these channels would not fit into registers.
+MIN_TENSOR_ROWS, MAX_TENSOR_ROWS = 4, 64
+MIN_TENSOR_CHANNELS, MAX_TENSOR_CHANNELS = 16, 128
+TENSOR_TILE = 16
 # Tokens whose logits a program reduces.
 REDUCED_TILE = 64
 
 
 @triton.jit
-def _channel_pairs(
-    rows, mask, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr
-):
-    """First and second channel of every rotated pair, as (ROWS, BLOCK_HALF); `rows`, `mask` are (ROWS, 1)."""
+def _channels(rows, first, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """`CHANNELS` of the rows from `first` on, and 0 up to `BLOCK` of them; `rows` is (ROWS, 1)."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    if CHANNELS == BLOCK:
+        channels = tl.load(rows + first + columns)
+    else:
+        channels = tl.load(rows + first + columns, mask=columns < CHANNELS, other=0.0)
+    return channels
+
+
+@triton.jit
+def _channel_pairs(rows, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """First and second channel of every rotated pair, as (ROWS, BLOCK_HALF); `rows` is (ROWS, 1)."""
     if INTERLEAVED:
-        columns = tl.arange(0, 2 * BLOCK_HALF)[None, :]
-        both = tl.load(rows + columns, mask=mask & (columns < 2 * HALF), other=0.0)
+        both = _channels(rows, 0, 2 * HALF, 2 * BLOCK_HALF)
         first, second = tl.split(tl.reshape(both, (ROWS, BLOCK_HALF, 2)))
     else:
-        columns = tl.arange(0, BLOCK_HALF)[None, :]
-        admitted = mask & (columns < HALF)
-        first = tl.load(rows + columns, mask=admitted, other=0.0)
-        second = tl.load(rows + columns + HALF, mask=admitted, other=0.0)
+        first, second = _channels(rows, 0, HALF, BLOCK_HALF), _channels(rows, HALF, HALF, BLOCK_HALF)
     return first.to(tl.float32), second.to(tl.float32)
 
 
@@ -57,7 +70,6 @@ def _rotated_pairs(
     rows,
     tables,  # cos and sin, and their strides of tokens
     places,
-    mask,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -65,9 +77,9 @@ def _rotated_pairs(
 ):
     """Channel pairs of `rows`, rotated by what the tables have at `places`; both are (ROWS, 1)."""
     cos, sin, stride_cos_l, stride_sin_l = tables
-    x, y = _channel_pairs(rows, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
-    cos_x, cos_y = _channel_pairs(cos + places * stride_cos_l, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
-    sin_x, sin_y = _channel_pairs(sin + places * stride_sin_l, mask, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
+    x, y = _channel_pairs(rows, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
+    cos_x, cos_y = _channel_pairs(cos + places * stride_cos_l, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
+    sin_x, sin_y = _channel_pairs(sin + places * stride_sin_l, ROWS, HALF, BLOCK_HALF, INTERLEAVED)
     return x * cos_x - y * sin_x, y * cos_y + x * sin_y
 
 
@@ -84,11 +96,33 @@ def _sum_of_channels(products, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def _head_and_tail(numbers):
+    """The leading bits of float32 numbers, as many as tensor cores read, and what is left of each."""
+    head = (numbers.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return head, numbers - head
+
+
+@triton.jit
+def _tensor_products(keys, queries):
+    """Products of every key and every query on tensor cores, summed over channels, as (TILE, BLOCK_ROWS).
+
+    Three products of TF32 numbers stand for one of float32, as in Triton's "tf32x3". That rounds each operand to
+    nearest, in five instructions; cutting it takes two, and the error is that of float32 all the same.
+    """
+    key_head, key_tail = _head_and_tail(keys)
+    query_head, query_tail = _head_and_tail(queries)
+    query_head, query_tail = tl.trans(query_head), tl.trans(query_tail)
+    small = tl.dot(key_tail, query_head, input_precision="tf32")
+    small = tl.dot(key_head, query_tail, small, input_precision="tf32")
+    small = tl.where(small == small, small, 0.0)  # the tail of an infinity is NaN, and the product of heads has it all
+    return tl.dot(key_head, query_head, small, input_precision="tf32")
+
+
+@triton.jit
 def _load_queries(
     query_rows,  # pointers, (BLOCK_ROWS, 1)
     tables,  # cos and sin, at the sample, and their strides of tokens
     positions,  # (BLOCK_ROWS,)
-    is_row,  # (BLOCK_ROWS,)
     length,
     HALF: tl.constexpr,
     REST: tl.constexpr,
@@ -101,13 +135,9 @@ def _load_queries(
     first, second, rest = 0.0, 0.0, 0.0
     if HALF > 0:
         places = tl.minimum(tl.maximum(positions, 0), length - 1).to(tl.int64)[:, None]
-        first, second = _rotated_pairs(
-            query_rows, tables, places, is_row[:, None], BLOCK_ROWS, HALF, BLOCK_HALF, INTERLEAVED
-        )
+        first, second = _rotated_pairs(query_rows, tables, places, BLOCK_ROWS, HALF, BLOCK_HALF, INTERLEAVED)
     if REST > 0:
-        columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-        mask = is_row[:, None] & (columns < 2 * HALF + REST)
-        rest = tl.load(query_rows + columns, mask=mask, other=0.0).to(tl.float32)
+        rest = _channels(query_rows, 2 * HALF, REST, BLOCK_REST).to(tl.float32)
     return first, second, rest
 
 
@@ -137,33 +167,39 @@ def _split_of_logits(
     BLOCK_ROWS: tl.constexpr = BLOCKS[4]
     BLOCK_HALF: tl.constexpr = BLOCKS[5]
     BLOCK_REST: tl.constexpr = BLOCKS[6]
+    TENSOR_CORES: tl.constexpr = BLOCKS[7]
     query_first, query_second, query_rest, positions, logit_rows, is_row = queries
-    rest_columns = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
     for first in range(start, end, TILE):
         tokens = first + tl.arange(0, TILE)
         in_sequence = tokens < end
-        offsets = tokens.to(tl.int64)[:, None]
+        # The last token stands for those after it: no load waits for a mask.
+        places = tl.minimum(tokens, end - 1).to(tl.int64)
         visible = in_sequence
         if HAS_MASK:
-            visible &= tl.load(key_mask + tokens.to(tl.int64) * strides[1], mask=in_sequence, other=0) != 0
-        key_rows = keys + offsets * strides[0]
-        mask = in_sequence[:, None]
+            visible &= tl.load(key_mask + places * strides[1]) != 0
+        key_rows = keys + places[:, None] * strides[0]
         score = tl.zeros([TILE, BLOCK_ROWS], tl.float32)
         if HALF > 0:
             if IS_PAST:
-                key_first, key_second = _channel_pairs(key_rows, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED)
+                key_first, key_second = _channel_pairs(key_rows, TILE, HALF, BLOCK_HALF, INTERLEAVED)
             else:
                 key_first, key_second = _rotated_pairs(
-                    key_rows, tables, offsets, mask, TILE, HALF, BLOCK_HALF, INTERLEAVED
+                    key_rows, tables, places[:, None], TILE, HALF, BLOCK_HALF, INTERLEAVED
                 )
-            products = _products(key_first, query_first, BLOCK_ROWS) + _products(key_second, query_second, BLOCK_ROWS)
-            score += _sum_of_channels(products, TILE, BLOCK_ROWS)
+            if TENSOR_CORES:
+                score += _tensor_products(key_first, query_first) + _tensor_products(key_second, query_second)
+            else:
+                products = _products(key_first, query_first, BLOCK_ROWS)
+                products += _products(key_second, query_second, BLOCK_ROWS)
+                score += _sum_of_channels(products, TILE, BLOCK_ROWS)
         if REST > 0:
-            rest_mask = mask & (rest_columns < 2 * HALF + REST)
-            key_rest = tl.load(key_rows + rest_columns, mask=rest_mask, other=0.0).to(tl.float32)
-            score += _sum_of_channels(_products(key_rest, query_rest, BLOCK_ROWS), TILE, BLOCK_ROWS)
+            key_rest = _channels(key_rows, 2 * HALF, REST, BLOCK_REST).to(tl.float32)
+            if TENSOR_CORES:
+                score += _tensor_products(key_rest, query_rest)
+            else:
+                score += _sum_of_channels(_products(key_rest, query_rest, BLOCK_ROWS), TILE, BLOCK_ROWS)
         if IS_PAST:
             seen = visible[:, None] & (positions >= 0)[None, :]
         else:
@@ -227,6 +263,7 @@ def attention_logits(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
 ):
     split = tl.program_id(0)
     row_blocks: tl.constexpr = (GROUP * QUERIES + BLOCK_ROWS - 1) // BLOCK_ROWS
@@ -241,10 +278,11 @@ def attention_logits(
 
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     is_row = rows < GROUP * QUERIES
+    rows = tl.minimum(rows, GROUP * QUERIES - 1)  # the last row stands for those after it
     query_numbers = (rows % QUERIES).to(tl.int64)
     row_heads = kv_head * GROUP + rows // QUERIES
     if HAS_INDEX:
-        positions = tl.load(query_index + sample * QUERIES + query_numbers, mask=is_row, other=-1)
+        positions = tl.load(query_index + sample * QUERIES + query_numbers)
     else:
         positions = length - QUERIES + query_numbers
     query_rows = query + sample * stride_query_b + query_numbers * stride_query_q + row_heads * stride_query_h
@@ -252,7 +290,6 @@ def attention_logits(
         query_rows[:, None],
         tables,
         positions,
-        is_row,
         length,
         HALF,
         REST,
@@ -269,7 +306,7 @@ def attention_logits(
         is_past = past_split >= 0
     else:
         is_past: tl.constexpr = False  # type: ignore[no-redef]
-    blocks: tl.constexpr = (HALF, REST, INTERLEAVED, TILE, BLOCK_ROWS, BLOCK_HALF, BLOCK_REST)
+    blocks: tl.constexpr = (HALF, REST, INTERLEAVED, TILE, BLOCK_ROWS, BLOCK_HALF, BLOCK_REST, TENSOR_CORES)
     queries = (first, second, rest, positions, logits + row_numbers * stride_logits, is_row)
     if is_past:
         if HAS_PAST_MASK:
@@ -348,20 +385,44 @@ def reduce_attention(
     tl.store(scores + sample * length + tokens, over_heads, mask=tokens < length)
 
 
-def logits_blocks(length: int, past_length: int, rows: int, head_dim: int) -> dict[str, int]:
-    """Tokens per split of a sequence, and per tile of a split; rows of a program; its warps.
+def logits_blocks(
+    length: int, past_length: int, rows: int, half: int, rest: int, *, interleaved: bool, tensor_cores: bool
+) -> dict[str, int | bool]:
+    """Tokens per split of a sequence, and per tile of a split; rows and channels of a program; what multiplies.
 
     Args:
         length: new tokens.
         past_length: tokens of the past.
         rows: queries times query heads of a key head.
-        head_dim: channels of a head.
+        half: rotated channels of a head, divided by 2.
+        rest: channels that are not rotated.
+        interleaved: whether the rotated pairs lie beside each other.
+        tensor_cores: whether the device has any that serve.
     """
-    tile = max(8, TILE_CHANNELS // next_power_of_2(head_dim))
+    head_dim = 2 * half + rest
+    fewest = MIN_TENSOR_CHANNELS if tensor_cores else 1
+    block_half, block_rest = next_power_of_2(max(half, fewest)), next_power_of_2(max(rest, fewest))
+    channels = (2 * block_half if half else 0) + (block_rest if rest else 0)
+    tensor_cores = tensor_cores and rows >= MIN_TENSOR_ROWS and channels <= MAX_TENSOR_CHANNELS
+    # Warps as the compilers fit what they hold into registers.
+    if tensor_cores:
+        tile, block_rows = TENSOR_TILE, min(MAX_TENSOR_ROWS, max(8, next_power_of_2(rows)))
+        num_warps = max(1, block_rows // (8 if interleaved or rest else 16))
+    else:
+        block_half, block_rest = next_power_of_2(max(half, 1)), next_power_of_2(max(rest, 1))
+        tile, block_rows = max(8, TILE_CHANNELS // next_power_of_2(head_dim)), min(MAX_ROWS, next_power_of_2(rows))
+        num_warps = 4 if head_dim > 128 else 2 if past_length else 1
     full_splits = MAX_SPLITS - 1 if past_length else MAX_SPLITS  # both may leave a rest
-    split = max(2 * tile, next_power_of_2(cdiv(length + past_length, full_splits)))
-    num_warps = 4 if head_dim > 128 else 2 if past_length else 1  # what the compilers fit into registers
-    return {"SPLIT": split, "TILE": tile, "BLOCK_ROWS": min(MAX_ROWS, next_power_of_2(rows)), "num_warps": num_warps}
+    return {
+        "SPLIT": max(2 * tile, next_power_of_2(cdiv(length + past_length, full_splits))),
+        "TILE": tile,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_HALF": block_half,
+        "BLOCK_REST": block_rest,
+        "TENSOR_CORES": tensor_cores,
+        "num_warps": num_warps,
+        "num_stages": 1,  # else keys would take the way through shared memory to the tensor cores
+    }
 
 
 @takes_attention
@@ -401,7 +462,10 @@ def add_ranking(plan: Plan, attention: Attention) -> Slot:
     half = 0 if cos is None else cos.shape[-1] // 2
     rest = head_dim - 2 * half
     rows = heads // kv_heads * queries
-    blocks = logits_blocks(length, past_length, rows, head_dim)
+    interleaved = attention.rotary_style == "interleaved"
+    blocks = logits_blocks(
+        length, past_length, rows, half, rest, interleaved=interleaved, tensor_cores=plan.has_tensor_cores
+    )
     row_blocks = kv_heads * cdiv(rows, blocks["BLOCK_ROWS"])
     if row_blocks > MAX_PROGRAMS:
         most = MAX_PROGRAMS // kv_heads * blocks["BLOCK_ROWS"] // (heads // kv_heads)
@@ -434,13 +498,11 @@ def add_ranking(plan: Plan, attention: Attention) -> Slot:
         GROUP=heads // kv_heads,
         HALF=half,
         REST=rest,
-        INTERLEAVED=attention.rotary_style == "interleaved",
+        INTERLEAVED=interleaved,
         HAS_MASK=key_mask is not None,
         HAS_INDEX=query_index is not None,
         HAS_PAST=past_key is not None,
         HAS_PAST_MASK=past_mask is not None,
-        BLOCK_HALF=next_power_of_2(max(half, 1)),
-        BLOCK_REST=next_power_of_2(max(rest, 1)),
         **blocks,
     )
     plan.launch(
