@@ -48,7 +48,8 @@ def test_selection_in_parts(device, few_programs, launches, batch, total):
     assert all(size <= 2 for _, grid in launches for size in grid[1:])
 
 
-def test_too_many_rows_of_queries(device, few_programs, launches):
+def test_too_many_rows_of_queries(device, launches, monkeypatch):
+    monkeypatch.setattr(rank, "MAX_FIRST_PROGRAMS", 2)
     query = torch.randn(1, 40, 4, 16, device=device)
     key = torch.randn(1, 40, 2, 16, device=device)
     most = 4 if torch.version.hip else 32
@@ -57,6 +58,13 @@ def test_too_many_rows_of_queries(device, few_programs, launches):
     assert launches == []
     rk.triton.rank_tokens(query[:, :most], key)
     assert launches
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_programs_beside_each_other_are_of_heads(device, launches):
+    """They read whole rows of the key together."""
+    rk.triton.rank_tokens(torch.randn(2, 1, 6, 16, device=device), torch.randn(2, 700, 6, 16, device=device))
+    assert launches[0] == ("attention_logits", (6, 6, 2))
 
 
 def test_rows_that_no_grid_holds(device, launches, monkeypatch):

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..attention import NUM_TENSORS, TENSORS, Attention, takes_attention
 from ..checks import check_ranking
 from ..ref.rank import last_queries
-from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, parts_of_batch
+from .launch import MAX_FIRST_PROGRAMS, MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, parts_of_batch
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 # Splits of a sequence at most; how many there are, the shape alone decides, never the size of the device.
@@ -265,12 +265,13 @@ def attention_logits(
     BLOCK_REST: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
 ):
-    split = tl.program_id(0)
+    # Heads before splits: programs beside each other read whole rows of keys together, and the same tables.
     row_blocks: tl.constexpr = (GROUP * QUERIES + BLOCK_ROWS - 1) // BLOCK_ROWS
-    kv_head = (tl.program_id(1) // row_blocks).to(tl.int64)
-    first_row = tl.program_id(1) % row_blocks * BLOCK_ROWS
+    kv_head = (tl.program_id(0) // row_blocks).to(tl.int64)
+    first_row = tl.program_id(0) % row_blocks * BLOCK_ROWS
+    heads = tl.num_programs(0) // row_blocks * GROUP
+    split, splits = tl.program_id(1), tl.num_programs(1)
     sample = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1) // row_blocks * GROUP
     if HALF > 0:
         cos += sample * stride_cos_b
         sin += sample * stride_sin_b
@@ -329,7 +330,7 @@ def attention_logits(
             queries, keys, key_mask, key_strides, tables, start, end, scale, False, HAS_MASK, blocks
         )
 
-    statistics = row_numbers * tl.num_programs(0) + split
+    statistics = row_numbers * splits + split
     tl.store(split_max + statistics, row_max, mask=is_row)
     tl.store(split_sum + statistics, row_sum, mask=is_row)
 
@@ -467,8 +468,8 @@ def add_ranking(plan: Plan, attention: Attention) -> Slot:
         length, past_length, rows, half, rest, interleaved=interleaved, tensor_cores=plan.has_tensor_cores
     )
     row_blocks = kv_heads * cdiv(rows, blocks["BLOCK_ROWS"])
-    if row_blocks > MAX_PROGRAMS:
-        most = MAX_PROGRAMS // kv_heads * blocks["BLOCK_ROWS"] // (heads // kv_heads)
+    if row_blocks > MAX_FIRST_PROGRAMS:
+        most = MAX_FIRST_PROGRAMS // kv_heads * blocks["BLOCK_ROWS"] // (heads // kv_heads)
         raise ValueError(f"query must have at most {most} queries of {heads} heads for this backend, got {queries}")
     splits = cdiv(length, blocks["SPLIT"]) + cdiv(past_length, blocks["SPLIT"])
     padded_length = cdiv(length, 16) * 16  # rows of logits begin at aligned places, whatever the length
@@ -482,7 +483,7 @@ def add_ranking(plan: Plan, attention: Attention) -> Slot:
     }
     plan.launch(
         attention_logits,
-        (splits, row_blocks, batch),
+        (row_blocks, splits, batch),
         **work,
         **_pointers(query=query, key=key, cos=cos, sin=sin),
         **_pointers(key_mask=key_mask, query_index=query_index, past_key=past_key, past_mask=past_mask),
