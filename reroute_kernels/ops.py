@@ -307,7 +307,7 @@ def route_tokens(
     """Make a whole decision in one call: rank the tokens, select those that run, and compact their per-token tensors.
 
     Equals `rank_tokens`, `select_tokens` and `gather_tokens` one after the other, bit for bit, in a single call:
-    four launches for at most 4,096 tokens, else eight, the one that compacts included. Finding the queries
+    four launches for at most 65,536 tokens, else eight, the one that compacts included. Finding the queries
     by `key_mask`, if `query_index` is None, takes a few more. Differentiable in `tensors`.
 
     Args:

@@ -99,6 +99,8 @@ CASES = {
     "128 heads on one bfloat16": lambda: rank(128, 1, 128, 128, torch.bfloat16, length=131072),
     "length 208": lambda: select(208),
     "length 4096": lambda: select(4096),
+    "length 16384": lambda: select(16384),
+    "length 65536": lambda: select(65536),
     "length 131072": lambda: select(131072),
     "gather 4096 bfloat16": lambda: gather(4096, torch.bfloat16),
     "gather 4096 float32": lambda: gather(4096, torch.float32),

@@ -23,6 +23,7 @@ KERNELS = [
     "normalize_rows",
     "reduce_attention",
     "select_and_compact",
+    "select_in_passes",
 ]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 RECORDS = Path(__file__).parents[1] / "bench" / "results" / "compile"

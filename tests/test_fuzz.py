@@ -161,7 +161,7 @@ def check_rank(case):
 def check_select(case):
     batch, length = case.random.randint(0, 4), case.size(300)
     if case.chance(0.3):
-        length = case.random.choice([4096, 4097, 6200, 8193])
+        length = case.random.choice([4096, 4097, 6200, 8193, 65_536, 65_537])
     arguments = {"scores": case.scores(batch, length), **case.selection(batch, length)}
     assert torch.equal(rk.triton.select_tokens(**arguments), rk.ref.select_tokens(**arguments))
 

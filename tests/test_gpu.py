@@ -38,7 +38,7 @@ def owned(arguments):
     return copied | {"tensors": tuple(tensor.clone() for tensor in arguments["tensors"])}
 
 
-@pytest.mark.parametrize("length", [640, 5000])
+@pytest.mark.parametrize("length", [640, 5000, 66_000])
 @pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padding"])
 def test_a_decision_in_a_graph_follows_its_data(device, length, padded):
     arguments = owned(decision(device, 2, length, padded=padded))

@@ -100,10 +100,11 @@ def test_a_decision_touches_its_tensors_alone(device, accesses, masked):
     assert accesses.masks == {np.dtype(bool)}
 
 
-def test_a_long_selection_touches_its_tensors_alone(device, accesses):
-    arguments = decision(device, 4100, masked=False)
+@pytest.mark.parametrize("length", [4100, 65_600])
+def test_a_long_selection_touches_its_tensors_alone(device, accesses, length):
+    arguments = decision(device, length, masked=False)
     selection = {name: arguments[name] for name in ("pool", "pinned", "keep", "length")}
-    rk.triton.select_tokens(torch.randn(2, 4100, device=device), **selection)
+    rk.triton.select_tokens(torch.randn(2, length, device=device), **selection)
     assert accesses.count > 0
     assert accesses.masks == {np.dtype(bool)}
 

@@ -179,7 +179,7 @@ GROUPED_SHAPES = [
 @pytest.fixture(params=[True, False], ids=["tensor-cores", "no-tensor-cores"])
 def has_tensor_cores(request, monkeypatch):
     forget_plans()
-    monkeypatch.setattr(Plan, "has_tensor_cores", request.param)
+    monkeypatch.setattr(Plan, "is_cuda", request.param)
     yield request.param
     forget_plans()
 

@@ -111,7 +111,7 @@ def test_pools_and_pinned_tokens(device, operations, pooled, pinned):
     assert torch.equal(index, sorted_selection(scores, pool, pinned, keep, 100))
 
 
-@pytest.mark.parametrize("length", [4096, 4097, 10_001, 131_072])
+@pytest.mark.parametrize("length", [4096, 4097, 10_001, 16_384, 65_536, 65_537, 131_072])
 def test_long_sequences(device, operations, launches, length):
     scores = torch.stack([normal_scores(length), few_values(length), special_values(length)]).to(device)
     pool, pinned = random_flags(device, 3, length)
@@ -122,10 +122,10 @@ def test_long_sequences(device, operations, launches, length):
     index = operations.select_tokens(scores, pool, pinned, keep, width)
     assert torch.equal(index, sorted_selection(scores, pool, pinned, keep, width))
     if operations is rk.triton:
-        assert len(launches) == (1 if length <= 4096 else 5)
+        assert len(launches) == (1 if length <= 65_536 else 5)
 
 
-@pytest.mark.parametrize("length", [60, 4097])
+@pytest.mark.parametrize("length", [60, 4097, 65_537])
 def test_a_negative_count_asks_for_none(device, operations, length):
     pinned = torch.arange(length, device=device).expand(3, -1) < torch.tensor([5, 0, 9], device=device)[:, None]
     keep = torch.tensor([-3, -(2**40), 1], device=device)
@@ -171,14 +171,28 @@ def test_nan_ranks_below_minus_infinity(device, operations):
         assert index.tolist() == [expected]
 
 
-def test_ties_across_tiles(device, operations):
+@pytest.mark.parametrize("length", [7000, 65_536, 70_000])
+def test_ties_across_tiles(device, operations, length):
     """The threshold is shared by tokens of several tiles, and only some of them are selected."""
-    scores = torch.zeros(1, 7000, device=device)
-    scores[0, 6500:] = 1.0
+    scores = torch.zeros(1, length, device=device)
+    scores[0, length - 500 :] = 1.0
     pool, pinned = torch.ones_like(scores, dtype=torch.bool), torch.zeros_like(scores, dtype=torch.bool)
-    keep = torch.tensor([5000], device=device)
-    expected = [*range(4500), *range(6500, 7000)]
-    assert operations.select_tokens(scores, pool, pinned, keep, 5000).tolist() == [expected]
+    keep = torch.tensor([length - 2000], device=device)
+    expected = [*range(length - 2500), *range(length - 500, length)]
+    assert operations.select_tokens(scores, pool, pinned, keep, length - 2000).tolist() == [expected]
+
+
+@pytest.mark.parametrize("length", [65_536, 65_537])
+def test_every_token_counts(device, operations, length):
+    """As many candidates as tokens, then pinned tokens: counts pass the range of 16 bits."""
+    flags = torch.ones(1, length, dtype=torch.bool, device=device)
+    for value, keep in ((0.5, length), (torch.nan, length), (torch.nan, length - 1), (torch.inf, 40_000)):
+        scores = torch.full((1, length), value, device=device)
+        index = operations.select_tokens(scores, flags, ~flags, torch.tensor([keep], device=device), length)
+        expected = torch.arange(length, device=device)
+        assert torch.equal(index[0], torch.where(expected < keep, expected, -1))
+    index = operations.select_tokens(scores, flags, flags, torch.tensor([3], device=device), length)
+    assert torch.equal(index[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)

@@ -97,6 +97,12 @@ def test_finding_the_last_tokens_of_a_mask(device, work):
 
 def test_a_decision_on_a_long_sequence(device, work):
     arguments = decision(device, 1, 5000)
+    expected = ["attention_logits", "reduce_attention", "select_in_passes", "copy_rows_to_compact"]
+    assert work(lambda: rk.ops.route_tokens(**arguments)) == (expected, {})
+
+
+def test_a_decision_on_a_very_long_sequence(device, work):
+    arguments = decision(device, 1, 66_000)
     launches, others = work(lambda: rk.ops.route_tokens(**arguments))
     digits = ["count_digits"] * 4
     expected = ["attention_logits", "reduce_attention", *digits, "compact_tiles", "copy_rows_to_compact"]

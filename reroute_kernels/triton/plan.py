@@ -96,11 +96,8 @@ class Plan:
         self._is_compiled = False
 
     @property
-    def has_tensor_cores(self) -> bool:
-        """Whether products of float32 matrices go to tensor cores; the interpreter does as if there were any.
-
-        They do on CUDA devices. For AMD's the compiler spills registers with them.
-        """
+    def is_cuda(self) -> bool:
+        """Whether the device is one of CUDA, not of AMD's; the interpreter does as if it were."""
         if triton.knobs.runtime.interpret:
             return True
         with _on_device(self._device):

@@ -398,7 +398,7 @@ def logits_blocks(
         half: rotated channels of a head, divided by 2.
         rest: channels that are not rotated.
         interleaved: whether the rotated pairs lie beside each other.
-        tensor_cores: whether the device has any that serve.
+        tensor_cores: whether to use them; for AMD's devices the compiler spills registers with them.
     """
     head_dim = 2 * half + rest
     fewest = MIN_TENSOR_CHANNELS if tensor_cores else 1
@@ -464,9 +464,7 @@ def add_ranking(plan: Plan, attention: Attention) -> Slot:
     rest = head_dim - 2 * half
     rows = heads // kv_heads * queries
     interleaved = attention.rotary_style == "interleaved"
-    blocks = logits_blocks(
-        length, past_length, rows, half, rest, interleaved=interleaved, tensor_cores=plan.has_tensor_cores
-    )
+    blocks = logits_blocks(length, past_length, rows, half, rest, interleaved=interleaved, tensor_cores=plan.is_cuda)
     row_blocks = kv_heads * cdiv(rows, blocks["BLOCK_ROWS"])
     if row_blocks > MAX_FIRST_PROGRAMS:
         most = MAX_FIRST_PROGRAMS // kv_heads * blocks["BLOCK_ROWS"] // (heads // kv_heads)

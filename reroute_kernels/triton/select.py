@@ -1,9 +1,10 @@
 """Exact top-k of each sample and the ordered list of every token that runs.
 
 The K-th largest score is found by counting; one ordered compaction then writes positions in ascending order, so there
-is nothing to sort and nothing that depends on the order of execution. Short sequences take one launch, of one program
-per sample, which narrows down the range where that score lies. Long ones take five, of a program per tile: a radix
-select counts each of four 8-bit digits in one, and the last one writes.
+is nothing to sort and nothing that depends on the order of execution. Up to 65,536 tokens it takes one launch, of one
+program per sample, which narrows down the range where that score lies: it holds the scores of a short sequence, and
+reads those of a longer one anew each time. Still longer ones take five launches, of a program per tile: a radix select
+counts each of four 8-bit digits in one, and the last one writes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from ..checks import check_selection
 from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, parts_of_batch
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 
-# Up to this many tokens one program holds a whole sample.
-ONE_PROGRAM_TOKENS = 4096
-# Tokens that a program of a long sequence holds at a time, between these limits by the length alone.
-MIN_TILE, MAX_TILE = 2048, 4096
+# Up to this many tokens one program holds a whole sample; up to so many it goes over it tile by tile.
+HELD_TOKENS, ONE_PROGRAM_TOKENS = 4096, 65_536
+# Tokens at a time of a program that reads a sample several times, and of a program of the radix select.
+LONG_TILE = 4096
 
 
 @triton.jit
@@ -135,6 +136,87 @@ def select_and_compact(
     equal = is_candidate & (ordered >= low) & (ordered < high)
     _write_kept(index, tokens, certain, equal, wanted - above, 0, 0, index_length)
     _write_filler(index, (both >> 16) + wanted, 0, index_length, TILE)
+
+
+@triton.jit(do_not_specialize=["length", "index_length", "stride_scores_b", "stride_pool_b", "stride_pinned_b"])
+def select_in_passes(
+    scores,  # [B, L]
+    pool,  # [B, L]
+    pinned,  # [B, L]
+    keep,  # [B]
+    codes,  # [B, whole tiles] contiguous: what the passes after the first one read
+    index,  # [B, M] contiguous
+    length,
+    index_length,
+    stride_scores_b,
+    stride_pool_b,
+    stride_pinned_b,
+    strides,  # of the tokens of scores, pool and pinned
+    stride_codes,
+    TILE: tl.constexpr,
+):
+    """As `select_and_compact`, for more tokens than a program holds, at most 255 tiles.
+
+    The code of a candidate is its sortable score, at least 1; that of a pinned token is above them all, of any other
+    token 0. So pinned tokens are selected first, and no pass reads flags again. Each pass cuts the range of the last
+    selected code into eight parts, and counts each of them in 8 bits of an integer for every place of a tile.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    index += sample * index_length
+    codes += sample * stride_codes
+    scores += sample * stride_scores_b
+    pool += sample * stride_pool_b
+    pinned += sample * stride_pinned_b
+    lowest = tl.full([TILE], 0xFFFFFFFF, tl.uint32)
+    highest = tl.zeros([TILE], tl.uint32)
+    candidates, always = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
+    for first in range(0, length, TILE):
+        tokens = first + tl.arange(0, TILE)
+        ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, tokens, length)
+        ordered = tl.maximum(ordered, 1).to(tl.uint32)
+        code = tl.where(is_candidate, ordered, tl.where(is_pinned, 0xFFFFFFFF, 0)).to(tl.uint32)
+        tl.store(codes + tokens, code.to(tl.int32, bitcast=True))
+        candidates += is_candidate.to(tl.int32)
+        always += is_pinned.to(tl.int32)
+        lowest = tl.minimum(lowest, tl.where(is_candidate, ordered, 0xFFFFFFFF).to(tl.uint32))
+        highest = tl.maximum(highest, tl.where(is_candidate, ordered, 0).to(tl.uint32))
+    tl.debug_barrier()  # the passes that follow need not read in the threads that wrote
+    reached, above = tl.sum(candidates, axis=0), tl.sum(always, axis=0)
+    wanted = above + _wanted(keep + sample, reached)
+    reached += above
+    low, high = tl.min(lowest, axis=0).to(tl.int64), tl.max(highest, axis=0).to(tl.int64) + 1
+    narrows = wanted > above
+    # `above` codes are at `high` or more, fewer than are wanted; `reached` at `low` or more, as many or more.
+    parts = tl.arange(0, 8)
+    shift = tl.maximum(tl.sum(((high - low - 1) >> tl.arange(0, 32) > 0).to(tl.int32), axis=0) - 3, 0)
+    while narrows & (reached != wanted) & (high - low > 1):
+        start = low.to(tl.uint32)
+        counted = tl.zeros([TILE], tl.int64)
+        for first in range(0, length, TILE):
+            tokens = first + tl.arange(0, TILE)
+            code = tl.load(codes + tokens).to(tl.uint32, bitcast=True)
+            part = tl.minimum((tl.maximum(code, start) - start) >> shift.to(tl.uint32), 7)
+            counted += tl.full([TILE], 1, tl.int64) << (part * 8).to(tl.int64)
+        count = tl.sum(((counted[:, None] >> (parts * 8)[None, :]) & 0xFF).to(tl.int32), axis=0)
+        reach = tl.cumsum(count, axis=0, reverse=True)
+        reach = tl.where(parts == 0, reached, reach)  # nor are there any below `low` among those
+        is_low = reach >= wanted
+        reached = tl.min(tl.where(is_low, reach, 0x7FFFFFFF), axis=0)
+        above = tl.maximum(above, tl.max(tl.where(is_low, 0, reach), axis=0))
+        low += (tl.sum(is_low.to(tl.int64), axis=0) - 1) << shift
+        high = tl.minimum(high, low + (tl.full([], 1, tl.int64) << shift))
+        shift = tl.maximum(shift - 3, 0)
+    certain_before, equal_before = 0, 0
+    low, high = low.to(tl.uint32), high.to(tl.uint32)
+    for first in range(0, length, TILE):
+        tokens = first + tl.arange(0, TILE)
+        code = tl.load(codes + tokens).to(tl.uint32, bitcast=True)
+        certain = code >= high
+        equal = (code >= low) & (code < high)
+        _write_kept(index, tokens, certain, equal, wanted - above, certain_before, equal_before, index_length)
+        certain_before += tl.sum(certain.to(tl.int32), axis=0)
+        equal_before += tl.sum(equal.to(tl.int32), axis=0)
+    _write_filler(index, wanted, 0, index_length, TILE)
 
 
 @triton.jit
@@ -314,17 +396,25 @@ def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], firs
         "num_warps": 8,
     }
     written = {"index": index, "index_length": length}
-    if total <= ONE_PROGRAM_TOKENS:
+    if total <= HELD_TOKENS:
         tile = max(256, next_power_of_2(total))
         plan.launch(select_and_compact, (batch,), **given, **written, TILE=tile, PARTS=4)
         return index
-    tile = max(MIN_TILE, min(MAX_TILE, next_power_of_2(total) // 32))
-    tiles = cdiv(total, tile)
+    if total <= ONE_PROGRAM_TOKENS:
+        padded = cdiv(total, LONG_TILE) * LONG_TILE
+        given |= {
+            "codes": plan.scratch(batch, padded, dtype=torch.int32),
+            "stride_codes": padded,
+            "num_warps": 32 if plan.is_cuda else 16,  # 1,024 threads
+        }
+        plan.launch(select_in_passes, (batch,), **given, **written, TILE=LONG_TILE)
+        return index
+    tiles = cdiv(total, LONG_TILE)
     given |= {
         "counts": plan.scratch(4, batch, tiles, 256, dtype=torch.int32),
         "certain": plan.scratch(batch, tiles, dtype=torch.int32),
         "state": plan.scratch(batch, 3, 2, dtype=torch.int32),
-        "TILE": tile,
+        "TILE": LONG_TILE,
         "BLOCK_TILES": 4,
     }
     for digit in range(4):
