@@ -175,6 +175,13 @@ def innermost_loops(compiled):
     )
 
 
+def first_steps(compiled):
+    """Kinds of the first three instructions that access global memory or order launches."""
+    assembly = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    kinds = r"griddepcontrol\.\w+|\b(?:ld|st)\.(?:\w+\.)*global|\b(?:buffer|global|flat)_(?:load|store)"
+    return re.findall(kinds, assembly)[:3]
+
+
 def memory_accesses(compiled):
     """Instructions that load or store global memory, by whether they move 16 bytes at a time."""
     accesses = dict.fromkeys(("wide_loads", "other_loads", "wide_stores", "other_stores"), 0)
@@ -226,7 +233,7 @@ def compile_case(target_and_case):
             row |= {"shared": compiled.metadata.shared, "wide_addresses": has_wide_addresses(compiled)}
             given = dict(zip(kernel.arg_names, args, strict=True)) | kwargs
             sizes = {name: given[name] for name in ("TILE", "BLOCK_ROWS", "num_warps") if name in given}
-            rows.append(row | {"loops": innermost_loops(compiled), **sizes})
+            rows.append(row | {"loops": innermost_loops(compiled), "first_steps": first_steps(compiled), **sizes})
 
         return launch
 

@@ -112,6 +112,16 @@ def test_addresses_are_64_bits_wide(compiled):
     assert [row for row in compiled if not row["wide_addresses"]] == []
 
 
+def test_a_launch_waits_for_those_before_it(compiled, target):
+    """Before it touches memory, and before it lets the next one start."""
+    waits = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    for row in compiled:
+        if target in ("sm_90", "sm_100"):
+            assert row["first_steps"][:2] == waits, row
+        else:
+            assert not any(step.startswith("griddepcontrol") for step in row["first_steps"]), row
+
+
 @pytest.mark.parametrize("kernel", ["copy_rows_to_compact", "copy_rows_to_full"], indirect=True)
 def test_rows_are_copied_16_bytes_at_a_time(compiled):
     rows = [row for row in compiled if "4096" in row["case"]]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_gather
-from .launch import as_rows, copy_grid, row_block
+from .launch import _wait_for_launches_before, as_rows, copy_grid, row_block
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 
@@ -26,7 +26,9 @@ def copy_rows_to_compact(
     index_length,
     WIDTHS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    _wait_for_launches_before(FOLLOWS)
     place = tl.program_id(0).to(tl.int64)
     sample = place // index_length
     row = tl.load(index + place)

@@ -1,8 +1,21 @@
-"""Sizes of grids and blocks, and rows that a kernel can address."""
+"""Order of launches, sizes of grids and blocks, and rows that a kernel can address."""
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def _wait_for_launches_before(FOLLOWS: tl.constexpr):
+    """Begins every kernel: where a launch may start before the one that precedes it ends, wait for its end here.
+
+    Only then may the next launch start. So whatever a kernel reads or overwrites, all launches before it are done.
+    """
+    if FOLLOWS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def as_stored(tensor: Tensor) -> Tensor:

@@ -98,10 +98,15 @@ class Plan:
     @property
     def is_cuda(self) -> bool:
         """Whether the device is one of CUDA, not of AMD's; the interpreter does as if it were."""
+        target = self._target()
+        return target is None or target.backend == "cuda"
+
+    def _target(self) -> Any:
+        """What kernels are compiled for; None in the interpreter."""
         if triton.knobs.runtime.interpret:
-            return True
+            return None
         with _on_device(self._device):
-            return triton.runtime.driver.active.get_current_target().backend == "cuda"
+            return triton.runtime.driver.active.get_current_target()
 
     def prepare(self, number: int, make: Make) -> Tensor:
         """Replace an input, in each call, by what `make` makes of the inputs; returned for this one."""
@@ -131,8 +136,13 @@ class Plan:
         Args:
             kernel: a function that `triton.jit` decorates.
             grid: its programs.
-            arguments: of the kernel, by name, in which slots stand for tensors; and launch options.
+            arguments: of the kernel, by name, in which slots stand for tensors; and launch options. `FOLLOWS`, whether
+                a launch may start before the one that precedes it ends, is added to them.
         """
+        target = self._target()
+        arguments["FOLLOWS"] = target is not None and target.backend == "cuda" and target.arch >= 90
+        if arguments["FOLLOWS"]:
+            arguments["launch_pdl"] = True  # no option of other devices
         self._planned.append((kernel, grid, arguments))
 
     def close(self) -> None:

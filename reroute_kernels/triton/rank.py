@@ -21,7 +21,15 @@ from torch import Tensor
 from ..attention import NUM_TENSORS, TENSORS, Attention, takes_attention
 from ..checks import check_ranking
 from ..ref.rank import last_queries
-from .launch import MAX_FIRST_PROGRAMS, MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, parts_of_batch
+from .launch import (
+    MAX_FIRST_PROGRAMS,
+    MAX_PROGRAMS,
+    _wait_for_launches_before,
+    as_stored,
+    cdiv,
+    next_power_of_2,
+    parts_of_batch,
+)
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 # Splits of a sequence at most; how many there are, the shape alone decides, never the size of the device.
@@ -264,7 +272,9 @@ def attention_logits(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    _wait_for_launches_before(FOLLOWS)
     # Heads before splits: programs beside each other read whole rows of keys together, and the same tables.
     row_blocks: tl.constexpr = (GROUP * QUERIES + BLOCK_ROWS - 1) // BLOCK_ROWS
     kv_head = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -351,7 +361,9 @@ def reduce_attention(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    _wait_for_launches_before(FOLLOWS)
     tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
     sample = tl.program_id(1).to(tl.int64)
     split_ids = tl.arange(0, BLOCK_SPLITS)[None, :]

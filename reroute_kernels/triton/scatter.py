@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_scatter, check_written
-from .launch import as_rows, copy_grid, row_block
+from .launch import _wait_for_launches_before, as_rows, copy_grid, row_block
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 
@@ -24,7 +24,9 @@ def copy_rows_to_full(
     index_length,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    _wait_for_launches_before(FOLLOWS)
     place = tl.program_id(0).to(tl.int64)
     sample = place // index_length
     row = tl.load(index + place)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_selection
-from .launch import MAX_PROGRAMS, as_stored, cdiv, next_power_of_2, parts_of_batch
+from .launch import MAX_PROGRAMS, _wait_for_launches_before, as_stored, cdiv, next_power_of_2, parts_of_batch
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 
 # Up to this many tokens one program holds a whole sample; up to so many it goes over it tile by tile.
@@ -103,12 +103,14 @@ def select_and_compact(
     strides,  # of the tokens of scores, pool and pinned
     TILE: tl.constexpr,
     PARTS: tl.constexpr,  # that the range of the last selected score is cut into at a time
+    FOLLOWS: tl.constexpr,
 ):
     """Narrows down where the last selected score lies, until exactly the wanted reach it or a single score is left.
 
     `reached` candidates are at `low` or above, as many as are wanted or more; `above` of them at `high` or above, fewer
     than are wanted. (Where `low` is 0, the place of a NaN, other tokens count as well; then one score is left at last.)
     """
+    _wait_for_launches_before(FOLLOWS)
     sample = tl.program_id(0).to(tl.int64)
     index += sample * index_length
     tokens = tl.arange(0, TILE)
@@ -154,6 +156,7 @@ def select_in_passes(
     strides,  # of the tokens of scores, pool and pinned
     stride_codes,
     TILE: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     """As `select_and_compact`, for more tokens than a program holds, at most 255 tiles.
 
@@ -161,6 +164,7 @@ def select_in_passes(
     token 0. So pinned tokens are selected first, and no pass reads flags again. Each pass cuts the range of the last
     selected code into eight parts, and counts each of them in 8 bits of an integer for every place of a tile.
     """
+    _wait_for_launches_before(FOLLOWS)
     sample = tl.program_id(0).to(tl.int64)
     index += sample * index_length
     codes += sample * stride_codes
@@ -259,7 +263,9 @@ def count_digits(
     DIGIT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    _wait_for_launches_before(FOLLOWS)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)
@@ -305,7 +311,9 @@ def compact_tiles(
     strides,  # of the tokens of scores, pool and pinned
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    _wait_for_launches_before(FOLLOWS)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)[None, :]
