@@ -46,6 +46,7 @@ RECORDED = (
 def all_compiled(tmp_path_factory, request):
     environment = os.environ | {
         "TRITON_INTERPRET": "0",
+        "REROUTE_OVERLAP": "1",
         "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
         "PYTHONPATH": os.pathsep.join(sys.path),  # of several installed Tritons the one that these tests see
     }

@@ -7,6 +7,7 @@ kernel by all of them. A plan keeps the compiled kernels, and in later calls onl
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import itemgetter
@@ -20,6 +21,8 @@ from .launch import cdiv
 
 MAX_PLANS = 4096
 """Plans that are kept; the oldest goes."""
+OVERLAPS = os.environ.get("REROUTE_OVERLAP") == "1"
+"""Whether a launch may start before the one that precedes it ends, on CUDA devices of capability 9.0 or above."""
 _ALIGNMENT = 128
 """Bytes between the places of scratch tensors."""
 
@@ -139,7 +142,7 @@ class Plan:
             arguments: of the kernel, by name, in which slots stand for tensors; and launch options. `FOLLOWS`, whether
                 a launch may start before the one that precedes it ends, is added to them.
         """
-        target = self._target()
+        target = self._target() if OVERLAPS else None
         arguments["FOLLOWS"] = target is not None and target.backend == "cuda" and target.arch >= 90
         if arguments["FOLLOWS"]:
             arguments["launch_pdl"] = True  # no option of other devices

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_norm, check_scatter, check_written
 from ..ref.scatter_norm import norm_tokens
-from .launch import MAX_FIRST_PROGRAMS, as_rows, as_stored, next_power_of_2
+from .launch import MAX_FIRST_PROGRAMS, _wait_for_launches_before, as_rows, as_stored, next_power_of_2
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 from .scatter import _may_overlap, scatter_tokens_
 
@@ -37,7 +37,9 @@ def normalize_rows(
     FAN: tl.constexpr,
     LEVELS: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    _wait_for_launches_before(FOLLOWS)
     place = tl.program_id(0)
     sample = (place // length).to(tl.int64)  # divided in 32 bits, which takes a fraction of the instructions
     position = (place % length).to(tl.int64)
