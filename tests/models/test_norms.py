@@ -176,11 +176,11 @@ def test_same_with_and_without(name, launches):
 
 
 RANKINGS = [
-    ("llava", "reroute", rk.rankings.LastQuery("previous")),
-    ("llava", "reroute", rk.rankings.LastQuery(queries=2)),
-    ("llava", "reroute", rk.rankings.KeyNorm()),
-    ("llava", "remove", rk.rankings.LastQuery()),
-    ("llava", "remove", rk.rankings.KeyNorm("previous")),
+    ("qwen2_vl", "reroute", rk.rankings.LastQuery("previous")),
+    ("qwen2_vl", "reroute", rk.rankings.LastQuery(queries=2)),
+    ("qwen2_vl", "reroute", rk.rankings.KeyNorm()),
+    ("qwen2_vl", "remove", rk.rankings.LastQuery()),
+    ("qwen2_vl", "remove", rk.rankings.KeyNorm("previous")),
     ("qwen3_vl", "reroute", rk.rankings.KeyNorm()),
 ]
 
@@ -217,7 +217,7 @@ def test_with_a_reducer(name, launches):
 
 @pytest_device
 def test_rankings_that_ask_for_nothing_need_no_norm(launches):
-    case = load("llava")
+    case = load("qwen2_vl")
     inputs = case.batch([case.prompt(1, 6, 15, seed=1)])
     _, _, names = run(case, inputs, rk.Policy(SCHEDULE, ranking=rk.rankings.Uniform()), launches)
     assert names.count("normalize_rows") == 0
@@ -226,7 +226,7 @@ def test_rankings_that_ask_for_nothing_need_no_norm(launches):
 
 @pytest_device
 def test_gradients_leave_the_norm_to_the_layer(launches):
-    case = load("llava")
+    case = load("qwen2_vl")
     inputs = case.batch([case.prompt(1, 6, 15, seed=1)])
     with rk.backend("triton"), rk.apply(case.model, rk.Policy(SCHEDULE)):
         assert case.model(**inputs).logits.requires_grad
