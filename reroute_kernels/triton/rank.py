@@ -115,13 +115,13 @@ def _tensor_products(keys, queries):
     """Products of every key and every query on tensor cores, summed over channels, as (TILE, BLOCK_ROWS).
 
     Three products of TF32 numbers stand for one of float32, as in Triton's "tf32x3". That rounds each operand to
-    nearest, in five instructions; cutting it takes two, and the error is that of float32 all the same.
+    nearest, in five instructions; cutting it takes two, and the error is that of float32 all the same. In another order
+    of the products Triton 3.8 would rotate each key twice.
     """
     key_head, key_tail = _head_and_tail(keys)
-    query_head, query_tail = _head_and_tail(queries)
-    query_head, query_tail = tl.trans(query_head), tl.trans(query_tail)
-    small = tl.dot(key_tail, query_head, input_precision="tf32")
-    small = tl.dot(key_head, query_tail, small, input_precision="tf32")
+    query_head, query_tail = _head_and_tail(tl.trans(queries))
+    small = tl.dot(key_head, query_tail, input_precision="tf32")
+    small = tl.dot(key_tail, query_head, small, input_precision="tf32")
     small = tl.where(small == small, small, 0.0)  # the tail of an infinity is NaN, and the product of heads has it all
     return tl.dot(key_head, query_head, small, input_precision="tf32")
 
@@ -234,12 +234,13 @@ def attention_logits(
     past_key,  # [B, P, Hkv, D]
     past_mask,  # [B, P]
     logits,  # [B, Q, Hq, L]
-    split_max,  # [B, Q, Hq, splits] contiguous
-    split_sum,  # [B, Q, Hq, splits] contiguous
+    split_max,  # [B, Q, Hq, splits]
+    split_sum,  # [B, Q, Hq, splits]
     length,
     past_length,
     scale,
     stride_logits,
+    stride_splits,
     stride_query_b,
     stride_query_q,
     stride_query_h,
@@ -280,7 +281,7 @@ def attention_logits(
     kv_head = (tl.program_id(0) // row_blocks).to(tl.int64)
     first_row = tl.program_id(0) % row_blocks * BLOCK_ROWS
     heads = tl.num_programs(0) // row_blocks * GROUP
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    split = tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)
     if HALF > 0:
         cos += sample * stride_cos_b
@@ -340,7 +341,7 @@ def attention_logits(
             queries, keys, key_mask, key_strides, tables, start, end, scale, False, HAS_MASK, blocks
         )
 
-    statistics = row_numbers * splits + split
+    statistics = row_numbers * stride_splits + split
     tl.store(split_max + statistics, row_max, mask=is_row)
     tl.store(split_sum + statistics, row_sum, mask=is_row)
 
@@ -348,8 +349,8 @@ def attention_logits(
 @triton.jit(do_not_specialize=["length", "splits"])
 def reduce_attention(
     logits,  # [B, Q, Hq, L]
-    split_max,  # [B, Q, Hq, splits]
-    split_sum,  # [B, Q, Hq, splits]
+    split_max,  # [B, Q, Hq, splits], of rows of BLOCK_SPLITS
+    split_sum,  # [B, Q, Hq, splits], of rows of BLOCK_SPLITS
     scores,  # [B, L]
     length,
     splits,
@@ -373,9 +374,10 @@ def reduce_attention(
         over_queries = tl.zeros([BLOCK_HEADS, TILE], tl.float32)
         for query_number in range(QUERIES):
             rows = ((sample * QUERIES + query_number) * HEADS + heads)[:, None]
-            split_mask = (heads < HEADS)[:, None] & (split_ids < splits)
-            maxima = tl.load(split_max + rows * splits + split_ids, mask=split_mask, other=float("-inf"))
-            sums = tl.load(split_sum + rows * splits + split_ids, mask=split_mask, other=0.0)
+            # Rows are whole blocks: a mask of splits would break their loads into pieces.
+            statistics = tl.minimum(rows, (sample * QUERIES + query_number + 1) * HEADS - 1) * BLOCK_SPLITS + split_ids
+            maxima = tl.where(split_ids < splits, tl.load(split_max + statistics), float("-inf"))
+            sums = tl.where(split_ids < splits, tl.load(split_sum + statistics), 0.0)
             row_max = tl.max(maxima, axis=1)
             finite = tl.where(row_max == float("-inf"), 0.0, row_max)
             row_sum = tl.sum(sums * tl.exp(maxima - finite[:, None]), axis=1)
@@ -482,11 +484,12 @@ def add_ranking(plan: Plan, attention: Attention) -> Slot:
         most = MAX_FIRST_PROGRAMS // kv_heads * blocks["BLOCK_ROWS"] // (heads // kv_heads)
         raise ValueError(f"query must have at most {most} queries of {heads} heads for this backend, got {queries}")
     splits = cdiv(length, blocks["SPLIT"]) + cdiv(past_length, blocks["SPLIT"])
+    block_splits = max(16, next_power_of_2(splits))  # fewer would be loaded by every thread
     padded_length = cdiv(length, 16) * 16  # rows of logits begin at aligned places, whatever the length
     work = {
         "logits": plan.scratch(batch, queries, heads, padded_length, dtype=torch.float32),
-        "split_max": plan.scratch(batch, queries, heads, splits, dtype=torch.float32),
-        "split_sum": plan.scratch(batch, queries, heads, splits, dtype=torch.float32),
+        "split_max": plan.scratch(batch, queries, heads, block_splits, dtype=torch.float32),
+        "split_sum": plan.scratch(batch, queries, heads, block_splits, dtype=torch.float32),
         "length": length,
         "stride_logits": padded_length,
         "QUERIES": queries,
@@ -498,6 +501,7 @@ def add_ranking(plan: Plan, attention: Attention) -> Slot:
         **_pointers(query=query, key=key, cos=cos, sin=sin),
         **_pointers(key_mask=key_mask, query_index=query_index, past_key=past_key, past_mask=past_mask),
         past_length=past_length,
+        stride_splits=block_splits,
         scale=head_dim**-0.5 if attention.scale is None else float(attention.scale),
         **_strides("query", query, "bqh"),
         **_strides("key", key, "blh"),
@@ -525,7 +529,7 @@ def add_ranking(plan: Plan, attention: Attention) -> Slot:
         HEADS=heads,
         MAX_OVER_QUERIES=attention.query_reduction == "max",
         MAX_OVER_HEADS=attention.head_reduction == "max",
-        BLOCK_SPLITS=max(16, next_power_of_2(splits)),  # fewer would be loaded by every thread
+        BLOCK_SPLITS=block_splits,
         BLOCK_HEADS=min(32, next_power_of_2(heads)),
         TILE=REDUCED_TILE,
         num_warps=4,

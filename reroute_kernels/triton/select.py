@@ -406,6 +406,7 @@ def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], firs
     written = {"index": index, "index_length": length}
     if total <= HELD_TOKENS:
         tile = max(256, next_power_of_2(total))
+        given["num_warps"] = 16 if tile > 2048 else 8  # as registers allow
         plan.launch(select_and_compact, (batch,), **given, **written, TILE=tile, PARTS=4)
         return index
     if total <= ONE_PROGRAM_TOKENS:
