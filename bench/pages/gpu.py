@@ -9,6 +9,7 @@ from bench.pages.markdown import table
 from bench.pages.prefills import prefill_section
 from bench.pages.records import DECODERS, SECTIONS, read
 from bench.pages.targets import targets
+from bench.speed.device import kernel_digest
 
 
 def gpu_summary(folders: list[Path]) -> str:
@@ -26,8 +27,14 @@ def gpu_summary(folders: list[Path]) -> str:
                 f"On an {against['device']} a decision of one sample takes, in a CUDA graph and beyond the key "
                 f"projection, {', '.join(found)}; the record is `bench/results/{folder.name}/eager.json`. Eager code "
                 "cannot be captured in a graph."
+                + ("" if has_these_kernels(against) else " The kernels have changed since, and wait for a GPU.")
             )
     return "\n".join(wrap(" ".join(sentences), 120, break_on_hyphens=False))
+
+
+def has_these_kernels(record: dict) -> bool:
+    """Whether a record is of the kernels as they are now."""
+    return record.get("kernels") == kernel_digest()
 
 
 def device_section(folder: Path, target: Path) -> list[str]:
@@ -40,6 +47,11 @@ def device_section(folder: Path, target: Path) -> list[str]:
         f"{name} {about[name]}" for name in ("driver", "cuda", "torch", "triton", "transformers") if about.get(name)
     )
     lines += [", ".join(details) + ".", ""]
+    if not has_these_kernels(about):
+        lines += [
+            "**Measured before the latest change of the kernels.** None of these figures are claimed for them.",
+            "",
+        ]
     lines += [f"- `{name}` failed: {record['error']}" for name, record in records.items() if record.get("error")]
     results = {name: record["result"] for name, record in records.items() if record["result"] is not None}
     if missing := [name for name in SECTIONS if name not in records]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 import statistics
@@ -34,6 +35,7 @@ def description(device: torch.device) -> dict[str, object]:
         "device": device_name(device),
         "python": platform.python_version(),
         **versions(),
+        "kernels": kernel_digest(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -44,6 +46,12 @@ def description(device: torch.device) -> dict[str, object]:
             "memory_gib": round(properties.total_memory / 2**30, 1),
         }
     return described
+
+
+def kernel_digest() -> str:
+    """Digest of the kernels' sources, by which a record tells whether they have changed since."""
+    sources = sorted((Path(__file__).parents[2] / "reroute_kernels" / "triton").glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 def versions() -> dict[str, str | None]:
