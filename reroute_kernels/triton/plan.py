@@ -105,7 +105,7 @@ class Plan:
         return target is None or target.backend == "cuda"
 
     def _target(self) -> Any:
-        """What kernels are compiled for; None in the interpreter."""
+        """The target that kernels are compiled for; None in the interpreter."""
         if triton.knobs.runtime.interpret:
             return None
         with _on_device(self._device):
