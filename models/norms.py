@@ -44,15 +44,15 @@ def known_norm(module: Module, hidden: Tensor) -> Norm | None:
     """
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    is_zero_centered = name in ZERO_CENTERED
-    if not (is_zero_centered or name in ROUNDED_FIRST) or not _runs_as_defined(module):
+    is_one_plus = name in ZERO_CENTERED
+    if not (is_one_plus or name in ROUNDED_FIRST) or not _runs_as_defined(module):
         return None
     weight = module.weight
     if type(weight) not in (Tensor, nn.Parameter) or weight.shape != hidden.shape[2:]:
         return None
     if weight.dtype != hidden.dtype or hidden.dtype not in FLOATING or weight.device != hidden.device:
         return None
-    return Norm(weight, module.eps if is_zero_centered else module.variance_epsilon, is_zero_centered)
+    return Norm(weight, module.eps if is_one_plus else module.variance_epsilon, is_one_plus)
 
 
 def _runs_as_defined(module: Module) -> bool:

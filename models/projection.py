@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reroute_kernels.attention import Attention
-from reroute_kernels.rankings import Norm
+from reroute_kernels.rankings import Norm, Rotary
 from reroute_kernels.routing import on_device
 
 from .adapter import Adapter
@@ -39,12 +39,7 @@ class LayerProjection:
 
     @torch.no_grad()
     def attention(
-        self,
-        hidden: Tensor,
-        rotary: tuple[Tensor, ...],
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        states: Tensor | None = None,
+        self, hidden: Tensor, rotary: Rotary, key_mask: Tensor | None, positions: Tensor | None, states: Tensor | None
     ) -> Attention:
         cos, sin = rotary
         with onloaded(self.layer, self.layer.self_attn):
@@ -62,7 +57,7 @@ class LayerProjection:
         )
 
     @torch.no_grad()
-    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...], states: Tensor | None = None) -> Tensor:
+    def keys(self, hidden: Tensor, rotary: Rotary, states: Tensor | None) -> Tensor:
         with onloaded(self.layer, self.layer.self_attn):
             if states is None:
                 states = self.layer.input_layernorm(hidden)

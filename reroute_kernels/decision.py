@@ -1,4 +1,4 @@
-"""A whole decision of any backend: its operations, one after the other."""
+"""A whole decision of any backend: its signature, and its operations one after the other."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from torch import Tensor
 from .attention import Attention, takes_attention
 from .checks import check_rows
 
+Decide = Callable[..., tuple[Tensor, tuple[Tensor, ...], Tensor]]
+"""From an `Attention`, pool, pinned, keep, length and tensors: the kept index, the compacted tensors, the scores."""
 
-def route_tokens_by(rank_tokens: Callable, select_tokens: Callable, gather_tokens: Callable) -> Callable:
-    """The function `route_tokens` of a backend that has these operations."""
+
+def route_tokens_by(decide: Decide) -> Callable:
+    """The function `route_tokens` of a backend that decides so."""
 
     @takes_attention
     def route_tokens(
@@ -24,11 +27,20 @@ def route_tokens_by(rank_tokens: Callable, select_tokens: Callable, gather_token
         return_scores: bool = False,
     ) -> tuple:
         """See `reroute_kernels.ops.route_tokens`."""
+        result = decide(attention, pool, pinned, keep, length, tensors)
+        return result if return_scores else result[:2]
+
+    return route_tokens
+
+
+def in_steps(rank_tokens: Callable, select_tokens: Callable, gather_tokens: Callable) -> Decide:
+    """A decision by these operations, one after the other."""
+
+    def decide(attention, pool, pinned, keep, length, tensors):
         scores = rank_tokens(attention)
         index = select_tokens(scores, pool, pinned, keep, length)
         batch, total = scores.shape
         check_rows(tensors[:1], batch, total, scores.device)  # the others beside it
-        result = index, gather_tokens(index, *tensors) if tensors else ()
-        return (*result, scores) if return_scores else result
+        return index, gather_tokens(index, *tensors) if tensors else (), scores
 
-    return route_tokens
+    return decide

@@ -90,26 +90,26 @@ def _scatter_fake(full, index, compact):
     checks.check_scatter(full, index, compact)
 
 
-def _scatter_norm(full, index, compact, weight, eps, zero_centered):
+def _scatter_norm(full, index, compact, weight, eps, one_plus):
     _expect_writable(full)
     operations = operations_for(full.device)
-    normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
+    normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, one_plus=one_plus)
     _note_write(full)
     return normed
 
 
-def _scatter_norm_fake(full, index, compact, weight, eps, zero_centered):
+def _scatter_norm_fake(full, index, compact, weight, eps, one_plus):
     checks.check_scatter(full, index, compact)
     checks.check_norm(full, index, compact, weight)
     return full.new_empty(full.shape)
 
 
-def _norm(full, weight, eps, zero_centered):
+def _norm(full, weight, eps, one_plus):
     operations = operations_for(full.device)
-    return operations.scatter_norm_tokens_(full, None, None, weight, eps, zero_centered=zero_centered)
+    return operations.scatter_norm_tokens_(full, None, None, weight, eps, one_plus=one_plus)
 
 
-def _norm_fake(full, weight, eps, zero_centered):
+def _norm_fake(full, weight, eps, one_plus):
     checks.check_norm(full, None, None, weight)
     return full.new_empty(full.shape)
 
@@ -133,13 +133,13 @@ _register(
 )
 _register("scatter_tokens_(Tensor(a!) full, Tensor index, Tensor compact) -> ()", _scatter, _scatter_fake)
 _register(
-    "scatter_norm_tokens_(Tensor(a!) full, Tensor index, Tensor compact, Tensor weight, float eps, bool zero_centered) "
+    "scatter_norm_tokens_(Tensor(a!) full, Tensor index, Tensor compact, Tensor weight, float eps, bool one_plus) "
     "-> Tensor",
     _scatter_norm,
     _scatter_norm_fake,
 )
 # `scatter_norm_tokens_` without an index: a schema tells the compiler which tensors are written to.
-_register("norm_tokens(Tensor full, Tensor weight, float eps, bool zero_centered) -> Tensor", _norm, _norm_fake)
+_register("norm_tokens(Tensor full, Tensor weight, float eps, bool one_plus) -> Tensor", _norm, _norm_fake)
 
 if "torch.utils.flop_counter" in sys.modules:
     from . import flops  # noqa: F401 (registers the FLOPs of the operations)

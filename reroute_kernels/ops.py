@@ -438,13 +438,7 @@ def _expect_no_negation(full: Tensor) -> None:
 
 
 def scatter_norm_tokens_(
-    full: Tensor,
-    index: Tensor | None,
-    compact: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    zero_centered: bool = False,
+    full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, eps: float, *, one_plus: bool = False
 ) -> Tensor:
     """Write compact rows back to their places in the full sequence, in place, and normalize all rows, in one launch.
 
@@ -460,7 +454,7 @@ def scatter_norm_tokens_(
         compact: (B, M, d), same dtype and device as `full`. None with `index`.
         weight: (d,), same dtype and device as `full`.
         eps: added to the mean of the squares of a row.
-        zero_centered: False: a row is rounded to its dtype, then multiplied by `weight` (Llama, Qwen2 and 3, GLM).
+        one_plus: False: a row is rounded to its dtype, then multiplied by `weight` (Llama, Qwen2 and 3, GLM).
             True: it is multiplied by 1 + `weight` in float32, then rounded (Gemma, Qwen3.5).
 
     Returns:
@@ -480,7 +474,7 @@ def scatter_norm_tokens_(
     """
     operations = _direct((full, weight), (index, compact))
     if operations is not None and type(eps) is float and _can_write(full, index, compact):
-        normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
+        normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, one_plus=one_plus)
         if index is not None:
             _note_write(full)
         return normed
@@ -492,17 +486,17 @@ def scatter_norm_tokens_(
     if (index is None) != (compact is None):
         raise ValueError("index and compact must be given together, got only one of them")
     if index is None or compact is None:
-        return _norm(full, weight, float(eps), zero_centered)
+        return _norm(full, weight, float(eps), one_plus)
     _expect_no_negation(full)
     if _differentiated_by_torch():
-        return ref.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
+        return ref.scatter_norm_tokens_(full, index, compact, weight, eps, one_plus=one_plus)
     if _needs_gradient(full, compact, weight):
         check_norm(full, index, compact, weight)
-        return _norm(_scatter_(full, index, compact), weight, float(eps), zero_centered)
-    return torch.ops.reroute_kernels.scatter_norm_tokens_(full, index, compact, weight, float(eps), zero_centered)
+        return _norm(_scatter_(full, index, compact), weight, float(eps), one_plus)
+    return torch.ops.reroute_kernels.scatter_norm_tokens_(full, index, compact, weight, float(eps), one_plus)
 
 
-def _norm(full: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+def _norm(full: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
     if _differentiated_by_torch() or _needs_gradient(full, weight):
-        return ref.scatter_norm_tokens_(full, None, None, weight, eps, zero_centered=zero_centered)
-    return torch.ops.reroute_kernels.norm_tokens(full, weight, eps, zero_centered)
+        return ref.scatter_norm_tokens_(full, None, None, weight, eps, one_plus=one_plus)
+    return torch.ops.reroute_kernels.norm_tokens(full, weight, eps, one_plus)

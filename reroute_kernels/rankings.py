@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -25,7 +25,11 @@ class Norm(NamedTuple):
 
     weight: Tensor
     eps: float
-    zero_centered: bool
+    one_plus: bool
+
+
+Rotary: TypeAlias = tuple[Tensor, ...]
+"""Per-token tensors of the rotary embedding, (B, L, ...)."""
 
 
 class Projection(Protocol):
@@ -39,12 +43,7 @@ class Projection(Protocol):
         """
 
     def attention(
-        self,
-        hidden: Tensor,
-        rotary: tuple[Tensor, ...],
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        states: Tensor | None = None,
+        self, hidden: Tensor, rotary: Rotary, key_mask: Tensor | None, positions: Tensor | None, states: Tensor | None
     ) -> Attention:
         """Attention that some tokens would pay to all.
 
@@ -56,7 +55,7 @@ class Projection(Protocol):
             states: (B, L, d), the norm of `hidden`, if it was computed.
         """
 
-    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...], states: Tensor | None = None) -> Tensor:
+    def keys(self, hidden: Tensor, rotary: Rotary, states: Tensor | None) -> Tensor:
         """(B, L, Hkv, D), the keys of all tokens, before a norm of keys."""
 
 

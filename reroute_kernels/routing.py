@@ -202,8 +202,8 @@ class TokenSequence:
 
 @torch.no_grad()
 def _normed(norm: Norm, full: Tensor, index: Tensor | None, compact: Tensor | None) -> Tensor:
-    weight, eps, zero_centered = norm
-    return ops.scatter_norm_tokens_(full, index, compact, weight, eps, zero_centered=zero_centered)
+    weight, eps, one_plus = norm
+    return ops.scatter_norm_tokens_(full, index, compact, weight, eps, one_plus=one_plus)
 
 
 class RoutedForward:

@@ -112,10 +112,10 @@ CASES = {
     "qwen norm 3584 bfloat16": lambda: scatter_norm(3584, torch.bfloat16),
     "long qwen norm 3584 bfloat16": lambda: scatter_norm(3584, torch.bfloat16, kept=4096),
     "first norm 4096 bfloat16": lambda: scatter_norm(4096, torch.bfloat16, kept=0),
-    "zero-centered norm 2048 bfloat16": lambda: scatter_norm(2048, torch.bfloat16, zero_centered=True),
+    "zero-centered norm 2048 bfloat16": lambda: scatter_norm(2048, torch.bfloat16, one_plus=True),
     "norm 4096 float32": lambda: scatter_norm(4096, torch.float32),
     "norm 16384 float32": lambda: scatter_norm(16384, torch.float32),
-    "norm 16384 bfloat16": lambda: scatter_norm(16384, torch.bfloat16, kept=4096, zero_centered=True),
+    "norm 16384 bfloat16": lambda: scatter_norm(16384, torch.bfloat16, kept=4096, one_plus=True),
     "norm 4095 bfloat16": lambda: scatter_norm(4095, torch.bfloat16),
 }
 

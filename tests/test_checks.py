@@ -43,7 +43,7 @@ ACCEPTED = {
         "compact": zeros(2, 3, 4),
         "weight": zeros(4),
         "eps": 1e-6,
-        "zero_centered": False,
+        "one_plus": False,
     },
 }
 REFUSED = [

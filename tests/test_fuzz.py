@@ -213,7 +213,7 @@ def check_scatter_norm(case):
         compact.view(-1)[case.random.randrange(compact.numel())] = case.random.choice(SPECIAL)
     if case.chance(0.2):
         index = compact = None
-    options = {"weight": weight, "eps": case.random.choice([0.0, 1e-6, 1e-5]), "zero_centered": case.chance(0.5)}
+    options = {"weight": weight, "eps": case.random.choice([0.0, 1e-6, 1e-5]), "one_plus": case.chance(0.5)}
     full = case.laid_out(full, LAYOUTS if index is None else WRITABLE_LAYOUTS)
     compact = None if compact is None else case.laid_out(compact)
     written = full.clone(memory_format=torch.contiguous_format)

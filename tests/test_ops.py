@@ -54,7 +54,7 @@ def arguments(device):
             "compact": torch.randn(2, 3, 16, device=device),
             "weight": torch.randn(16, device=device),
             "eps": 1e-6,
-            "zero_centered": True,
+            "one_plus": True,
         },
     }
 

@@ -55,7 +55,7 @@ def test_signatures():
         "tensors: Sequence[Tensor] = (), return_scores: bool = False) -> tuple[Tensor, tuple[Tensor, ...]] | "
         "tuple[Tensor, tuple[Tensor, ...], Tensor]",
         "scatter_norm_tokens_": "(full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, "
-        "eps: float, *, zero_centered: bool = False) -> Tensor",
+        "eps: float, *, one_plus: bool = False) -> Tensor",
         "scatter_tokens_": "(full: Tensor, index: Tensor, compact: Tensor) -> Tensor",
         "select_tokens": "(scores: Tensor, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, "
         "length: int) -> Tensor",

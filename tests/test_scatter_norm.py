@@ -8,15 +8,15 @@ from reroute_kernels.triton import scatter_norm
 from tests.test_scatter import looped_scatter
 
 EPS = 1e-6
-STYLES = pytest.mark.parametrize("zero_centered", [False, True], ids=["plain", "zero-centered"])
+STYLES = pytest.mark.parametrize("one_plus", [False, True], ids=["plain", "zero-centered"])
 HALVES = [torch.float16, torch.bfloat16]
 
 
-def plain_norm(rows, weight, zero_centered):
+def plain_norm(rows, weight, one_plus):
     """As decoder layers of transformers compute it."""
     wide = rows.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-    if zero_centered:
+    if one_plus:
         return (wide * (1.0 + weight.float())).type_as(rows)
     return weight * wide.to(rows.dtype)
 
@@ -31,8 +31,8 @@ def steps_apart(one, other):
     return (order(one) - order(other)).abs()
 
 
-def assert_normed(normed, full, weight, zero_centered=False):
-    expected = plain_norm(full, weight, zero_centered)
+def assert_normed(normed, full, weight, one_plus=False):
+    expected = plain_norm(full, weight, one_plus)
     assert (normed.dtype, normed.shape, normed.device) == (full.dtype, full.shape, full.device)
     assert normed.is_contiguous()
     if full.dtype == torch.float32:
@@ -41,16 +41,16 @@ def assert_normed(normed, full, weight, zero_centered=False):
         # Sums in another order differ in their last bits of float32, which now and then decides how a number is
         # rounded; twice in a plain norm, where the second rounding may add a step.
         apart = steps_apart(normed, expected)
-        assert apart.max() <= (1 if zero_centered else 2)
+        assert apart.max() <= (1 if one_plus else 2)
         assert (apart > 0).float().mean() <= 0.01
 
 
-def check(operations, full, index, compact, weight, zero_centered=False):
+def check(operations, full, index, compact, weight, one_plus=False):
     """Both results against the contract."""
     written = looped_scatter(full, index, compact)
-    normed = operations.scatter_norm_tokens_(full, index, compact, weight, EPS, zero_centered=zero_centered)
+    normed = operations.scatter_norm_tokens_(full, index, compact, weight, EPS, one_plus=one_plus)
     assert torch.equal(full, written)
-    assert_normed(normed, written, weight, zero_centered)
+    assert_normed(normed, written, weight, one_plus)
     return normed
 
 
@@ -68,25 +68,25 @@ def case(random_tensor, random_index):
 @STYLES
 @pytest.mark.parametrize("width", [1, 3, 63, 100, 1024, 2500])
 @pytest.mark.parametrize("length", [1, 63])
-def test_writes_and_normalizes(operations, case, length, width, zero_centered):
-    check(operations, *case(3, length, min(length, 9), width), zero_centered)
+def test_writes_and_normalizes(operations, case, length, width, one_plus):
+    check(operations, *case(3, length, min(length, 9), width), one_plus)
 
 
 @STYLES
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_halves(operations, case, dtype, zero_centered, interpreter_rounds_to_nearest):
-    check(operations, *case(2, 40, 9, 500, dtype), zero_centered)
+def test_halves(operations, case, dtype, one_plus, interpreter_rounds_to_nearest):
+    check(operations, *case(2, 40, 9, 500, dtype), one_plus)
 
 
 @STYLES
-def test_nothing_to_write(operations, random_tensor, zero_centered):
+def test_nothing_to_write(operations, random_tensor, one_plus):
     full, weight = random_tensor(2, 20, 24), random_tensor(24)
     before = full.clone()
     assert_normed(
-        operations.scatter_norm_tokens_(full, None, None, weight, EPS, zero_centered=zero_centered),
+        operations.scatter_norm_tokens_(full, None, None, weight, EPS, one_plus=one_plus),
         before,
         weight,
-        zero_centered,
+        one_plus,
     )
     assert torch.equal(full, before)
 
@@ -271,7 +271,7 @@ def weighted(tensor):
 @STYLES
 @pytest.mark.parametrize("writes", [True, False], ids=["write", "no-write"])
 @pytest.mark.parametrize("needed", [[0], [1], [2], [0, 1, 2]], ids=["full", "compact", "weight", "all"])
-def test_gradients_are_those_of_torch(case, needed, writes, zero_centered):
+def test_gradients_are_those_of_torch(case, needed, writes, one_plus):
     full, index, compact, weight = case()
     sample = torch.arange(2, device=full.device)[:, None].expand_as(index)[index >= 0]
     if not writes and needed == [1]:
@@ -286,13 +286,13 @@ def test_gradients_are_those_of_torch(case, needed, writes, zero_centered):
 
     def operation(full, compact, weight):
         given = (index, compact) if writes else (None, None)
-        normed = rk.ops.scatter_norm_tokens_(full, *given, weight, EPS, zero_centered=zero_centered)
+        normed = rk.ops.scatter_norm_tokens_(full, *given, weight, EPS, one_plus=one_plus)
         return full, normed
 
     def by_torch(full, compact, weight):
         if writes:
             full = full.index_put((sample, index[index >= 0]), compact[index >= 0])
-        return full, plain_norm(full, weight, zero_centered)
+        return full, plain_norm(full, weight, one_plus)
 
     for actual, expected in zip(gradients(operation), gradients(by_torch), strict=True):
         torch.testing.assert_close(actual, expected)

@@ -198,15 +198,13 @@ def decision_parts(prefill: Prefill, policy: rk.Policy, case: Case) -> dict[str,
     keep = torch.tensor([policy.selected_counts(case.visual_tokens)[-1]] * case.batch, device=hidden.device)
     (compact,) = rk.ops.gather_tokens(index, hidden)
     states = layer.input_layernorm(hidden)
-    weight, eps, zero_centered = prefill.adapter.norm(layer, hidden)
+    weight, eps, one_plus = prefill.adapter.norm(layer, hidden)
     ranking = prefill.adapter.ranking(layer, hidden, cos, sin, None, None)
     scores = ranking.scores()
     return {
         "scatter": lambda: rk.ops.scatter_tokens_(hidden, index, compact),
         "norm": lambda: layer.input_layernorm(hidden),
-        "scatter and norm": lambda: rk.ops.scatter_norm_tokens_(
-            hidden, index, compact, weight, eps, zero_centered=zero_centered
-        ),
+        "scatter and norm": lambda: rk.ops.scatter_norm_tokens_(hidden, index, compact, weight, eps, one_plus=one_plus),
         "key projection": lambda: attention.k_proj(states),
         "query": lambda: attention.q_proj(states[:, -1:]),
         "rank": ranking.scores,

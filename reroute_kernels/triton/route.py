@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ..attention import NUM_TENSORS, Attention, takes_attention
+from ..attention import NUM_TENSORS, Attention
 from ..checks import check_candidates, check_ranking, check_rows
-from ..decision import route_tokens_by
+from ..decision import in_steps, route_tokens_by
 from .gather import add_gather, gather_tokens
 from .launch import MAX_PROGRAMS
 from .plan import Plan, find_plan, keep_plan, layout
 from .rank import add_ranking, rank_tokens
 from .select import add_selection, select_tokens
 
-_in_steps = route_tokens_by(rank_tokens, select_tokens, gather_tokens)
+_in_steps = in_steps(rank_tokens, select_tokens, gather_tokens)
 
 
-@takes_attention
-def route_tokens(
-    attention: Attention,
-    pool: Tensor,
-    pinned: Tensor,
-    keep: Tensor,
-    length: int,
-    tensors: tuple[Tensor, ...],
-    return_scores: bool = False,
-) -> tuple:
-    """See `reroute_kernels.ops.route_tokens`."""
+def _decide(attention: Attention, *given: Any) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    pool, pinned, keep, length, tensors = given
     inputs = *attention.operands(), pool, pinned, keep, *tensors
     key = "route", attention.options(), length, layout(inputs)
     plan = find_plan(key)
     if plan is None:
         batch, total = attention.key.shape[:2]
         if total == 0 or batch > MAX_PROGRAMS:
-            return _in_steps(attention, pool, pinned, keep, length, tensors, return_scores)
+            return _in_steps(attention, *given)
         check_ranking(attention)
         check_candidates(pool, pinned, keep, length, attention.key.shape[:2], attention.key.device)
         check_rows(tensors, batch, total, attention.key.device)
@@ -42,5 +35,7 @@ def route_tokens(
         add_gather(plan, kept, (batch, length), NUM_TENSORS + 3)
         keep_plan(key, plan)
     scores, index, *compact = plan.run(inputs)
-    result = index, tuple(compact)
-    return (*result, scores) if return_scores else result
+    return index, tuple(compact), scores
+
+
+route_tokens = route_tokens_by(_decide)

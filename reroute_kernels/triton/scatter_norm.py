@@ -80,17 +80,11 @@ def normalize_rows(
 
 
 def scatter_norm_tokens_(
-    full: Tensor,
-    index: Tensor | None,
-    compact: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    zero_centered: bool = False,
+    full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, eps: float, *, one_plus: bool = False
 ) -> Tensor:
     """See `reroute_kernels.ops.scatter_norm_tokens_`."""
     inputs = full, index, compact, weight
-    key = "scatter_norm", float(eps), zero_centered, layout(inputs)
+    key = "scatter_norm", float(eps), one_plus, layout(inputs)
     plan = find_plan(key)
     if plan is None:
         check_norm(full, index, compact, weight)
@@ -98,35 +92,35 @@ def scatter_norm_tokens_(
             check_scatter(full, index, compact)
             check_written(full)
             if compact.numel() == 0 or full.numel() == 0:
-                return scatter_norm_tokens_(full, None, None, weight, eps, zero_centered=zero_centered)
+                return scatter_norm_tokens_(full, None, None, weight, eps, one_plus=one_plus)
         if full.shape[2] > MAX_WIDTH:
-            return _in_steps(full, index, compact, weight, eps, zero_centered)
-        plan = keep_plan(key, _plan(full, index, compact, weight, float(eps), zero_centered))
+            return _in_steps(full, index, compact, weight, eps, one_plus)
+        plan = keep_plan(key, _plan(full, index, compact, weight, float(eps), one_plus))
     if index is not None and compact is not None:
         # Inputs in the memory of the full sequence could be read after it was written.
         if any(_may_overlap(full, each) for each in (index, compact, weight)):
             apart = index.clone(), compact.clone(), weight.clone()
-            return scatter_norm_tokens_(full, *apart, eps, zero_centered=zero_centered)
+            return scatter_norm_tokens_(full, *apart, eps, one_plus=one_plus)
         target = as_rows(full)
         if target.data_ptr() != full.data_ptr():  # the inner layout forces a copy: write there, then back
-            normed = scatter_norm_tokens_(target, index, compact, weight, eps, zero_centered=zero_centered)
+            normed = scatter_norm_tokens_(target, index, compact, weight, eps, one_plus=one_plus)
             full.copy_(target)
             return normed
     return plan.run(inputs)[0]
 
 
 def _in_steps(
-    full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
+    full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, eps: float, one_plus: bool
 ) -> Tensor:
     """The same for rows that no program holds."""
     if index is not None and compact is not None:
         weight = weight.clone()  # which may lie in the memory that is written to
         full = scatter_tokens_(full, index, compact)
-    return norm_tokens(full, weight, eps, zero_centered)
+    return norm_tokens(full, weight, eps, one_plus)
 
 
 def _plan(
-    full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
+    full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, eps: float, one_plus: bool
 ) -> Plan:
     batch, length, width = full.shape
     if batch * length > MAX_FIRST_PROGRAMS:
@@ -169,7 +163,7 @@ def _plan(
         BLOCK=block,
         FAN=FAN,
         LEVELS=0 if index is None else _levels(index.shape[1]),
-        ZERO_CENTERED=zero_centered,
+        ZERO_CENTERED=one_plus,
         num_warps=min(max(block // 1024, 1), 16),
     )
     return plan

@@ -33,12 +33,15 @@ def _order_preserving(scores):
 
 
 @triton.jit
-def _load_tile(scores, pool, pinned, strides, tokens, length):
-    """Sortable scores of `tokens`, which of them are candidates, and which are pinned; pointers stand at the sample."""
+def _load_tile(sources, strides, sample, tokens, length):
+    """Sortable scores of a sample's `tokens`, which of them are candidates, and which are pinned."""
     mask, offsets = tokens < length, tokens.to(tl.int64)
-    ordered = _order_preserving(tl.load(scores + offsets * strides[0], mask=mask, other=0.0))
-    in_pool = tl.load(pool + offsets * strides[1], mask=mask, other=0) != 0
-    is_pinned = tl.load(pinned + offsets * strides[2], mask=mask, other=0) != 0
+    scores = sources[0] + sample * (strides[0] // 16) + offsets * strides[3]
+    pool = sources[1] + sample * (strides[1] // 16) + offsets * strides[4]
+    pinned = sources[2] + sample * (strides[2] // 16) + offsets * strides[5]
+    ordered = _order_preserving(tl.load(scores, mask=mask, other=0.0))
+    in_pool = tl.load(pool, mask=mask, other=0) != 0
+    is_pinned = tl.load(pinned, mask=mask, other=0) != 0
     return ordered, in_pool & (is_pinned == 0), is_pinned
 
 
@@ -88,19 +91,14 @@ def _write_filler(index, written, first, index_length, TILE: tl.constexpr):
         tl.store(index + places, filler, mask=(places >= written) & (places < index_length))
 
 
-@triton.jit(do_not_specialize=["length", "index_length", "stride_scores_b", "stride_pool_b", "stride_pinned_b"])
+@triton.jit(do_not_specialize=["length", "index_length"])
 def select_and_compact(
-    scores,  # [B, L]
-    pool,  # [B, L]
-    pinned,  # [B, L]
+    sources,  # scores, pool and pinned, each [B, L]
     keep,  # [B]
     index,  # [B, M] contiguous
     length,
     index_length,
-    stride_scores_b,
-    stride_pool_b,
-    stride_pinned_b,
-    strides,  # of the tokens of scores, pool and pinned
+    strides,  # of the sources, see `_source_strides`
     TILE: tl.constexpr,
     PARTS: tl.constexpr,  # that the range of the last selected score is cut into at a time
     FOLLOWS: tl.constexpr,
@@ -114,10 +112,7 @@ def select_and_compact(
     sample = tl.program_id(0).to(tl.int64)
     index += sample * index_length
     tokens = tl.arange(0, TILE)
-    scores += sample * stride_scores_b
-    pool += sample * stride_pool_b
-    pinned += sample * stride_pinned_b
-    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, tokens, length)
+    ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length)
     ordered = tl.where(is_candidate, ordered, 0).to(tl.uint32)
     both = tl.sum(is_candidate.to(tl.int32) + (is_pinned.to(tl.int32) << 16), axis=0)
     low = tl.min(tl.where(is_candidate, ordered, 0xFFFFFFFF).to(tl.uint32), axis=0)
@@ -140,20 +135,15 @@ def select_and_compact(
     _write_filler(index, (both >> 16) + wanted, 0, index_length, TILE)
 
 
-@triton.jit(do_not_specialize=["length", "index_length", "stride_scores_b", "stride_pool_b", "stride_pinned_b"])
+@triton.jit(do_not_specialize=["length", "index_length"])
 def select_in_passes(
-    scores,  # [B, L]
-    pool,  # [B, L]
-    pinned,  # [B, L]
+    sources,  # scores, pool and pinned, each [B, L]
     keep,  # [B]
     codes,  # [B, whole tiles] contiguous: what the passes after the first one read
     index,  # [B, M] contiguous
     length,
     index_length,
-    stride_scores_b,
-    stride_pool_b,
-    stride_pinned_b,
-    strides,  # of the tokens of scores, pool and pinned
+    strides,  # of the sources, see `_source_strides`
     stride_codes,
     TILE: tl.constexpr,
     FOLLOWS: tl.constexpr,
@@ -168,15 +158,12 @@ def select_in_passes(
     sample = tl.program_id(0).to(tl.int64)
     index += sample * index_length
     codes += sample * stride_codes
-    scores += sample * stride_scores_b
-    pool += sample * stride_pool_b
-    pinned += sample * stride_pinned_b
     lowest = tl.full([TILE], 0xFFFFFFFF, tl.uint32)
     highest = tl.zeros([TILE], tl.uint32)
     candidates, always = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
     for first in range(0, length, TILE):
         tokens = first + tl.arange(0, TILE)
-        ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, tokens, length)
+        ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length)
         ordered = tl.maximum(ordered, 1).to(tl.uint32)
         code = tl.where(is_candidate, ordered, tl.where(is_pinned, 0xFFFFFFFF, 0)).to(tl.uint32)
         tl.store(codes + tokens, code.to(tl.int32, bitcast=True))
@@ -246,34 +233,26 @@ def _threshold_so_far(keep, counts, state, tiles, DIGITS: tl.constexpr, BLOCK_TI
     return threshold, remaining, digit
 
 
-@triton.jit(do_not_specialize=["length", "stride_scores_b", "stride_pool_b", "stride_pinned_b"])
+@triton.jit(do_not_specialize=["length"])
 def count_digits(
-    scores,  # [B, L]
-    pool,  # [B, L]
-    pinned,  # [B, L]
+    sources,  # scores, pool and pinned, each [B, L]
     keep,  # [B]
     counts,  # [4, B, tiles, 256] contiguous: candidates by the digit of each pass
     certain,  # [B, tiles] contiguous: tokens of a tile that are known to be kept
     state,  # [B, 3, 2] contiguous: threshold and remaining candidates after each pass
     length,
-    stride_scores_b,
-    stride_pool_b,
-    stride_pinned_b,
-    strides,  # of the tokens of scores, pool and pinned
-    DIGIT: tl.constexpr,
+    strides,  # of the sources, see `_source_strides`
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     FOLLOWS: tl.constexpr,
+    DIGIT: tl.constexpr,
 ):
     _wait_for_launches_before(FOLLOWS)
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)
     tokens = tile * TILE + tl.arange(0, TILE)
-    scores += sample * stride_scores_b
-    pool += sample * stride_pool_b
-    pinned += sample * stride_pinned_b
-    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, tokens, length)
+    ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length)
     here = sample * tiles + tile
     threshold = tl.full([], 0, tl.uint32)
     if DIGIT == 0:
@@ -293,11 +272,9 @@ def count_digits(
     tl.store(after + here * 256 + digits, _digit_counts(ordered, is_candidate, threshold, DIGIT))
 
 
-@triton.jit(do_not_specialize=["length", "index_length", "stride_scores_b", "stride_pool_b", "stride_pinned_b"])
+@triton.jit(do_not_specialize=["length", "index_length"])
 def compact_tiles(
-    scores,  # [B, L]
-    pool,  # [B, L]
-    pinned,  # [B, L]
+    sources,  # scores, pool and pinned, each [B, L]
     keep,  # [B]
     counts,  # [4, B, tiles, 256] contiguous
     certain,  # [B, tiles] contiguous
@@ -305,10 +282,7 @@ def compact_tiles(
     index,  # [B, M] contiguous
     length,
     index_length,
-    stride_scores_b,
-    stride_pool_b,
-    stride_pinned_b,
-    strides,  # of the tokens of scores, pool and pinned
+    strides,  # of the sources, see `_source_strides`
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     FOLLOWS: tl.constexpr,
@@ -318,10 +292,7 @@ def compact_tiles(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)[None, :]
     tokens = tile * TILE + tl.arange(0, TILE)
-    scores += sample * stride_scores_b
-    pool += sample * stride_pool_b
-    pinned += sample * stride_pinned_b
-    ordered, is_candidate, is_pinned = _load_tile(scores, pool, pinned, strides, tokens, length)
+    ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length)
     last_counts = counts + (3 * (batch * tiles).to(tl.int64) + sample * tiles) * 256
     threshold, remaining, digit = _threshold_so_far(
         keep + sample, last_counts, state + sample * 6, tiles, 4, BLOCK_TILES
@@ -390,17 +361,11 @@ def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], firs
         return index
     if not keep.is_contiguous():
         plan.prepare(first + 2, lambda tensors: tensors[first + 2].contiguous())
-    strides = score_strides, pool.stride(), pinned.stride()
     given = {
-        "scores": scores,
-        "pool": Slot(first),
-        "pinned": Slot(first + 1),
+        "sources": (scores, Slot(first), Slot(first + 1)),
+        "strides": _source_strides(score_strides, pool.stride(), pinned.stride()),
         "keep": Slot(first + 2),
         "length": total,
-        "stride_scores_b": strides[0][0],
-        "stride_pool_b": strides[1][0],
-        "stride_pinned_b": strides[2][0],
-        "strides": tuple(stride for _, stride in strides),
         "num_warps": 8,
     }
     written = {"index": index, "index_length": length}
@@ -430,3 +395,8 @@ def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], firs
         plan.launch(count_digits, (tiles, batch), **given, DIGIT=digit)
     plan.launch(compact_tiles, (tiles, batch), **given, **written)
     return index
+
+
+def _source_strides(*strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of samples, then of tokens; the former times 16, or kernels would differ by whether 16 divides them."""
+    return *(16 * stride for stride, _ in strides), *(stride for _, stride in strides)

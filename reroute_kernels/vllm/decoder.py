@@ -15,7 +15,7 @@ from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
 
 from ..attention import Attention
-from ..rankings import Norm
+from ..rankings import Norm, Rotary
 from .step import RoutedStep
 
 DECODERS = (LlamaModel, Qwen2Model)
@@ -73,12 +73,7 @@ class LayerProjection:
         return None
 
     def attention(
-        self,
-        hidden: Tensor,
-        rotary: tuple[Tensor, ...],
-        key_mask: Tensor | None,
-        positions: Tensor | None,
-        states: Tensor | None = None,
+        self, hidden: Tensor, rotary: Rotary, key_mask: Tensor | None, positions: Tensor | None, states: Tensor | None
     ) -> Attention:
         if positions is None:
             positions = torch.full((1, 1), hidden.shape[1] - 1, device=hidden.device)
@@ -92,7 +87,7 @@ class LayerProjection:
             scale=attention.scaling,
         )
 
-    def keys(self, hidden: Tensor, rotary: tuple[Tensor, ...], states: Tensor | None = None) -> Tensor:
+    def keys(self, hidden: Tensor, rotary: Rotary, states: Tensor | None) -> Tensor:
         _, key = self._projected(hidden, torch.zeros(0, dtype=torch.int64, device=hidden.device))
         return self._rotated(_places(rotary), key)
 

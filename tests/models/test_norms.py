@@ -31,13 +31,11 @@ def norm_of(name, width=48, dtype=torch.float32):
 def test_known_classes_compute_as_the_reference_does(name, dtype):
     """Bit for bit."""
     norm, hidden = norm_of(name, dtype=dtype), 3 * torch.randn(2, 9, 48).to(dtype)
-    weight, eps, zero_centered = known_norm(norm, hidden)
-    assert (weight is norm.weight, eps, zero_centered) == (True, 1e-5, name in ZERO_CENTERED)
+    weight, eps, one_plus = known_norm(norm, hidden)
+    assert (weight is norm.weight, eps, one_plus) == (True, 1e-5, name in ZERO_CENTERED)
     expected = norm(hidden)
     assert expected.dtype == dtype
-    assert torch.equal(
-        rk.ref.scatter_norm_tokens_(hidden, None, None, weight, eps, zero_centered=zero_centered), expected
-    )
+    assert torch.equal(rk.ref.scatter_norm_tokens_(hidden, None, None, weight, eps, one_plus=one_plus), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

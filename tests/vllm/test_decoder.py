@@ -103,10 +103,10 @@ def test_equals_the_whole_projection(attention, bias, axes, positions):
     before = hidden.clone()
     rotary = (places if axes == 1 else torch.stack([places, places + 1, places * 2], dim=-1),)
     positions = None if positions is None else torch.tensor(positions)
-    sliced, keys = projection.attention(hidden, rotary, None, positions), projection.keys(hidden, rotary)
+    sliced, keys = projection.attention(hidden, rotary, None, positions, None), projection.keys(hidden, rotary, None)
     its.qkv_proj.register_forward_hook(lambda *args: None)
     assert query_and_key_weights(its, hidden[0]) is None
-    whole = projection.attention(hidden, rotary, None, positions)
+    whole = projection.attention(hidden, rotary, None, positions, None)
     queries = 1 if positions is None else positions.shape[1]
     assert sliced.query.shape == (1, queries, 8, HEAD)
     assert sliced.key.shape == (1, 12, 2, HEAD)

@@ -25,7 +25,7 @@ def recorded() -> Iterator[list[dict[str, int]]]:
     """Decisions in the block: FLOPs of what each projects, those that it needs, and calls of the whole projection."""
     made, attend, project = [], LayerProjection.attention, QKVParallelLinear.forward
 
-    def attention(projection, hidden, rotary, key_mask, positions):
+    def attention(projection, hidden, rotary, key_mask, positions, states):
         layer, queries = projection.layer.self_attn, 1 if positions is None else positions.shape[1]
         of = {"tokens": hidden.shape[1], "queries": queries, "whole": 0}
         of["needed"] = 2 * hidden.shape[2] * (of["tokens"] * layer.kv_size + queries * layer.q_size)
@@ -35,7 +35,7 @@ def recorded() -> Iterator[list[dict[str, int]]]:
             return project(fused, states)
 
         with patch.object(QKVParallelLinear, "forward", forward), FlopCounterMode(display=False) as counted:
-            attended = attend(projection, hidden, rotary, key_mask, positions)
+            attended = attend(projection, hidden, rotary, key_mask, positions, states)
         made.append(of | {"flops": counted.get_total_flops()})
         return attended
 
