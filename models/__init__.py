@@ -121,6 +121,7 @@ def apply(
     """
     if not isinstance(replace, bool):
         raise TypeError(f"replace must be a bool, got {replace!r}")
+    check_transformers()
     return Routing(*_adapted(model, policy), replace, CudaGraphs.of(cuda_graph))
 
 
@@ -146,6 +147,7 @@ def warm_up(model: nn.Module, policy: Policy | str, lengths: Iterable[int], *, b
         raise TypeError(f"batch_size must be an integer, got {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    check_transformers()
     adapter, policy = _adapted(model, policy)
     make_decisions(adapter, policy, lengths, batch_size)
 
@@ -173,6 +175,7 @@ def unrouted(model: nn.Module, cuda_graph: bool | str | CudaGraphs = True) -> Un
     settings = CudaGraphs.of(cuda_graph)
     if settings is None:
         raise ValueError('cuda_graph must be True, "require" or CudaGraphs where nothing is routed, got False')
+    check_transformers()
     adapter = _adapter_of(model)
     if routings_on(adapter.core):
         raise ValueError("model must not be routed, got one that is: remove() the routing first")
@@ -196,7 +199,6 @@ def _adapter_of(model: nn.Module) -> Adapter:
         raise BIDIRECTIONAL.because(model_type=model_type)
     if model_type not in ADAPTERS:
         raise MODEL_TYPE.because(supported=", ".join(ADAPTERS), model_type=model_type)
-    check_transformers()
     return ADAPTERS[model_type](inside)
 
 
