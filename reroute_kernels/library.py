@@ -72,7 +72,7 @@ def _route_fake(*arguments):
 def _scatter(full, index, compact):
     _expect_writable(full)
     operations_for(full.device).scatter_tokens_(full, index, compact)
-    _note_write(full)
+    note_write(full)
 
 
 def _expect_writable(full):
@@ -80,8 +80,8 @@ def _expect_writable(full):
         raise RuntimeError("full must not be an inference tensor outside torch.inference_mode(), got one")
 
 
-def _note_write(full):
-    """As PyTorch's own in-place operators do, so that autograd notices the write."""
+def note_write(full):
+    """Let autograd notice a write, as PyTorch's own in-place operators do."""
     if not full.is_inference():
         torch.autograd.graph.increment_version(full)
 
@@ -94,7 +94,7 @@ def _scatter_norm(full, index, compact, weight, eps, one_plus):
     _expect_writable(full)
     operations = operations_for(full.device)
     normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, one_plus=one_plus)
-    _note_write(full)
+    note_write(full)
     return normed
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import library, ref  # noqa: F401 (the first registers the operations)
+from . import library, ref
 from .attention import Attention, takes_attention
 from .backends import backend, forced_backend, operations_for
 from .checks import REDUCTIONS, ROTARY_STYLES, check_norm, expect_one_of, expect_tensor
@@ -392,12 +392,6 @@ def _can_write(full: Tensor, index: Tensor | None, compact: Tensor | None) -> bo
     return not full.is_neg() and full.is_inference() <= torch.is_inference_mode_enabled()
 
 
-def _note_write(full: Tensor) -> None:
-    """Let autograd notice a write, as PyTorch's own in-place operators do."""
-    if not full.is_inference():
-        torch.autograd.graph.increment_version(full)
-
-
 def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     """Write compact rows back to their places in the full sequence, in place.
 
@@ -424,7 +418,7 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
     operations = _direct((full, index, compact))
     if operations is not None and _can_write(full, index, compact):
         operations.scatter_tokens_(full, index, compact)
-        _note_write(full)
+        library.note_write(full)
         return full
     for name, tensor in (("full", full), ("index", index), ("compact", compact)):
         expect_tensor(name, tensor)
@@ -476,7 +470,7 @@ def scatter_norm_tokens_(
     if operations is not None and type(eps) is float and _can_write(full, index, compact):
         normed = operations.scatter_norm_tokens_(full, index, compact, weight, eps, one_plus=one_plus)
         if index is not None:
-            _note_write(full)
+            library.note_write(full)
         return normed
     for name, tensor in (("full", full), ("index", index), ("compact", compact), ("weight", weight)):
         if tensor is not None or name in ("full", "weight"):
