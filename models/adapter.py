@@ -184,6 +184,10 @@ class Adapter:
         cos, sin = position_embeddings
         return cos, sin
 
+    def tables(self, layer: Module, position_embeddings: object, batch: int) -> tuple[Tensor, ...]:
+        """cos and sin of every sample, (batch, L, R), from the position embeddings that layers are handed."""
+        return tuple(table.expand(batch, *table.shape[1:]) for table in self.rotary(layer, position_embeddings))
+
     def position_embeddings(self, cos: Tensor, sin: Tensor):
         """Position embeddings as the model passes them to its layers; inverse of `rotary`."""
         return cos, sin

@@ -413,11 +413,11 @@ class Routing:
     def _decide(self, call: Prefill, layer_idx: int, layer: Module, hidden: Tensor, kwargs: dict) -> Tensor:
         call.fill(cache_of(kwargs))
         hidden = to_execution_device(self._modules_of[layer_idx], hidden)
-        rotary = self._rotary(layer, hidden, kwargs["position_embeddings"])
+        rotary = self._adapter.tables(layer, kwargs["position_embeddings"], hidden.shape[0])
         hidden = call.forward.decide(hidden, rotary, LayerProjection(self._adapter, layer_idx, self._head_group, call))
         if self.policy.positions == "contiguous":
             call.position_embeddings = self._adapter.embeddings_at(hidden, call.forward.position_ids(hidden.device))
-            call.forward.rotary = self._rotary(layer, hidden, call.position_embeddings)
+            call.forward.rotary = self._adapter.tables(layer, call.position_embeddings, hidden.shape[0])
         else:
             call.position_embeddings = self._adapter.position_embeddings(*call.forward.rotary)
         return hidden
@@ -427,13 +427,8 @@ class Routing:
     ) -> None:
         """Rank for the decision in the next layer; position_embeddings are those of the full sequence."""
         hidden = to_execution_device(self._modules_of[layer_idx], hidden)
-        rotary = self._rotary(layer, hidden, position_embeddings)
+        rotary = self._adapter.tables(layer, position_embeddings, hidden.shape[0])
         call.forward.score(hidden, rotary, LayerProjection(self._adapter, layer_idx, self._head_group, call))
-
-    def _rotary(self, layer: Module, hidden: Tensor, position_embeddings: object) -> tuple[Tensor, ...]:
-        """cos and sin, (B, L, R), from the position embeddings that layers are handed."""
-        cos_and_sin = self._adapter.rotary(layer, position_embeddings)
-        return tuple(table.expand(hidden.shape[0], *table.shape[1:]) for table in cos_and_sin)
 
     def _add_layer_features(self, layer_idx: int, layer: Module, args: tuple, output: Tensor) -> Tensor | None:
         call = self._routed

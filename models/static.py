@@ -294,10 +294,9 @@ class StaticPrefill:
     def _decide(self, forward: _StaticForward, layer_idx: int, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         hidden = forward.decide(hidden, self._tables, LayerProjection(self._adapter, layer_idx))
         if forward.policy.positions == "contiguous":
-            positions = forward.position_ids(hidden.device)
-            if self._adapter.position_axes > 1:
-                positions = positions.expand(self._adapter.position_axes, -1, -1)
-            forward.rotary = tables_of(self._adapter, hidden, positions)
+            adapter, positions = self._adapter, forward.position_ids(hidden.device)
+            embeddings = adapter.embeddings_at(hidden, positions)
+            forward.rotary = adapter.tables(adapter.layers[0], embeddings, hidden.shape[0])
         return hidden, forward.rotary
 
     def _mask(self, hidden: Tensor, valid: Tensor | None) -> Any:
@@ -320,8 +319,7 @@ class StaticPrefill:
 
 def tables_of(adapter: Adapter, embeds: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
     """cos and sin, (B, L, R), of tokens (B, L, d) at positions (..., B or 1, L), as the decoder makes them."""
-    found = adapter.rotary(adapter.layers[0], adapter.decoder.rotary_emb(embeds, positions))
-    return tuple(table.expand(embeds.shape[0], *table.shape[1:]) for table in found)
+    return adapter.tables(adapter.layers[0], adapter.decoder.rotary_emb(embeds, positions), embeds.shape[0])
 
 
 def decoder_positions(adapter: Adapter, positions: Tensor | None, embeds: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def _decide(adapter: Adapter, policy: Policy, layers: RoutedLayers, prompt: Prom
             hidden = weight.new_zeros(batch, length, weight.shape[0])
             positions = torch.arange(length, device=weight.device).expand(batch, -1)
             embeddings = adapter.embeddings_at(hidden, positions)
-        rotary = tuple(x.expand(batch, *x.shape[1:]) for x in adapter.rotary(layer, embeddings))
+        rotary = adapter.tables(layer, embeddings, batch)
         projection = LayerProjection(adapter, layer_indices.start)
         if policy.ranks_by_previous_layer and stage >= len(layers.stages) - len(policy.schedule):
             forward.score(hidden, rotary, projection)
