@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cached_property
 from operator import attrgetter
 
 from torch import Tensor, nn
@@ -130,6 +131,12 @@ class Adapter:
     def visual_token_ids(self) -> list[int]:
         """Ids of the placeholders that image and video features replace, as the configuration has them now."""
         return visual_token_ids(self.model.config)
+
+    @cached_property
+    def heads(self) -> tuple[int, int]:
+        """Query and key heads of a decoder layer, of all processes."""
+        config = self.decoder.config
+        return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
     def _require(self, owner: object, path: str):
         try:

@@ -10,14 +10,15 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reroute_kernels.policy import Policy
-from reroute_kernels.routing import Combine, Prompt, RoutedForward
+from reroute_kernels.prompt import Prompt
+from reroute_kernels.routing import Combine, RoutedForward
 
 from . import refusals
 from .activated import activated_counts, activated_visual
@@ -236,9 +237,7 @@ class PromptFacts(CallFacts):
 
     @property
     def cache_is_accepted(self) -> bool:
-        from transformers import DynamicCache, StaticCache
-
-        if type(self.cache) in (DynamicCache, StaticCache):  # not their subclasses
+        if type(self.cache) in _plain_caches():  # not their subclasses
             return self.cache_class in self._caches
         return self.cache is None or self.cache_class in self.adapter.cache_types
 
@@ -482,8 +481,9 @@ class CallReader:
         """(B, L) bool, found by placeholder: `generate` may have encoded the images before this call."""
         input_ids = arguments.get("input_ids")
         if input_ids is not None:
-            visual = torch.zeros_like(input_ids, dtype=torch.bool)
-            for token_id in self._adapter.visual_token_ids:
+            first, *others = self._adapter.visual_token_ids
+            visual = torch.eq(input_ids, first)
+            for token_id in others:
                 visual |= input_ids == token_id
             return visual
         embeds = arguments["inputs_embeds"]
@@ -557,6 +557,13 @@ class CallReader:
                         cache.layers[layer_idx].crop(length + after[0])
             return self._tokens_after(cache, prompt)
         raise refusals.UNEVEN.because(cache=self._cache_name, counts=sorted(set(after)))
+
+
+@cache
+def _plain_caches() -> tuple[type, ...]:
+    from transformers import DynamicCache, StaticCache  # when they are needed first
+
+    return DynamicCache, StaticCache
 
 
 def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:

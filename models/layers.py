@@ -26,6 +26,7 @@ class RoutedLayers:
     Attributes:
         kinds: type of attention of each layer, in the words of transformers' configurations.
         stages: indices of the layers of each stage.
+        groups: a number for each layer, the same for layers of a stage that are of one kind and share a mask.
         attention: indices of the layers that cache keys.
         pad_left: whether compact rows are left-padded, as sliding-window and recurrent layers require.
         length_is_routed: whether the first layer that caches keys, whose length transformers takes for the number of
@@ -51,6 +52,9 @@ class RoutedLayers:
         layers = policy.stage_layers
         first = layers[0]
         self.stages = [range(*ends) for ends in pairwise((*layers, len(self.kinds)))]
+        of_stage = [-1] * first + [stage for stage, layers in enumerate(self.stages) for _ in layers]
+        numbers: dict[tuple[int, str], int] = {}
+        self.groups = [numbers.setdefault(pair, len(numbers)) for pair in zip(of_stage, self.kinds, strict=True)]
         self.attention = [layer_idx for layer_idx, kind in enumerate(self.kinds) if kind != "linear_attention"]
         self.pad_left = any(kind != "full_attention" for kind in self.kinds[first:])
         self.length_is_routed = first <= self.attention[0]

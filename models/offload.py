@@ -7,7 +7,7 @@ which a decision is made. The helpers here do both in time for the decision.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,8 +39,7 @@ def to_execution_device(modules: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     return hidden
 
 
-@contextmanager
-def onloaded(layer: nn.Module, attention: nn.Module) -> Iterator[None]:
+def onloaded(layer: nn.Module, attention: nn.Module) -> AbstractContextManager[None]:
     """Context manager that loads offloaded weights, so that submodules can be called individually.
 
     An offloaded module usually loads its own weights when it is called. With accelerate's `preload_module_classes` and
@@ -51,6 +50,13 @@ def onloaded(layer: nn.Module, attention: nn.Module) -> Iterator[None]:
         layer: of the decoder or the vision tower.
         attention: in it.
     """
+    if "_hf_hook" in vars(layer) or "_hf_hook" in vars(attention):
+        return _onloaded(layer, attention)
+    return nullcontext()
+
+
+@contextmanager
+def _onloaded(layer: nn.Module, attention: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (layer, attention):
             for hook in _accelerate_hooks(module):

@@ -35,7 +35,7 @@ class Prefill:
         self.position_embeddings: object = None  # of the stage
         self._layers = layers
         self._last_position: Tensor | None = None
-        self._masks: dict[tuple[int, str], object] = {}
+        self._masks: dict[int, object] = {}
 
     @property
     def stage(self) -> int:
@@ -44,10 +44,10 @@ class Prefill:
 
     def mask(self, stage: int, layer_idx: int, hidden: Tensor) -> object:
         """The mask of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
-        key = (stage, self._layers.kinds[layer_idx])
-        if key not in self._masks:
-            self._masks[key] = self._new_mask(stage, layer_idx, hidden)
-        return self._masks[key]
+        group = self._layers.groups[layer_idx]
+        if group not in self._masks:
+            self._masks[group] = self._new_mask(stage, layer_idx, hidden)
+        return self._masks[group]
 
     def _new_mask(self, stage: int, layer_idx: int, hidden: Tensor) -> object:
         forward, past, layers = self.forward, self.past, self._layers
@@ -138,7 +138,7 @@ class Continuation:
         self._new_tokens = new_tokens
         self._mask = mask
         self._has_positions = has_positions
-        self._masks: dict[tuple[int, str], object] = {}
+        self._masks: dict[int, object] = {}
         self._embeddings: dict[int, object] = {}
 
     @cached_property
@@ -148,15 +148,16 @@ class Continuation:
 
     def mask(self, stage: int, layer_idx: int, hidden: Tensor, kwargs: dict) -> object:
         """The mask of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
-        kind = self._layers.kinds[layer_idx]
-        if kind == "linear_attention":
-            return kwargs.get("attention_mask")  # of the new tokens alone
-        key = (stage, kind)
-        if key not in self._masks:
+        group = self._layers.groups[layer_idx]
+        if group in self._masks:
+            return self._masks[group]
+        if self._layers.kinds[layer_idx] == "linear_attention":
+            mask = kwargs.get("attention_mask")  # of the new tokens alone
+        else:
             if kwargs.get("attention_mask") is None and not self._layers.padding_is_hidden:
                 self._mask = None  # the model looked for padding and found none
             past = self._prompt.past
-            self._masks[key] = self._layers.mask(
+            mask = self._layers.mask(
                 layer_idx,
                 cache_of(kwargs),
                 self._queries,
@@ -166,7 +167,8 @@ class Continuation:
                 partial(self._prompt.key_positions, stage, self._batch, self._new_tokens),
                 hidden,
             )
-        return self._masks[key]
+        self._masks[group] = mask
+        return mask
 
     def position_ids(self, given: Tensor | None) -> Tensor | None:
         """Positions of the new tokens, (..., batch, queries), if those of the caller must be replaced; else None."""

@@ -42,9 +42,10 @@ class LayerProjection:
         self, hidden: Tensor, rotary: Rotary, key_mask: Tensor | None, positions: Tensor | None, states: Tensor | None
     ) -> Attention:
         cos, sin = rotary
-        with onloaded(self.layer, self.layer.self_attn):
-            attention = self.adapter.ranking(self.layer, hidden, cos, sin, key_mask, positions, states)
-        check_heads(attention.query, attention.key, self.adapter.decoder.config, self.head_group)
+        layer = self.layer
+        with onloaded(layer, layer.self_attn):
+            attention = self.adapter.ranking(layer, hidden, cos, sin, key_mask, positions, states)
+        check_heads(attention.query, attention.key, self.adapter.heads, self.head_group)
         call = self.call
         past = None if call is None else call.past
         if call is None or past is None:
@@ -58,9 +59,10 @@ class LayerProjection:
 
     @torch.no_grad()
     def keys(self, hidden: Tensor, rotary: Rotary, states: Tensor | None) -> Tensor:
-        with onloaded(self.layer, self.layer.self_attn):
+        layer = self.layer
+        with onloaded(layer, layer.self_attn):
             if states is None:
-                states = self.layer.input_layernorm(hidden)
-            key = self.adapter.unnormalized_keys(self.layer.self_attn, states)
-        check_heads(None, key, self.adapter.decoder.config, self.head_group)
+                states = layer.input_layernorm(hidden)
+            key = self.adapter.unnormalized_keys(layer.self_attn, states)
+        check_heads(None, key, self.adapter.heads, self.head_group)
         return key

@@ -395,7 +395,7 @@ CONTINUATION_RULES = (
         "a cache that another policy filled",
         "{c.cache_name} must have been filled under this policy, {c.policy}, got a cache filled under "
         "{c.record.policy}",
-        lambda c: c.record.policy != c.policy,
+        lambda c: c.record.policy is not c.policy and c.record.policy != c.policy,
         ValueError,
     ),
     Refusal(

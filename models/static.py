@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from reroute_kernels.policy import Policy
-from reroute_kernels.routing import Prompt, RoutedForward
+from reroute_kernels.prompt import Prompt
+from reroute_kernels.routing import RoutedForward
 from reroute_kernels.trace import DecisionScores
 
 from .adapter import Adapter, cache_name

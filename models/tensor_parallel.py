@@ -25,19 +25,17 @@ def head_group(model: nn.Module):
     return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
-def check_heads(query: Tensor | None, key: Tensor, config, group) -> None:
+def check_heads(query: Tensor | None, key: Tensor, expected: tuple[int, int], group) -> None:
     """Make sure that the heads of all ranks are those of the model.
 
     Args:
         query, key: (B, Q, Hq, D) and (B, L, Hkv, D) of a decision layer; None if the keys alone rank.
-        config: of the decoder.
+        expected: query and key heads of the whole model.
         group: of `head_group`.
 
     Raises:
         NotImplementedError: some heads are missing.
     """
-    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    expected = config.num_attention_heads, key_heads
     got = expected[0] if query is None else query.shape[2], key.shape[2]
     if got == expected:
         return

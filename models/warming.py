@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from reroute_kernels.policy import Policy
-from reroute_kernels.routing import Prompt, RoutedForward
+from reroute_kernels.prompt import Prompt
+from reroute_kernels.routing import RoutedForward
 
 from .adapter import Adapter
 from .layers import RoutedLayers

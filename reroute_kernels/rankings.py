@@ -8,6 +8,7 @@ selection. The scores of tokens outside the pool are ignored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -67,8 +68,6 @@ class Candidates:
     tensors are to be read, not written to.
     """
 
-    hidden: Tensor
-    """(B, L, d), the input of the layer that ranks."""
     pool: Tensor
     """(B, L) bool, the visual tokens that may be selected."""
     text: Tensor
@@ -84,9 +83,16 @@ class Candidates:
     """The text tokens of the sample that has most."""
     decision: int
     """The number of the decision, from 0."""
+    _hidden: Tensor = field(repr=False)
+    _lend: Callable[[], Tensor] = field(repr=False)
     _rotary: tuple[Tensor, ...] = field(repr=False)
     _projection: Projection = field(repr=False)
     _states: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def hidden(self) -> Tensor:
+        """(B, L, d), the input of the layer that ranks. Whoever asks may keep it: later stages write to a copy."""
+        return self._lend()
 
     @property
     def ordinals(self) -> Tensor:
@@ -114,17 +120,17 @@ class Candidates:
         if isinstance(queries, str):
             expect_one_of(queries=(queries, ("text",)))
             text = self.text if self.valid is None else self.text & self.valid
-            positions = last_queries(self.hidden, text, min(self.most_text, length))
+            positions = last_queries(self._hidden, text, min(self.most_text, length))
         elif queries == 1:
             positions = None if self.last is None else self.last[:, None]
         else:
-            positions = last_queries(self.hidden, self.valid, min(queries, length))
-        attention = self._projection.attention(self.hidden, self._rotary, self.valid, positions, self._states)
+            positions = last_queries(self._hidden, self.valid, min(queries, length))
+        attention = self._projection.attention(self._hidden, self._rotary, self.valid, positions, self._states)
         return attention._replace(query_reduction=query_reduction, head_reduction=head_reduction)
 
     def keys(self) -> Tensor:
         """(B, L, Hkv, D), the keys of all tokens in the layer that ranks, as projected, before a norm of keys."""
-        return self._projection.keys(self.hidden, self._rotary, self._states)
+        return self._projection.keys(self._hidden, self._rotary, self._states)
 
 
 class RankingLike(Protocol):

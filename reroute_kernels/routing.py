@@ -5,10 +5,9 @@ Nothing here knows a model: tensors come in, a ranking is a callable, and the ke
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +18,9 @@ from .backends import active_backend
 from .policy import Policy
 from .rankings import Candidates, Norm, Projection
 from .trace import DecisionScores
+
+if TYPE_CHECKING:
+    from .prompt import Prompt
 
 # Scores by all heads, from (scores by the heads that this process has, how heads are reduced: "mean" or "max").
 Combine = Callable[[Tensor, str], Tensor]
@@ -39,92 +41,6 @@ def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None: ...
 def on_device(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     """The tensor on a device; nothing is called if it is there already."""
     return tensor if tensor is None or tensor.device == device else tensor.to(device)
-
-
-class Prompt:
-    """Where the visual and text tokens of a batch stand, and how many there are.
-
-    Reading the counts is the one transfer from the device that a routed prefill makes.
-
-    Args:
-        visual: (B, L) bool, positions that hold image or video features.
-        valid: (B, L) bool, False at padding; None without one.
-        draft_tokens: how many tokens at the end of every row come from a draft model. They run, and do not rank.
-        starts: (B,) int64, the place of the first token of an answer that is scored with its prompt, behind all visual
-            tokens; L if a row has none. Answers run, and do not rank. None if no row has one.
-        marks: (B, L) bool, tokens that a reducer dropped, and those that any did; None without a reducer.
-        extra: integer tensors without dimensions, by name, to be read in the same transfer.
-
-    Attributes:
-        extra_counts: their values, by name, and the counts of tokens that a reducer dropped.
-    """
-
-    def __init__(
-        self,
-        visual: Tensor,
-        valid: Tensor | None,
-        draft_tokens: int = 0,
-        marks: tuple[Tensor, Tensor] | None = None,
-        extra: Mapping[str, Tensor] | None = None,
-        starts: Tensor | None = None,
-    ):
-        extra = extra or {}
-        self.length = visual.shape[1]
-        self.draft_tokens = draft_tokens
-        positions = torch.arange(self.length, device=visual.device)
-        if valid is None:
-            valid = torch.ones_like(visual)
-        end = torch.where(valid, positions, -1).amax(dim=1)  # [B]
-        last = end - draft_tokens  # of the prompt itself
-        if starts is not None:
-            last = torch.minimum(last, starts - 1)
-        visual = visual & valid & (positions <= last[:, None])
-        is_last = positions == last[:, None]
-        # The next token is predicted from the last one, so the last one runs even if it is visual.
-        self.pinned = (valid & ~visual) | is_last
-        self.pool = visual & ~is_last
-        self.visual = visual
-        if marks is not None:
-            dropped, foreign = marks[0] & visual, (marks[1] & ~marks[0]) & visual
-            self.pool = self.pool & ~dropped
-            marked = {"dropped": dropped, "last_dropped": dropped & is_last, "foreign": foreign}
-            extra = {**extra, **{name: tokens.sum() for name, tokens in marked.items()}}
-        behind = [] if starts is None else [(valid & (positions > last[:, None])).sum(1)]
-        counts: list[list[int]] = torch.stack(
-            [visual.sum(1), self.pool.sum(1), self.pinned.sum(1), valid.sum(1), self.length - 1 - end, *behind]
-            + [count.to(end.device, end.dtype).expand_as(end) for count in extra.values()]
-        ).tolist()
-        self.visual_counts, self.pool_counts, self.pinned_counts, self.valid_counts, trailing, *more = counts
-        self.unranked_counts = more.pop(0) if behind else [draft_tokens] * len(trailing)
-        self.extra_counts = {name: rows[0] for name, rows in zip(extra, more, strict=True)}
-        self.padded = min(self.valid_counts) < self.length
-        # A sample without any token takes no part in this prompt: it is padded on neither side.
-        self.right_padded = any(after and tokens for after, tokens in zip(trailing, self.valid_counts, strict=True))
-        self.has_empty_rows = min(self.valid_counts) == 0
-        self.valid = valid if self.padded else None
-        self.end = end if self.padded else None
-        # The token that ranks, and the tokens it sees: the prompt without draft tokens and answers.
-        self.last = last if self.padded or self.ranks_within else None
-        self.visible = valid & (positions <= last[:, None]) if self.ranks_within else self.valid
-
-    @property
-    def ranks_within(self) -> bool:
-        """Whether tokens stand behind the one that ranks, in some row."""
-        return any(self.unranked_counts)
-
-    @property
-    def most_text(self) -> int:
-        """The text tokens that may rank, of the sample that has most."""
-        return max(map(operator.sub, self.pinned_counts, self.unranked_counts))
-
-    @property
-    def has_visual_tokens(self) -> bool:
-        return any(self.visual_counts)
-
-    @property
-    def ends_in_image(self) -> bool:
-        """Whether the last token of some row, before an answer, is a visual one."""
-        return sum(self.visual_counts) > sum(self.pool_counts) + self.extra_counts.get("dropped", 0)
 
 
 @dataclass(eq=False)
@@ -152,6 +68,11 @@ class TokenSequence:
     index: Tensor | None = None
     owned: bool = False
     _device: torch.device | None = None  # to which everything was moved
+
+    def lend(self) -> Tensor:
+        """The hidden states, for someone who may hold them."""
+        self.owned = False
+        return self.hidden
 
     def take(self, hidden: Tensor) -> None:
         """Go on with hidden states that the model made, on their device."""
@@ -371,9 +292,9 @@ class RoutedForward:
     def _rank(self, source: TokenSequence, projection: Projection, states: Tensor | None) -> Attention | Tensor:
         """Rank the candidates of the next decision by the policy's rule; states are their norm, if it was computed."""
         stage = len(self.kept)
-        source.owned = False  # the ranking and the hooks of the norm before it may hold the hidden states
+        if states is None:
+            source.lend()  # the layer's norm is a module, whose hooks may hold its input
         candidates = Candidates(
-            hidden=source.hidden,
             pool=source.pool,
             text=source.pinned,
             valid=source.visible,
@@ -381,6 +302,8 @@ class RoutedForward:
             keep=on_device(source.hidden.device, self._keep[stage]),
             most_text=self.prompt.most_text,
             decision=stage - self._reduces,
+            _hidden=source.hidden,
+            _lend=source.lend,
             _rotary=source.rotary,
             _projection=projection,
             _states=states,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from reroute_kernels.routing import Prompt, RoutedForward
+from reroute_kernels.prompt import Prompt
+from reroute_kernels.routing import RoutedForward
 
 VISUAL = torch.tensor([[False, True, True, True, True, True, True, True, True, False, False]])
 STAGES = (rk.Stage(2, 0.5), rk.Stage(4, 0.25))

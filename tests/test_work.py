@@ -9,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import reroute_kernels as rk
 from reroute_kernels.attention import Attention
+from reroute_kernels.prompt import Prompt
 from reroute_kernels.rankings import Norm
-from reroute_kernels.routing import Prompt, RoutedForward
+from reroute_kernels.routing import RoutedForward
 from reroute_kernels.triton.plan import forget_plans
 from tests.conftest import HAS_GPU
 from tests.test_route import decision
@@ -140,12 +141,12 @@ class Forward:
 
     layer_norm = None
 
-    def __init__(self, device, action, lefts):
+    def __init__(self, device, action, lefts, ranking="last_query"):
         length = 60
         valid = torch.arange(length, device=device) >= torch.tensor(lefts, device=device)[:, None]
         places = torch.arange(length, device=device).expand(len(lefts), -1)
         visual = (places >= 20) & (places < 50) & valid
-        policy = rk.Policy([rk.Stage(1, 0.5), rk.Stage(2, 0.3), rk.Stage(3, 0.2)], action=action)
+        policy = rk.Policy([rk.Stage(1, 0.5), rk.Stage(2, 0.3), rk.Stage(3, 0.2)], action, ranking)
         self.routed = RoutedForward(policy, Prompt(visual, valid))
         self.hidden = torch.randn(len(lefts), length, 16, device=device)
         self.tables = tuple(torch.randn(len(lefts), length, 8, device=device) for _ in range(2))
@@ -192,12 +193,38 @@ def test_decisions_with_the_norm(device, work, action):
     forward.layer_norm = Norm(torch.ones(16, device=device), 1e-6, False)
     decision = ["normalize_rows", *DECISION]
     lookup = {"lt": 1, "where": 1} if action == "remove" else {}
-    copied = COPIED if action == "reroute" else {}
     assert work(forward.decide) == (decision, {})
     later = decision if action == "reroute" else ["copy_rows_to_full", *decision]
     assert work(forward.decide) == (later, {**COPIED, **lookup})
-    assert work(forward.decide) == (later, {**copied, **lookup})
-    assert work(forward.finish) == (["copy_rows_to_full"], copied)
+    assert work(forward.decide) == (later, lookup)  # no one asked for the hidden states, which are written to again
+    assert work(forward.finish) == (["copy_rows_to_full"], {})
+
+
+class Holding(rk.rankings.LastQuery):
+    """A ranking that keeps the hidden states that it was handed."""
+
+    def __init__(self, held):
+        super().__init__()
+        object.__setattr__(self, "held", held)
+
+    def rank(self, candidates):
+        self.held.append(candidates.hidden)
+        return super().rank(candidates)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")
+def test_hidden_states_that_a_ranking_keeps_are_not_written_to(device):
+    held, values = [], []
+    forward = Forward(device, "reroute", lefts=[0, 0], ranking=Holding(held))
+    forward.layer_norm = Norm(torch.ones(16, device=device), 1e-6, False)
+    with rk.backend("triton"):
+        for _ in range(3):
+            forward.decide()
+            values.append(held[-1].clone())
+            forward.hidden = forward.hidden + 1
+        forward.finish()
+    assert len({hidden.data_ptr() for hidden in held}) == 3
+    assert all(map(torch.equal, held, values))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")

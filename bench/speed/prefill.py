@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import reroute_kernels as rk
 from reroute_kernels.models import ADAPTERS
 from reroute_kernels.models.adapter import cache_name
-from reroute_kernels.routing import Prompt, RoutedForward
+from reroute_kernels.prompt import Prompt
+from reroute_kernels.routing import RoutedForward
 
 TEXT_BEFORE, TEXT_AFTER = 16, 48
 IMAGE_TOKEN = 999

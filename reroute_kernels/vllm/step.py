@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..prompt import Prompt
 from ..rankings import Projection
-from ..routing import Combine, Prompt, RoutedForward
+from ..routing import Combine, RoutedForward
 from ..trace import Trace
 from .plan import Plan, Share
 
