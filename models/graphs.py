@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from reroute_kernels.backends import active_backend
 from reroute_kernels.policy import Policy
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, RankingLike, Uniform
 from reroute_kernels.routing import RoutedForward
 from reroute_kernels.trace import DecisionScores
 
@@ -159,8 +159,10 @@ class DecoderFacts:
         return None if self.unable_layer is None else self.adapter.layer_types[self.unable_layer]
 
     @property
-    def ranking_is_static(self) -> bool:
-        return self.policy is None or type(self.policy.ranking) in _STATIC_RANKINGS
+    def own_ranking(self) -> RankingLike | None:
+        """The first ranking that is not of this library."""
+        rankings = () if self.policy is None else self.policy.rankings
+        return next((ranking for ranking in rankings if type(ranking) not in _STATIC_RANKINGS), None)
 
     @property
     def head_group(self) -> object:
@@ -817,15 +819,21 @@ def take_decisions(result: Result, forward: RoutedForward) -> None:
     """Leave with a forward what a run of its prompt decided, without the rows that the bucket adds."""
     lengths = forward.lengths
     forward.kept = [kept[:, :width].clone() for kept, width in zip(result.kept, lengths, strict=True)]
-    ranking, share = forward.policy.ranking, 1.0
-    if isinstance(ranking, AllText) and ranking.query_reduction == "mean":
-        share = result.most_text / forward.prompt.most_text  # rows without a token count in the mean
+    shares = [_share_of(ranking, result, forward) for ranking in forward.policy.rankings]
+    shares = [1.0] * (len(result.scored) - len(shares)) + shares  # what a reducer left has no scores
     # Of a compact sequence, candidates are what the stage before left; under `reroute`, what a reducer left.
     before = lengths if forward.policy.action == "remove" else lengths[:1] * len(lengths)
     forward.scored = [
         _cut(scored, forward.prompt.length if scored is None or scored.kept is None else width, share)
-        for scored, width in zip(result.scored, [0, *before], strict=False)
+        for scored, width, share in zip(result.scored, [0, *before], shares, strict=False)
     ]
+
+
+def _share_of(ranking: RankingLike, result: Result, forward: RoutedForward) -> float:
+    """The part of a run's scores that is left without the rows of the bucket, which count in a mean over text."""
+    if isinstance(ranking, AllText) and ranking.query_reduction == "mean":
+        return result.most_text / forward.prompt.most_text
+    return 1.0
 
 
 def _cut(scored: DecisionScores | None, width: int, share: float) -> DecisionScores | None:

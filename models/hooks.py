@@ -91,7 +91,7 @@ class Routing:
         self._layers = RoutedLayers(adapter, policy)
         self._head_group = head_group(adapter.model)
         self._vision: Any = None if policy.reducer is None else self._reduced_vision()  # a ReducedVision
-        self._ranks_ahead = {stage.layer - 1 for stage in policy.schedule if policy.ranks_by_previous_layer}
+        self._ranks_ahead = set(policy.layers_ranking_ahead)
         self._calls = CallReader(adapter, policy, self._layers, self._head_group, self._vision)
         self._running = _Calls()
         # torch.compile must not trace these: they read frames.

@@ -90,9 +90,8 @@ class RoutedLayers:
     @property
     def unranked_layer(self) -> int | None:
         """The first decision layer for which the one before cannot rank, though it should."""
-        if not self._policy.ranks_by_previous_layer:
-            return None
-        return next((stage.layer for stage in self._policy.schedule if stage.layer - 1 not in self._able), None)
+        ahead = self._policy.layers_ranking_ahead
+        return next((layer_idx + 1 for layer_idx in ahead if layer_idx not in self._able), None)
 
     @property
     def unranked_kind(self) -> str | None:

@@ -102,7 +102,7 @@ LAYER_RULES = (
         lambda c: c.unable_layer is not None,
     ),
     Refusal(
-        "decisions right after a layer without full attention, if the ranking uses the previous layer",
+        "decisions right after a layer without full attention, if their ranking uses the previous layer",
         "schedule must decide after layers with full attention where the previous layer ranks, got layer "
         "{c.unranked_layer} after one of {c.unranked_kind!r}",
         lambda c: c.unranked_layer is not None,
@@ -437,8 +437,8 @@ GRAPH_MODEL_RULES = (
     ),
     Refusal(
         "rankings that are not of `reroute_kernels.rankings`, whose shapes may depend on data",
-        "cuda_graph needs a ranking of reroute_kernels.rankings, got {c.policy.ranking!r}",
-        lambda c: not c.ranking_is_static,
+        "cuda_graph needs a ranking of reroute_kernels.rankings, got {c.own_ranking!r}",
+        lambda c: c.own_ranking is not None,
     ),
     Refusal(
         "heads split over processes",

@@ -187,9 +187,7 @@ class StaticPrefill:
         if policy is not None:
             self._prepared = _StaticForward(policy, self._empty_prompt(zeros))
         self._decisions = {} if policy is None else {layer: stage for stage, layer in enumerate(policy.stage_layers)}
-        self._ranks_ahead = set[int]()
-        if policy is not None and policy.ranks_by_previous_layer:
-            self._ranks_ahead = {stage.layer - 1 for stage in policy.schedule}
+        self._ranks_ahead = set() if policy is None else set(policy.layers_ranking_ahead)
 
     def _empty_prompt(self, zeros) -> _StaticPrompt:
         key, size = self.key, (self.key.batch, self.key.length)

@@ -71,7 +71,7 @@ def _decide(adapter: Adapter, policy: Policy, layers: RoutedLayers, prompt: Prom
             embeddings = adapter.embeddings_at(hidden, positions)
         rotary = adapter.tables(layer, embeddings, batch)
         projection = LayerProjection(adapter, layer_indices.start)
-        if policy.ranks_by_previous_layer and stage >= len(layers.stages) - len(policy.schedule):
+        if layer_indices.start - 1 in policy.layers_ranking_ahead:
             forward.score(hidden, rotary, projection)
         hidden = forward.decide(hidden, rotary, projection)
     forward.finish(hidden)

@@ -49,6 +49,7 @@ def solve(
     ranking: RankingLike = LAST_QUERY,
     positions: str = "original",
     reducer: ReducerLike | None = None,
+    rankings: Sequence[RankingLike | None] | None = None,
 ) -> Policy:
     """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
 
@@ -65,6 +66,7 @@ def solve(
         kv_bytes: budget of bytes that the prompt leaves in the cache, text included.
         visual_tokens, text_tokens, batch, dtype: of the prompt that is costed, as in `reroute_kernels.cost`.
         action, ranking, positions, reducer: as in `Policy`.
+        rankings: one for each decision layer, as in `Stage`: None is `ranking`.
 
     Returns:
         The policy; `policy.budget` has the cost that it reached, and by how much it stays under the limit.
@@ -84,12 +86,14 @@ def solve(
     layers = _decision_layers(decision_layers, decoder)
     expect_one_of(action=(action, ACTIONS))
     parts = _shape(shape, len(layers), action)
+    of_stages = _rankings(rankings, len(layers))
     most = surviving_tokens(reducer, visual_tokens)
     if most < 1:
         raise ValueError(f"visual_tokens must be 1 or more, got {visual_tokens}")
 
     def policy_of(counts: Sequence[int]) -> Policy:
-        stages = [Stage(layer, keep_ratio(count, visual_tokens)) for layer, count in zip(layers, counts, strict=True)]
+        keeps = [keep_ratio(count, visual_tokens) for count in counts]
+        stages = list(map(Stage, layers, keeps, of_stages))
         return Policy(stages, action, ranking, positions, reducer)
 
     def reached(counts: Sequence[int]) -> float:
@@ -132,6 +136,7 @@ def solve_like(config, policy: Policy, **budget) -> Policy:
         ranking=policy.ranking,
         positions=policy.positions,
         reducer=policy.reducer,
+        rankings=[stage.ranking for stage in policy.schedule],
         **budget,
     )
 
@@ -171,6 +176,17 @@ def _shape(shape: str | Sequence[float], stages: int, action: str) -> list[Fract
     if action == "remove" and not _descends(parts):
         raise ValueError(f"shape must not increase under 'remove', got {parts}")
     return [Fraction(part) for part in parts]
+
+
+def _rankings(rankings: Sequence[RankingLike | None] | None, stages: int) -> list[RankingLike | None]:
+    if rankings is None:
+        return [None] * stages
+    if isinstance(rankings, str) or not isinstance(rankings, Iterable):
+        raise TypeError(f"rankings must be a sequence of rankings, got {rankings!r}")
+    given = list(rankings)
+    if len(given) != stages:
+        raise ValueError(f"rankings must hold a ranking or None for each of {stages} decision layers, got {given}")
+    return given
 
 
 def _descends(numbers: Sequence[float], strictly: bool = False) -> bool:

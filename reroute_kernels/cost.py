@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .policy import Policy
+from .rankings import RankingLike
 from .reducers import ReducerLike
 
 
@@ -346,7 +347,7 @@ def cost(
         dtype: of keys and values in the cache.
 
     Raises:
-        TypeError: an argument has the wrong type; or the ranking has no method `flops`, the reducer no `survivors`.
+        TypeError: an argument has the wrong type; or a ranking has no method `flops`, the reducer no `survivors`.
         ValueError: a number or name is out of range, or the schedule has a layer that the model has not.
         NotImplementedError: the decoder has layers without full attention, or latent attention.
 
@@ -377,7 +378,7 @@ def cost(
                 projections=2 * batch * layers * tokens * decoder.projection_weights,
                 attention=4 * batch * layers * tokens * tokens * decoder.heads * decoder.head_dim,
                 mlp=2 * batch * tokens * sum(decoder.mlp_weights[span.first : span.end]),
-                ranking=batch * _ranking_flops(policy, decoder, ranked, text_tokens),
+                ranking=batch * _ranking_flops(span.ranking, decoder, ranked, text_tokens),
                 kv_bytes=layers * tokens * kv_width,
                 visual_kv_bytes=layers * span.visual_tokens * kv_width,
             )
@@ -435,6 +436,8 @@ class _Span(NamedTuple):
     visual_tokens: int
     ranked: int = 0
     """Visual tokens that the decision before them ranks."""
+    ranking: RankingLike | None = None
+    """Of that decision."""
 
 
 def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_Span]:
@@ -447,17 +450,17 @@ def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_
     spans = [_Span(0, ends[0], candidates)] if ends[0] else []
     if policy is not None and schedule:
         counts = policy.selected_counts(visual_tokens, candidates)
-        for (first, end), selected in zip(pairwise(ends), counts, strict=True):
-            spans.append(_Span(first, end, selected, candidates))
+        for (first, end), selected, ranking in zip(pairwise(ends), counts, policy.rankings, strict=True):
+            spans.append(_Span(first, end, selected, candidates, ranking))
             if policy.action == "remove":
                 candidates = selected
     return spans
 
 
-def _ranking_flops(policy: Policy | None, decoder: Decoder, tokens: int, text_tokens: int) -> int:
-    if policy is None or not tokens:
+def _ranking_flops(ranking: RankingLike | None, decoder: Decoder, tokens: int, text_tokens: int) -> int:
+    if ranking is None or not tokens:
         return 0
-    return _method(policy.ranking, "ranking", "flops")(decoder, tokens, text_tokens)
+    return _method(ranking, "ranking", "flops")(decoder, tokens, text_tokens)
 
 
 def _method(owner: object, name: str, method: str):

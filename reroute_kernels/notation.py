@@ -108,8 +108,9 @@ def _check_layers(name: Preset, model: object) -> None:
 
 
 def is_plain(policy: Policy) -> bool:
-    """Whether a policy has the default ranking and positions and no reducer, so that `policy_text` says all of it."""
-    return bool(policy.schedule) and policy == Policy(policy.schedule, policy.action)
+    """Whether a policy has default rankings and positions and no reducer, so that `policy_text` says all of it."""
+    stages = [Stage(stage.layer, stage.keep) for stage in policy.schedule]
+    return bool(stages) and policy == Policy(stages, policy.action)
 
 
 def policy_text(policy: Policy) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
 from operator import index as as_integer
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checks import expect_one_of
 from .rankings import LastQuery, RankingLike
@@ -28,14 +28,20 @@ class Stage:
     Args:
         layer: decoder layer before which tokens are ranked and selected, counted from 0.
         keep: share of a sample's visual tokens that run, in (0, 1], always relative to the number in the prompt.
+        ranking: of this decision, as in `Policy`; None for the policy's.
 
     Raises:
-        TypeError: an argument is not a number.
-        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or the name of a ranking is unknown.
+
+    >>> from reroute_kernels.rankings import Uniform
+    >>> Stage(3, 0.25), Stage(7, 0.1, ranking=Uniform())
+    (Stage(layer=3, keep=0.25), Stage(layer=7, keep=0.1, ranking=Uniform()))
     """
 
     layer: int
     keep: float
+    ranking: RankingLike | None = None
 
     def __post_init__(self):
         if isinstance(self.layer, bool):
@@ -51,6 +57,30 @@ class Stage:
         object.__setattr__(self, "keep", float(self.keep))
         if not 0.0 < self.keep <= 1.0:
             raise ValueError(f"keep must be in (0, 1], got {self.keep} at layer {self.layer}")
+        if self.ranking is not None:
+            object.__setattr__(self, "ranking", _accepted_ranking(self.ranking))
+
+    def __repr__(self) -> str:
+        ranking = "" if self.ranking is None else f", ranking={self.ranking!r}"
+        return f"Stage(layer={self.layer}, keep={self.keep!r}{ranking})"
+
+
+def _accepted_ranking(given: object) -> RankingLike:
+    """A ranking, given as it is or by its name, or an error that tells what is accepted."""
+    if given == "last_query":
+        return LAST_QUERY
+    if isinstance(given, str):
+        raise ValueError(
+            f"ranking must be 'last_query' or an object such as those of reroute_kernels.rankings, got {given!r}"
+        )
+    return _with_method("ranking", given, "rank")
+
+
+def _with_method(name: str, given: Any, method: str) -> Any:
+    """An object that has a method, or an error."""
+    if isinstance(given, type) or not callable(getattr(given, method, None)):
+        raise TypeError(f"{name} must be an object with a method {method!r}, got {given!r}")
+    return given
 
 
 class Budget(NamedTuple):
@@ -79,7 +109,7 @@ class Policy:
             layer (arXiv 2606.12412); `"remove"` drops them for good, as FastV and PyramidDrop do.
         ranking: one of `reroute_kernels.rankings`, or an object with such a method `rank`. The default, `LastQuery()`
             or its name `"last_query"`, ranks a token by the attention that the last prompt token pays to it in the
-            decision layer, averaged over heads.
+            decision layer, averaged over heads. A stage may have its own.
         positions: `"original"` keeps every token's rotary position; `"contiguous"` numbers the tokens that run in a
             stage from 0 on, and the tokens decoded after them likewise.
         reducer: one of `reroute_kernels.reducers`, or an object with such a method `reduce`; it drops visual tokens
@@ -89,8 +119,8 @@ class Policy:
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with a reducer or a
-            ranking by the previous layer; or a name is unknown.
+        ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with a reducer or with a
+            ranking by the previous layer there; or a name is unknown.
 
     >>> policy = Policy([Stage(layer=3, keep=0.25), Stage(layer=7, keep=0.1)], action="remove")
     >>> policy.selected_counts(visual_tokens=576)
@@ -105,10 +135,10 @@ class Policy:
     budget: Budget | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
-        if self.ranking == "last_query":
-            object.__setattr__(self, "ranking", LAST_QUERY)
+        object.__setattr__(self, "ranking", _accepted_ranking(self.ranking))
         self._check_schedule()
-        self._check_rules()
+        if self.reducer is not None:
+            _with_method("reducer", self.reducer, "reduce")
         expect_one_of(action=(self.action, ACTIONS), positions=(self.positions, POSITIONS))
         if self.schedule and self.schedule[0].layer == 0:
             self._check_first_layer()
@@ -126,25 +156,13 @@ class Policy:
         if any(later <= earlier for earlier, later in pairwise(layers)):
             raise ValueError(f"schedule must have strictly ascending layers, got {layers}")
 
-    def _check_rules(self) -> None:
-        if isinstance(self.ranking, str):
-            raise ValueError(
-                "ranking must be 'last_query' or an object such as those of reroute_kernels.rankings, got "
-                f"{self.ranking!r}"
-            )
-        for name, method in (("ranking", "rank"), ("reducer", "reduce")):
-            value = getattr(self, name)
-            is_object = not isinstance(value, type) and callable(getattr(value, method, None))
-            if not is_object and (name, value) != ("reducer", None):
-                raise TypeError(f"{name} must be an object with a method {method!r}, got {value!r}")
-
     def _check_first_layer(self) -> None:
         if self.reducer is not None:
             raise ValueError("schedule must begin after layer 0 where there is a reducer, got a decision at layer 0")
-        if self.ranks_by_previous_layer:
+        if -1 in self.layers_ranking_ahead:
             raise ValueError(
                 f"schedule must begin after layer 0 where the previous layer ranks, got a decision at layer 0 and "
-                f"{self.ranking!r}"
+                f"{self.rankings[0]!r}"
             )
 
     @classmethod
@@ -170,7 +188,7 @@ class Policy:
         return parse_policy(text, model)
 
     def __str__(self) -> str:
-        """The schedule as `parse` takes it, or Python if it would not say everything: another ranking, a reducer."""
+        """The schedule as `parse` takes it, or Python if it would not say everything: other rankings, a reducer."""
         from .notation import is_plain, policy_text
 
         return policy_text(self) if is_plain(self) else repr(self)
@@ -179,9 +197,23 @@ class Policy:
         return self  # nothing in it changes, and a copy of a ranking may not equal it
 
     @property
+    def rankings(self) -> tuple[RankingLike, ...]:
+        """The ranking of each stage of the schedule: its own, or the policy's."""
+        return tuple(self.ranking if stage.ranking is None else stage.ranking for stage in self.schedule)
+
+    @property
+    def layers_ranking_ahead(self) -> tuple[int, ...]:
+        """The layers that rank for a decision in the next layer, where the ranking uses the previous one."""
+        return tuple(
+            stage.layer - 1
+            for stage, ranking in zip(self.schedule, self.rankings, strict=True)
+            if getattr(ranking, "layer", "this") == "previous"
+        )
+
+    @property
     def ranks_by_previous_layer(self) -> bool:
-        """Whether the layer before each decision layer ranks for it."""
-        return getattr(self.ranking, "layer", "this") == "previous"
+        """Whether the layer before some decision layer ranks for it."""
+        return bool(self.layers_ranking_ahead)
 
     @property
     def stage_layers(self) -> tuple[int, ...]:

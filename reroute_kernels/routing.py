@@ -16,7 +16,7 @@ from . import ops
 from .attention import Attention
 from .backends import active_backend
 from .policy import Policy
-from .rankings import Candidates, Norm, Projection
+from .rankings import Candidates, Norm, Projection, RankingLike
 from .trace import DecisionScores
 
 if TYPE_CHECKING:
@@ -147,6 +147,7 @@ class RoutedForward:
         self.pad_left = pad_left
         self.combine = combine
         self._reduces = policy.reducer is not None
+        self._rankings = policy.rankings
         per_sample = [
             (*([pool] if self._reduces else []), *policy.selected_counts(visual, pool))
             for visual, pool in zip(prompt.visual_counts, prompt.pool_counts, strict=True)
@@ -186,6 +187,11 @@ class RoutedForward:
     @rotary.setter
     def rotary(self, rotary: tuple[Tensor, ...]) -> None:
         self.active.rotary = rotary
+
+    @property
+    def _ranking(self) -> RankingLike:
+        """The ranking of the next decision."""
+        return self._rankings[len(self.kept) - self._reduces]
 
     def is_ragged(self, stage: int) -> bool:
         """Whether some sample fills its row of this stage up with rows that hold no token."""
@@ -279,7 +285,7 @@ class RoutedForward:
 
         That is worth it where a kernel does it. The norm and what is written then take no part in gradients.
         """
-        if not getattr(self.policy.ranking, "projects", False) or torch.compiler.is_compiling():
+        if not getattr(self._ranking, "projects", False) or torch.compiler.is_compiling():
             return None
         if active_backend(hidden.device) != "triton" or (torch.is_grad_enabled() and self._has_gradients(hidden)):
             return None
@@ -290,7 +296,7 @@ class RoutedForward:
         return hidden.requires_grad or (parent is not None and parent.hidden.requires_grad)
 
     def _rank(self, source: TokenSequence, projection: Projection, states: Tensor | None) -> Attention | Tensor:
-        """Rank the candidates of the next decision by the policy's rule; states are their norm, if it was computed."""
+        """Rank the candidates of the next decision by its ranking; states are their norm, if it was computed."""
         stage = len(self.kept)
         if states is None:
             source.lend()  # the layer's norm is a module, whose hooks may hold its input
@@ -309,7 +315,7 @@ class RoutedForward:
             _states=states,
         )
         with torch.no_grad():
-            ranked = self.policy.ranking.rank(candidates)
+            ranked = self._ranking.rank(candidates)
         if isinstance(ranked, Attention):
             return ranked
         expected = tuple(source.pool.shape)
@@ -317,7 +323,7 @@ class RoutedForward:
             got = f"{tuple(ranked.shape)} {ranked.dtype}" if isinstance(ranked, Tensor) else type(ranked).__name__
             raise TypeError(
                 f"ranking must give scores {expected} float32, or what candidates.attention returns, got {got} from "
-                f"{self.policy.ranking!r}"
+                f"{self._ranking!r}"
             )
         return self._combined(ranked.detach(), "mean")
 

@@ -9,9 +9,10 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage
+from reroute_kernels.budget import solve_like
 from reroute_kernels.cost import DECODERS, Decoder
 from reroute_kernels.presets import ORIGINALS, tiers
-from reroute_kernels.rankings import AllText, LastQuery
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery
 from reroute_kernels.reducers import Nuwa
 
 TOKENS, TEXT, BATCH = 6, 5, 2
@@ -121,6 +122,19 @@ def test_what_else_goes_into_the_policy():
     assert Policy([Stage(1, 0.5)]).budget is None
 
 
+def test_rankings_of_stages():
+    rankings = [KeyNorm(), None, LastQuery("previous")]
+    options = {"shape": "pyramid", "ranking": AllText(), "visual_tokens": TOKENS, "text_tokens": TEXT}
+    policy = rk.solve(DECODER, [1, 3, 5], flops=2 * total("flops", (1, 3, 5), (1, 1, 1), "reroute"), **options)
+    own = rk.solve(DECODER, [1, 3, 5], flops=policy.budget.limit, rankings=rankings, **options)
+    assert own.rankings == (KeyNorm(), AllText(), LastQuery("previous"))
+    assert [stage.ranking for stage in own.schedule] == rankings
+    counted = rk.cost(DECODER, own, TEXT, TOKENS)
+    assert counted.prefill_flops == own.budget.reached <= own.budget.limit
+    like = solve_like(DECODER, own, avg_tokens=TOKENS, visual_tokens=TOKENS)
+    assert [stage.ranking for stage in like.schedule] == rankings
+
+
 @pytest.mark.parametrize(("model", "layers"), [("llava-1.5-7b", (2, 7, 15, 23)), ("qwen2.5-vl-7b", (2, 6, 13, 20))])
 def test_budgets_agree(model, layers):
     """Equal averages of tokens cache equal bytes, and half the FLOPs are half the FLOPs."""
@@ -227,6 +241,17 @@ def test_originals_at_their_own_budget_stay_as_they_are():
         ),
         ({"avg_tokens": 64, "action": "drop"}, ValueError, "action must be one of 'reroute', 'remove', got 'drop'"),
         ({"avg_tokens": 64, "visual_tokens": 0}, ValueError, "visual_tokens must be 1 or more, got 0"),
+        (
+            {"avg_tokens": 64, "rankings": [None, None]},
+            ValueError,
+            "rankings must hold a ranking or None for each of 1 decision layers, got [None, None]",
+        ),
+        ({"avg_tokens": 64, "rankings": 3}, TypeError, "rankings must be a sequence of rankings, got 3"),
+        (
+            {"avg_tokens": 64, "rankings": [3]},
+            TypeError,
+            "ranking must be an object with a method 'rank', got 3",
+        ),
     ],
 )
 def test_refuses_and_says_why(arguments, error, message):

@@ -172,6 +172,18 @@ def test_what_decisions_rank():
     assert ranked(Policy(stages, ranking=AllText())) == [0] + 3 * [2 * 6 * (107 * 4 + 7 * 8) + 2 * 7 * 8 * 107]
 
 
+def test_each_decision_is_costed_by_its_own_ranking():
+    decoder = replace(SMALL, layers=4, mlp_weights=(90,) * 4)
+    stages, rankings = [Stage(1, 0.5), Stage(2, 0.25), Stage(3, 0.25)], [KeyNorm(), None, AllText()]
+    for action in ("reroute", "remove"):
+        own = [Stage(stage.layer, stage.keep, ranking) for stage, ranking in zip(stages, rankings, strict=True)]
+        counted = rk.cost(decoder, Policy(own, action, LastQuery(queries=2)), 7, 8)
+        for number, ranking in enumerate((KeyNorm(), LastQuery(queries=2), AllText()), start=1):
+            alike = rk.cost(decoder, Policy(stages, action, ranking), 7, 8)
+            assert counted.stages[number] == alike.stages[number]
+        assert counted.ranking == sum(stage.ranking for stage in counted.stages)
+
+
 def test_what_goes_into_json():
     counted = rk.cost("llava-1.5-7b", rk.preset("llava-1.5-7b", "pdrop", 64), 64, 576)
     plain = counted.as_dict()

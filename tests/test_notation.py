@@ -23,6 +23,13 @@ def test_text_of_a_policy_is_the_inverse(text):
     assert rk.Policy.parse(text.replace(",", "+")) == rk.Policy.parse(text)
 
 
+def test_a_stages_own_ranking_is_told_in_python():
+    policy = rk.Policy([rk.Stage(3, 0.25), rk.Stage(7, 0.1, rk.rankings.KeyNorm())])
+    told = str(policy)
+    assert told.startswith("Policy(schedule=(Stage(layer=3, keep=0.25), Stage(layer=7, keep=0.1, ranking=KeyNorm(")
+    assert eval(told, vars(rk) | vars(rk.rankings)) == policy
+
+
 @pytest.mark.parametrize("name", rk.presets(originals=True), ids=str)
 def test_every_preset_is_parsed_by_its_name(name):
     policy = rk.preset(*name)

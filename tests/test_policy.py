@@ -8,6 +8,8 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage
+from reroute_kernels.rankings import KeyNorm, LastQuery, Uniform
+from reroute_kernels.reducers import Nuwa
 
 STAGES = [Stage(3, 0.5), Stage(7, 0.25)]
 
@@ -34,11 +36,54 @@ def test_stage_takes_any_integer_and_any_real_number():
         ((7, True), TypeError, "keep must be a number in (0, 1], got True at layer 7"),
         ((7, "0.5"), TypeError, "keep must be a number in (0, 1], got '0.5' at layer 7"),
         ((7, None), TypeError, "keep must be a number in (0, 1], got None at layer 7"),
+        (
+            (7, 0.5, "random"),
+            ValueError,
+            "ranking must be 'last_query' or an object such as those of reroute_kernels.rankings, got 'random'",
+        ),
+        ((7, 0.5, 3), TypeError, "ranking must be an object with a method 'rank', got 3"),
+        (
+            (7, 0.5, Uniform),
+            TypeError,
+            "ranking must be an object with a method 'rank', got <class 'reroute_kernels.rankings.Uniform'>",
+        ),
     ],
 )
 def test_stage_refuses_and_says_why(arguments, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         Stage(*arguments)
+
+
+def test_stages_with_a_ranking_of_their_own():
+    own = Stage(7, 0.25, KeyNorm())
+    assert own != Stage(7, 0.25) == Stage(7, 0.25, None)
+    assert hash(own) == hash(Stage(7, 0.25, ranking=KeyNorm()))
+    assert Stage(7, 0.25, "last_query").ranking == LastQuery()
+    assert eval(repr(own), {"Stage": Stage, "KeyNorm": KeyNorm}) == own
+    assert repr(Stage(7, 0.25)) == "Stage(layer=7, keep=0.25)"
+    policy = Policy([Stage(3, 0.5), own, Stage(9, 0.25, LastQuery("previous"))], ranking=Uniform())
+    assert policy.rankings == (Uniform(), KeyNorm(), LastQuery("previous"))
+    assert policy != Policy([Stage(each.layer, each.keep) for each in policy.schedule], ranking=Uniform())
+    assert Policy([], reducer=Nuwa(keep=0.5, per_cell=2)).rankings == ()
+
+
+def test_layers_that_rank_ahead_are_those_of_their_stages():
+    previous = LastQuery("previous")
+    mixed = [Stage(3, 0.5), Stage(5, 0.5, KeyNorm()), Stage(7, 0.5, KeyNorm("previous"))]
+    assert Policy(mixed).layers_ranking_ahead == (6,)
+    assert Policy(mixed, ranking=previous).layers_ranking_ahead == (2, 6)
+    assert Policy(mixed[:2]).layers_ranking_ahead == ()
+    assert Policy([Stage(3, 0.5, KeyNorm())], ranking=previous).ranks_by_previous_layer is False
+    assert Policy(mixed).ranks_by_previous_layer is True
+
+
+def test_a_decision_at_layer_0_ranks_by_its_own_layer():
+    previous = KeyNorm("previous")
+    assert Policy([Stage(0, 0.5, KeyNorm()), Stage(3, 0.5)], ranking=previous).layers_ranking_ahead == (2,)
+    message = "where the previous layer ranks, got a decision at layer 0 and KeyNorm(layer='previous')"
+    for arguments in ({"schedule": [Stage(0, 0.5, previous)]}, {"schedule": [Stage(0, 0.5)], "ranking": previous}):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Policy(**arguments)
 
 
 def test_policy_has_defaults():

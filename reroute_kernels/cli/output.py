@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 
 from ..cost import Cost
 from ..notation import policy_text
-from ..policy import Budget, Policy
+from ..policy import Budget, Policy, Stage
 from ..presets import Preset
 from ..roofline import decode_seconds, prefill_seconds
 
@@ -36,13 +36,22 @@ def rule_text(rule: object) -> str:
 
 def policy_dict(policy: Policy) -> dict[str, object]:
     """A policy whose ranking and reducer are of this library, as plain values, for JSON."""
-    rules = {"ranking": policy.ranking, "reducer": policy.reducer}
     return {
-        "schedule": [asdict(stage) for stage in policy.schedule],
+        "schedule": [_stage_dict(stage) for stage in policy.schedule],
         "action": policy.action,
         "positions": policy.positions,
-        **{name: rule and {"name": type(rule).__name__, **asdict(rule)} for name, rule in rules.items()},
+        "ranking": _rule_dict(policy.ranking),
+        "reducer": policy.reducer and _rule_dict(policy.reducer),
     }
+
+
+def _stage_dict(stage: Stage) -> dict[str, object]:
+    told: dict[str, object] = {"layer": stage.layer, "keep": stage.keep}
+    return told if stage.ranking is None else {**told, "ranking": _rule_dict(stage.ranking)}
+
+
+def _rule_dict(rule: object) -> dict[str, object]:
+    return {"name": type(rule).__name__, **asdict(rule)}
 
 
 def preset_dict(name: Preset, policy: Policy, average: float) -> dict[str, object]:

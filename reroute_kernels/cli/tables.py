@@ -40,6 +40,11 @@ def rules_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
     for name, policy, _ in listed:
         if not is_plain(policy):
             rules = [rule_text(policy.ranking)] if policy.ranking != LAST_QUERY else []
+            rules += [
+                f"{rule_text(each.ranking)} at layer {each.layer}"
+                for each in policy.schedule
+                if each.ranking is not None
+            ]
             rules += [f"{policy.positions} positions"] if policy.positions != "original" else []
             rules += [rule_text(policy.reducer)] if policy.reducer is not None else []
             table.add_row(str(name), ", ".join(rules))

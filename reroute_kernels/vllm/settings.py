@@ -47,12 +47,16 @@ class Settings:
     untested_runner: bool = False
 
     def __post_init__(self):
-        policy, ranking = self.policy, self.policy.ranking
+        policy = self.policy
+        others = [ranking for ranking in policy.rankings if not isinstance(ranking, LastQuery)]
+        ahead = [ranking for ranking in policy.rankings if getattr(ranking, "layer", "this") != "this"]
+        differing = [ranking for ranking in policy.rankings if ranking != policy.rankings[0]]
         for refused, name, got, accepted in (
             (policy.reducer is not None, "reducer", policy.reducer, "None"),
             (policy.positions != "original", "positions", policy.positions, "'original'"),
-            (policy.ranks_by_previous_layer, "ranking", ranking, "one of the decision layer, layer='this'"),
-            (not isinstance(ranking, LastQuery), "ranking", ranking, "LastQuery"),
+            (ahead, "ranking", next(iter(ahead), None), "one of the decision layer, layer='this'"),
+            (others, "ranking", next(iter(others), None), "LastQuery"),
+            (differing, "ranking", next(iter(differing), None), "the same at every decision"),
         ):
             if refused:
                 raise NotImplementedError(f"{name} must be {accepted} inside vLLM, got {got!r}")
@@ -101,8 +105,9 @@ class Settings:
     def as_dict(self) -> dict[str, object]:
         """Inverse of `of`."""
         policy, plain = self.policy, LastQuery()
+        used = policy.rankings[0]
         schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in policy.schedule)
-        ranking = {name: getattr(policy.ranking, name) for name in _RANKING}
+        ranking = {name: getattr(used, name) for name in _RANKING}
         unusual = {name: value for name, value in ranking.items() if value != getattr(plain, name)}
         flags = {name: True for name in _FLAGS if getattr(self, name)}
         return {"schedule": schedule, "action": policy.action, **unusual, **flags}

@@ -178,7 +178,8 @@ class SlowWay:
     def _around(self, number, layer, forward):
         @torch.no_grad()
         def select(tables, cache, past):
-            stage, ranking = self.stages[number], self.policy.ranking
+            stage = self.stages[number]
+            ranking = stage.ranking or self.policy.ranking
             ranks = number - 1 if getattr(ranking, "layer", "this") == "previous" else number
             hidden = self.inputs[ranks]
             length = hidden.shape[1]

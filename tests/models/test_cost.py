@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reroute_kernels as rk
 from reroute_kernels.cost import DECODERS
 from reroute_kernels.models.calls import PromptFacts
-from reroute_kernels.rankings import LastQuery
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery
 from reroute_kernels.reducers import Nuwa
 from tests.models.families import CLIP, IDS, MODELS, VISION, load
 from tests.models.prompts import IMAGE, batch, llava_prompt
@@ -197,6 +197,14 @@ def test_rankings(ranking, action):
     model = copy.deepcopy(load("llava").model)
     model.set_attn_implementation("eager")
     check_routed(model, rk.Policy([rk.Stage(1, 0.5), rk.Stage(2, 0.4), rk.Stage(6, 0.2)], action, ranking), visual=40)
+
+
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+def test_rankings_of_stages(action):
+    model = copy.deepcopy(load("llava").model)
+    model.set_attn_implementation("eager")
+    stages = [rk.Stage(1, 0.5), rk.Stage(2, 0.4, KeyNorm("previous")), rk.Stage(6, 0.2, AllText())]
+    check_routed(model, rk.Policy(stages, action, LastQuery(queries=2)), visual=40)
 
 
 @pytest.mark.parametrize("action", ["reroute", "remove"])

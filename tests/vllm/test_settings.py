@@ -68,6 +68,17 @@ def test_other_rankings():
         Settings(rk.Policy([rk.Stage(3, 0.5)], ranking=KeyNorm()))
 
 
+def test_rankings_of_stages():
+    own = LastQuery(queries=2)
+    settings = Settings(rk.Policy([rk.Stage(3, 0.5, own), rk.Stage(7, 0.5, own)], ranking=KeyNorm()))
+    assert Settings.of(settings.as_dict()).policy.rankings == (own, own)
+    for ranking, message in ((KeyNorm(), "be LastQuery"), (LastQuery("previous"), "be one of the decision layer")):
+        with pytest.raises(NotImplementedError, match=f"ranking must {message}"):
+            Settings(rk.Policy([rk.Stage(3, 0.5), rk.Stage(7, 0.5, ranking)]))
+    with pytest.raises(NotImplementedError, match="ranking must be the same at every decision"):
+        Settings(rk.Policy([rk.Stage(3, 0.5), rk.Stage(7, 0.5, own)]))
+
+
 @pytest.mark.parametrize("own_groups", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_arguments(architecture, own_groups):
