@@ -228,8 +228,8 @@ class Adapter:
         self,
         layer: Module,
         hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         valid: Tensor | None,
         positions: Tensor | None,
         states: Tensor | None = None,
@@ -239,7 +239,7 @@ class Adapter:
         Args:
             layer: the decision layer.
             hidden: (B, L, d), its input.
-            cos, sin: (B or 1, L, R).
+            cos, sin: (B or 1, L, R); None if the ranking leaves the rotary position out.
             valid: (B, L) bool, or None if every token counts.
             positions: (B, Q) of the queries in the sequence, -1 for none; None for the last of each row.
             states: (B, L, d), the norm of `hidden` that the layer begins with, if it was computed.

@@ -39,16 +39,21 @@ class LayerProjection:
 
     @torch.no_grad()
     def attention(
-        self, hidden: Tensor, rotary: Rotary, key_mask: Tensor | None, positions: Tensor | None, states: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: Rotary | None,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        states: Tensor | None,
     ) -> Attention:
-        cos, sin = rotary
+        cos, sin = (None, None) if rotary is None else rotary
         layer = self.layer
         with onloaded(layer, layer.self_attn):
             attention = self.adapter.ranking(layer, hidden, cos, sin, key_mask, positions, states)
         check_heads(attention.query, attention.key, self.adapter.heads, self.head_group)
         call = self.call
         past = None if call is None else call.past
-        if call is None or past is None:
+        if call is None or past is None or rotary is None:
             return attention
         keys = self.adapter.cached_keys(call.cache, self.layer_idx)[:, :, : past.lengths[call.stage]]
         valid = past.seen(call.stage)

@@ -44,13 +44,19 @@ class Projection(Protocol):
         """
 
     def attention(
-        self, hidden: Tensor, rotary: Rotary, key_mask: Tensor | None, positions: Tensor | None, states: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: Rotary | None,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        states: Tensor | None,
     ) -> Attention:
         """Attention that some tokens would pay to all.
 
         Args:
             hidden: (B, L, d), the input of the layer.
-            rotary: per-token tensors of the rotary embedding, (B, L, ...).
+            rotary: per-token tensors of the rotary embedding, (B, L, ...). None: neither queries nor keys are rotated,
+                and keys of earlier turns, which a cache holds rotated, do not count.
             key_mask: (B, L) bool, False at tokens that no query sees; None if there are none.
             positions: (B, Q) of the queries in the sequence, -1 for none; None for the last of each row.
             states: (B, L, d), the norm of `hidden`, if it was computed.
@@ -103,7 +109,7 @@ class Candidates:
         return self.pool.cumsum(dim=1) - 1
 
     def attention(
-        self, queries: int | str = 1, query_reduction: str = "mean", head_reduction: str = "mean"
+        self, queries: int | str = 1, query_reduction: str = "mean", head_reduction: str = "mean", rotary: bool = True
     ) -> Attention:
         """Attention that some queries pay to each token in the layer that ranks.
 
@@ -111,6 +117,8 @@ class Candidates:
             queries: how many tokens at the end of each sample ask, or `"text"` for all text tokens. A token sees itself
                 and the tokens before it.
             query_reduction, head_reduction: `"mean"` or `"max"`; queries are reduced first.
+            rotary: False: attention without rotary position, to the tokens of this prompt alone: keys of earlier turns,
+                which a cache holds rotated, do not count.
 
         Returns:
             `Attention`, to be returned as it is, or to be asked for its `scores()`.
@@ -125,7 +133,8 @@ class Candidates:
             positions = None if self.last is None else self.last[:, None]
         else:
             positions = last_queries(self._hidden, self.valid, min(queries, length))
-        attention = self._projection.attention(self._hidden, self._rotary, self.valid, positions, self._states)
+        tables = self._rotary if rotary else None
+        attention = self._projection.attention(self._hidden, tables, self.valid, positions, self._states)
         return attention._replace(query_reduction=query_reduction, head_reduction=head_reduction)
 
     def keys(self) -> Tensor:
@@ -172,6 +181,7 @@ class _ByAttention(Ranking):
     projects = True
     query_reduction: str
     head_reduction: str
+    rotary: bool
 
     def __post_init__(self):
         expect_one_of(
@@ -179,6 +189,8 @@ class _ByAttention(Ranking):
             head_reduction=(self.head_reduction, REDUCTIONS),
             query_reduction=(self.query_reduction, REDUCTIONS),
         )
+        if not isinstance(self.rotary, bool):
+            raise TypeError(f"rotary must be a bool, got {self.rotary!r}")
 
     def _flops(self, decoder, tokens: int, queries: int) -> int:
         query_channels, key_channels = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
@@ -198,9 +210,11 @@ class LastQuery(_ByAttention):
             FastV's own code does.
         queries: how many tokens at the end of the prompt ask.
         query_reduction, head_reduction: `"mean"` or `"max"`, over the queries first, then over the heads.
+        rotary: False: without rotary position, so that a candidate is not preferred for standing close to the end, as
+            FEATHER ranks (arXiv 2412.13180). Then keys of earlier turns, which a cache holds rotated, do not count.
 
     Raises:
-        TypeError: `queries` is not an integer.
+        TypeError: `queries` is not an integer, or `rotary` no bool.
         ValueError: an argument is not accepted.
 
     >>> from reroute_kernels import Policy, Stage
@@ -212,6 +226,7 @@ class LastQuery(_ByAttention):
     queries: int = 1
     query_reduction: str = "mean"
     head_reduction: str = "mean"
+    rotary: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -221,7 +236,7 @@ class LastQuery(_ByAttention):
             raise ValueError(f"queries must be 1 or more, got {self.queries}")
 
     def rank(self, candidates: Candidates) -> Attention:
-        return candidates.attention(self.queries, self.query_reduction, self.head_reduction)
+        return candidates.attention(self.queries, self.query_reduction, self.head_reduction, self.rotary)
 
     def flops(self, decoder, tokens: int, text_tokens: int) -> int:
         return self._flops(decoder, tokens, min(self.queries, tokens))
@@ -232,18 +247,20 @@ class AllText(_ByAttention):
     """Attention that all text tokens of the prompt pay to a candidate; text before an image does not see it.
 
     Args:
-        layer, query_reduction, head_reduction: as in `LastQuery`.
+        layer, query_reduction, head_reduction, rotary: as in `LastQuery`.
 
     Raises:
+        TypeError: `rotary` is no bool.
         ValueError: an argument is not accepted.
     """
 
     layer: str = "this"
     query_reduction: str = "mean"
     head_reduction: str = "mean"
+    rotary: bool = True
 
     def rank(self, candidates: Candidates) -> Attention:
-        return candidates.attention("text", self.query_reduction, self.head_reduction)
+        return candidates.attention("text", self.query_reduction, self.head_reduction, self.rotary)
 
     def flops(self, decoder, tokens: int, text_tokens: int) -> int:
         return self._flops(decoder, tokens, text_tokens)

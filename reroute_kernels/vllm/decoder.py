@@ -73,15 +73,25 @@ class LayerProjection:
         return None
 
     def attention(
-        self, hidden: Tensor, rotary: Rotary, key_mask: Tensor | None, positions: Tensor | None, states: Tensor | None
+        self,
+        hidden: Tensor,
+        rotary: Rotary | None,
+        key_mask: Tensor | None,
+        positions: Tensor | None,
+        states: Tensor | None,
     ) -> Attention:
         if positions is None:
             positions = torch.full((1, 1), hidden.shape[1] - 1, device=hidden.device)
-        attention, rows, places = self.layer.self_attn, positions[0].clamp(min=0), _places(rotary)
+        attention, rows = self.layer.self_attn, positions[0].clamp(min=0)
         query, key = self._projected(hidden, rows)
+        if rotary is None:
+            query, key = self._in_heads(query), self._in_heads(key)
+        else:
+            places = _places(rotary)
+            query, key = self._rotated(places[..., rows], query), self._rotated(places, key)
         return Attention(
-            self._rotated(places[..., rows], query),
-            self._rotated(places, key),
+            query,
+            key,
             key_mask=key_mask,
             query_index=positions,
             scale=attention.scaling,
@@ -110,7 +120,11 @@ class LayerProjection:
         """
         attention = self.layer.self_attn
         rotated, _ = attention.rotary_emb(positions, heads, heads.new_zeros(len(heads), attention.head_dim))
-        return rotated.view(1, len(heads), -1, attention.head_dim)
+        return self._in_heads(rotated)
+
+    def _in_heads(self, heads: Tensor) -> Tensor:
+        """(1, N, H, D) of (N, H * D)."""
+        return heads.view(1, len(heads), -1, self.layer.self_attn.head_dim)
 
 
 def _places(rotary: tuple[Tensor, ...]) -> Tensor:

@@ -22,7 +22,7 @@ WORKER = "reroute_kernels.vllm.worker.RoutedWorker"
 SCHEDULER = "reroute_kernels.vllm.scheduler.RoutedScheduler"
 
 _FLAGS = ("own_groups", "trace", "untested_runner")
-_RANKING = ("queries", "query_reduction", "head_reduction")
+_RANKING = ("queries", "query_reduction", "head_reduction", "rotary")
 _KEYS = ("preset", "schedule", "action", *_RANKING, *_FLAGS)
 
 
@@ -67,8 +67,8 @@ class Settings:
 
         Args:
             given: a mapping with `preset` (`"llava-1.5-7b/reroute-fastv/192"`) or `schedule` (`"3:0.25,7:0.25"`) and,
-                beside a schedule, `action`, `queries`, `query_reduction` and `head_reduction` as in `Policy` and
-                `LastQuery`; besides `own_groups`, `trace` and `untested_runner`.
+                beside a schedule, `action`, `queries`, `query_reduction`, `head_reduction` and `rotary` as in `Policy`
+                and `LastQuery`; besides `own_groups`, `trace` and `untested_runner`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: it is no such mapping.

@@ -59,12 +59,17 @@ def rotated(x, cos, sin, interleaved):
     return torch.cat([x * cos[0].float() + turned * sin[0].float(), rest], dim=-1)
 
 
-def attention(decoder, layer, hidden, tables, past_key, past_seen):
-    """(H, L, L), the whole attention matrix of one sample, at the tokens of this call; past_seen: (P,) bool."""
+def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
+    """(H, L, L), the whole attention matrix of one sample, at the tokens of this call; past_seen: (P,) bool.
+
+    Without rotary position, keys of earlier turns do not count.
+    """
     attention, states, kind = layer.self_attn, layer.input_layernorm(hidden), decoder.config.model_type
     length = hidden.shape[1]
     query, key = (projected(attention, name, states, kind.startswith("qwen3_5")) for name in "qk")
-    if kind != "cohere2":  # whose layers of full attention do not rotate
+    if not rotary:
+        past_key = None
+    if rotary and kind != "cohere2":  # whose layers of full attention do not rotate
         cos, sin = mixed_axes(decoder, tables)
         interleaved = kind == "glm4v_text"
         if interleaved and torch.equal(*cos.chunk(2, dim=-1)):  # versions whose layers order the entries
@@ -109,7 +114,7 @@ def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables,
         key = layer.self_attn.k_proj(states)[0].unflatten(-1, (-1, layer.self_attn.head_dim))  # before a norm of keys
         scores = -key.float().norm(dim=-1).mean(dim=1)
     else:
-        rows = attention(decoder, layer, hidden, tables, past_key, past_seen)
+        rows = attention(decoder, layer, hidden, tables, past_key, past_seen, ranking.rotary)
         asking = text if isinstance(ranking, AllText) else slice(-ranking.queries, None)
         scores = reduced(rows[:, asking], ranking)
     return {place: float(scores[place]) for place in pool}

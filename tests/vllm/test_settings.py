@@ -28,7 +28,14 @@ def test_schedules():
     assert Settings.of(given) == Settings(rk.Policy(stages, "remove", ranking), own_groups=True, trace=True)
 
 
-@pytest.mark.parametrize("given", [SCHEDULE, SCHEDULE | {"own_groups": True, "queries": 2, "action": "remove"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        SCHEDULE,
+        SCHEDULE | {"own_groups": True, "queries": 2, "action": "remove"},
+        SCHEDULE | {"rotary": False},
+    ],
+)
 def test_settings_come_back_from_what_they_write(given):
     settings = Settings.of(given)
     assert Settings.of(json.loads(json.dumps(settings.as_dict()))) == settings
@@ -48,6 +55,7 @@ def test_settings_come_back_from_what_they_write(given):
         ({"schedule": "3"}, ValueError, "schedule must be one like .* got '3'"),
         ({"schedule": "3:1.5"}, ValueError, r"keep must be in \(0, 1\], got 1.5 at layer 3"),
         (SCHEDULE | {"action": "delete"}, ValueError, "action must be one of 'reroute', 'remove', got 'delete'"),
+        (SCHEDULE | {"rotary": 0}, TypeError, "rotary must be a bool, got 0"),
         (SCHEDULE | {"queries": 0}, ValueError, "queries must be 1 or more, got 0"),
         ({"preset": "llava-1.5-7b/nuwa/64"}, NotImplementedError, "reducer must be None inside vLLM, got Nuwa"),
         (
