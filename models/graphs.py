@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from reroute_kernels.backends import active_backend
 from reroute_kernels.policy import Policy
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, RankingLike, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, RankingLike, Uniform, part_of
 from reroute_kernels.routing import RoutedForward
 from reroute_kernels.trace import DecisionScores
 
@@ -35,6 +35,7 @@ from .static import Counts, PrefillKey, Result, StaticPrefill, decoder_positions
 from .tensor_parallel import head_group
 
 _STATIC_RANKINGS = (AllText, KeyNorm, LastQuery, Random, Uniform)
+_STATIC_WRAPPERS = (Mixed,)
 _STATIC_FORMS = ("eager", "flash_attention", "sdpa")
 _STATIC_EXPERTS = ("batched_mm", "grouped_mm")
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -96,6 +97,13 @@ class CudaGraphs:
 
 
 # Facts that refusals.GRAPH_MODEL_RULES and refusals.GRAPH_CALL_RULES read
+
+
+def _is_static(ranking: Any) -> bool:
+    """Whether a ranking is known to give scores of fixed shapes, and to read nothing from the device."""
+    while type(ranking) in _STATIC_WRAPPERS:
+        ranking = ranking.ranking
+    return type(ranking) in _STATIC_RANKINGS
 
 
 class _Parts:
@@ -162,7 +170,7 @@ class DecoderFacts:
     def own_ranking(self) -> RankingLike | None:
         """The first ranking that is not of this library."""
         rankings = () if self.policy is None else self.policy.rankings
-        return next((ranking for ranking in rankings if type(ranking) not in _STATIC_RANKINGS), None)
+        return next((ranking for ranking in rankings if not _is_static(ranking)), None)
 
     @property
     def head_group(self) -> object:
@@ -831,7 +839,8 @@ def take_decisions(result: Result, forward: RoutedForward) -> None:
 
 def _share_of(ranking: RankingLike, result: Result, forward: RoutedForward) -> float:
     """The part of a run's scores that is left without the rows of the bucket, which count in a mean over text."""
-    if isinstance(ranking, AllText) and ranking.query_reduction == "mean":
+    text = part_of(ranking, AllText)
+    if text is not None and text.query_reduction == "mean":
         return result.most_text / forward.prompt.most_text
     return 1.0
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeAlias
+from numbers import Real
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from .checks import REDUCTIONS, expect_one_of
 from .ref.rank import last_queries
 
 LAYERS = ("this", "previous")
+Kind = TypeVar("Kind")
 
 
 class Norm(NamedTuple):
@@ -327,10 +329,102 @@ class Uniform(Ranking):
     """A baseline: candidates at even distances, in the order of the prompt, whatever the image shows."""
 
     def rank(self, candidates: Candidates) -> Tensor:
-        count, keep = candidates.pool.sum(dim=1, keepdim=True).clamp(min=1), candidates.keep[:, None]
-        # Of n candidates, number i is taken if i * K / n passes a whole number there.
-        taken = (candidates.ordinals + 1) * keep // count > candidates.ordinals * keep // count
-        return taken.float()
+        return evenly(candidates.pool, candidates.keep).float()
 
     def flops(self, decoder, tokens: int, text_tokens: int) -> int:
         return 0
+
+
+def evenly(pool: Tensor, keep: Tensor) -> Tensor:
+    """Candidates at even distances: of n, number i is taken if i * K / n passes a whole number there.
+
+    Args:
+        pool: (B, L) bool, the candidates.
+        keep: (B,) int64, K; at most n.
+
+    Returns:
+        (B, L) bool. It does not depend on padding or on other samples of the batch.
+    """
+    number, keep = pool.cumsum(dim=1), keep[:, None]
+    count = number[:, -1:].clamp(min=1)
+    return pool & (number * keep // count > (number - 1) * keep // count)
+
+
+class _Around(Ranking):
+    """A ranking that takes its scores from another one; `RoutedForward` knows what it adds to them."""
+
+    ranking: RankingLike
+
+    def __post_init__(self):
+        if not callable(getattr(self.ranking, "rank", None)):
+            raise TypeError(
+                f"ranking must be an object such as those of reroute_kernels.rankings, with a method 'rank', got "
+                f"{self.ranking!r}"
+            )
+        if part_of(self.ranking, type(self)) is not None:
+            raise ValueError(f"ranking must hold no {type(self).__name__} itself, got {self.ranking!r}")
+
+    @property
+    def layer(self) -> str:  # type: ignore[override]
+        return getattr(self.ranking, "layer", "this")
+
+    @property
+    def projects(self) -> bool:  # type: ignore[override]
+        return getattr(self.ranking, "projects", False)
+
+    def rank(self, candidates: Candidates) -> Tensor | Attention:
+        return self.ranking.rank(candidates)
+
+    def flops(self, decoder, tokens: int, text_tokens: int) -> int:
+        flops = getattr(self.ranking, "flops", None)
+        if not callable(flops):
+            raise TypeError(f"ranking must have a method 'flops' to be costed, got {self.ranking!r}")
+        return flops(decoder, tokens, text_tokens)
+
+
+def part_of(ranking: Any, kind: type[Kind]) -> Kind | None:
+    """The ranking, or the one within that it takes its scores from, that is of a type; None if none is."""
+    while not isinstance(ranking, kind):
+        if not isinstance(ranking, _Around):
+            return None
+        ranking = ranking.ranking
+    return ranking
+
+
+def _expect_share(name: str, value: object) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Mixed(_Around):
+    """Some candidates at even distances, whatever their scores, and the best of the others.
+
+    Of the K that a decision selects, `trunc(uniform * K)` stand at even distances over the candidates, as `Uniform`
+    takes them; the others are selected by score. So each part of an image is seen, as in the first stage of FEATHER
+    (arXiv 2412.13180).
+
+    Args:
+        ranking: gives the scores.
+        uniform: the share of K, from 0 to 1.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `uniform` is no share, or `ranking` mixes already.
+
+    >>> Mixed(LastQuery(rotary=False), uniform=0.2).count(30)
+    6
+    """
+
+    ranking: RankingLike
+    uniform: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        _expect_share("uniform", self.uniform)
+
+    def count(self, keep: int) -> int:
+        """How many of K are taken at even distances."""
+        return int(self.uniform * keep)

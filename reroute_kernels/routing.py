@@ -16,7 +16,7 @@ from . import ops
 from .attention import Attention
 from .backends import active_backend
 from .policy import Policy
-from .rankings import Candidates, Norm, Projection, RankingLike
+from .rankings import Candidates, Mixed, Norm, Projection, RankingLike, evenly, part_of
 from .trace import DecisionScores
 
 if TYPE_CHECKING:
@@ -160,13 +160,24 @@ class RoutedForward:
         self.lengths = [max(rows) for rows in self.row_lengths]
         ends = [[max(rows)] * len(rows) if pad_left else rows for rows in self.row_lengths]
         lasts = [[end - 1 - after for end, after in zip(rows, prompt.unranked_counts, strict=True)] for rows in ends]
-        self._keep, self.rows, self._last = torch.tensor(
-            [self.selected_counts, self.row_lengths, lasts], device=prompt.visual.device
+        self._even_counts = [self._evenly_selected(stage) for stage in range(len(self.selected_counts))]
+        self._keep, self.rows, self._last, self._even = torch.tensor(
+            [self.selected_counts, self.row_lengths, lasts, self._even_counts], device=prompt.visual.device
         )
         self.kept: list[Tensor] = []
         self._active: TokenSequence | None = None  # the tokens of this stage
         self._scores: Tensor | None = None
         self.scored: list[DecisionScores | None] = []
+
+    def _ranking(self, stage: int) -> RankingLike:
+        """The ranking of the decision that begins a stage."""
+        return self._rankings[stage - self._reduces]
+
+    def _evenly_selected(self, stage: int) -> list[int]:
+        """For each sample how many tokens a stage selects at even distances, whatever their scores."""
+        counts = self.selected_counts[stage]
+        mixed = None if self._reduces and stage == 0 else part_of(self._ranking(stage), Mixed)
+        return [0 if mixed is None else mixed.count(count) for count in counts]
 
     @property
     def active(self) -> TokenSequence:
@@ -187,11 +198,6 @@ class RoutedForward:
     @rotary.setter
     def rotary(self, rotary: tuple[Tensor, ...]) -> None:
         self.active.rotary = rotary
-
-    @property
-    def _ranking(self) -> RankingLike:
-        """The ranking of the next decision."""
-        return self._rankings[len(self.kept) - self._reduces]
 
     def is_ragged(self, stage: int) -> bool:
         """Whether some sample fills its row of this stage up with rows that hold no token."""
@@ -241,11 +247,12 @@ class RoutedForward:
             ranked, self._scores = on_device(hidden.device, self._scores), None
         else:
             ranked = self._rank(source, projection, states)
+        pinned, keep = self._pinned(source, stage)
         index, rows, scores = self._route(
             ranked,
             pool=source.pool,
-            pinned=source.pinned,
-            keep=on_device(hidden.device, self._keep[stage]),
+            pinned=pinned,
+            keep=keep,
             length=self.lengths[stage],
             tensors=(source.hidden, *source.rotary, *carried),
         )
@@ -276,6 +283,14 @@ class RoutedForward:
         self._active = TokenSequence(compact, rotary, pool, pinned, visible, last, kept, parent, index)
         return compact
 
+    def _pinned(self, source: TokenSequence, stage: int) -> tuple[Tensor, Tensor]:
+        """(B, L) bool, tokens that a stage runs whatever their score, and (B,), how many it selects by score."""
+        keep = on_device(source.hidden.device, self._keep[stage])
+        if not any(self._even_counts[stage]):
+            return source.pinned, keep
+        even = on_device(source.hidden.device, self._even[stage])
+        return source.pinned | evenly(source.pool, even), keep - even
+
     def _drops(self, stage: int) -> bool:
         """Whether tokens that a stage does not run are no candidates of later decisions."""
         return self.policy.action == "remove" or (self._reduces and stage == 0)
@@ -285,7 +300,7 @@ class RoutedForward:
 
         That is worth it where a kernel does it. The norm and what is written then take no part in gradients.
         """
-        if not getattr(self._ranking, "projects", False) or torch.compiler.is_compiling():
+        if not getattr(self._ranking(len(self.kept)), "projects", False) or torch.compiler.is_compiling():
             return None
         if active_backend(hidden.device) != "triton" or (torch.is_grad_enabled() and self._has_gradients(hidden)):
             return None
@@ -315,7 +330,7 @@ class RoutedForward:
             _states=states,
         )
         with torch.no_grad():
-            ranked = self._ranking.rank(candidates)
+            ranked = self._ranking(stage).rank(candidates)
         if isinstance(ranked, Attention):
             return ranked
         expected = tuple(source.pool.shape)
@@ -323,7 +338,7 @@ class RoutedForward:
             got = f"{tuple(ranked.shape)} {ranked.dtype}" if isinstance(ranked, Tensor) else type(ranked).__name__
             raise TypeError(
                 f"ranking must give scores {expected} float32, or what candidates.attention returns, got {got} from "
-                f"{self._ranking!r}"
+                f"{self._ranking(stage)!r}"
             )
         return self._combined(ranked.detach(), "mean")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from ..cost import Cost
 from ..notation import policy_text
@@ -45,13 +46,17 @@ def policy_dict(policy: Policy) -> dict[str, object]:
     }
 
 
+def _rule_dict(rule: Any) -> dict[str, object]:
+    """A ranking or reducer by its name and its arguments, one that it holds as well."""
+    values = {each.name: getattr(rule, each.name) for each in fields(rule)}
+    return {"name": type(rule).__name__} | {
+        name: _rule_dict(value) if is_dataclass(value) else value for name, value in values.items()
+    }
+
+
 def _stage_dict(stage: Stage) -> dict[str, object]:
     told: dict[str, object] = {"layer": stage.layer, "keep": stage.keep}
     return told if stage.ranking is None else {**told, "ranking": _rule_dict(stage.ranking)}
-
-
-def _rule_dict(rule: object) -> dict[str, object]:
-    return {"name": type(rule).__name__, **asdict(rule)}
 
 
 def preset_dict(name: Preset, policy: Policy, average: float) -> dict[str, object]:

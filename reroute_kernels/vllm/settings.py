@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..notation import parse_preset, parse_schedule
 from ..policy import Policy
 from ..presets import preset
-from ..rankings import LastQuery
+from ..rankings import LastQuery, Mixed, RankingLike, part_of
 
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "RerouteLlavaForConditionalGeneration",
@@ -23,7 +23,8 @@ SCHEDULER = "reroute_kernels.vllm.scheduler.RoutedScheduler"
 
 _FLAGS = ("own_groups", "trace", "untested_runner")
 _RANKING = ("queries", "query_reduction", "head_reduction", "rotary")
-_KEYS = ("preset", "schedule", "action", *_RANKING, *_FLAGS)
+_BESIDE = ("action", *_RANKING, "uniform")
+_KEYS = ("preset", "schedule", *_BESIDE, *_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Settings:
 
     def __post_init__(self):
         policy = self.policy
-        others = [ranking for ranking in policy.rankings if not isinstance(ranking, LastQuery)]
+        others = [ranking for ranking in policy.rankings if part_of(ranking, LastQuery) is None]
         ahead = [ranking for ranking in policy.rankings if getattr(ranking, "layer", "this") != "this"]
         differing = [ranking for ranking in policy.rankings if ranking != policy.rankings[0]]
         for refused, name, got, accepted in (
             (policy.reducer is not None, "reducer", policy.reducer, "None"),
             (policy.positions != "original", "positions", policy.positions, "'original'"),
             (ahead, "ranking", next(iter(ahead), None), "one of the decision layer, layer='this'"),
-            (others, "ranking", next(iter(others), None), "LastQuery"),
+            (others, "ranking", next(iter(others), None), "LastQuery, in Mixed or alone,"),
             (differing, "ranking", next(iter(differing), None), "the same at every decision"),
         ):
             if refused:
@@ -68,7 +69,7 @@ class Settings:
         Args:
             given: a mapping with `preset` (`"llava-1.5-7b/reroute-fastv/192"`) or `schedule` (`"3:0.25,7:0.25"`) and,
                 beside a schedule, `action`, `queries`, `query_reduction`, `head_reduction` and `rotary` as in `Policy`
-                and `LastQuery`; besides `own_groups`, `trace` and `untested_runner`.
+                and `LastQuery`, `uniform` as in `Mixed`; besides `own_groups`, `trace` and `untested_runner`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: it is no such mapping.
@@ -85,7 +86,7 @@ class Settings:
                 raise TypeError(f"{name} must be true or false, got {given[name]!r}")
         options = {name: given[name] for name in _FLAGS if name in given}
         if "preset" in given:
-            beside = [name for name in ("action", *_RANKING) if name in given]
+            beside = [name for name in _BESIDE if name in given]
             if beside:
                 raise ValueError(f"{beside[0]} must stand beside schedule, got it beside preset {given['preset']!r}")
             try:
@@ -99,18 +100,26 @@ class Settings:
             stages = parse_schedule(given["schedule"])
         except (AttributeError, ValueError) as error:
             raise ValueError(f"schedule must be one like '3:0.25,7:0.25', got {given['schedule']!r}: {error}") from None
-        ranking = LastQuery(**{name: given[name] for name in _RANKING if name in given})
-        return cls(Policy(stages, given.get("action", "reroute"), ranking), **options)
+        return cls(Policy(stages, given.get("action", "reroute"), _ranking(given)), **options)
 
     def as_dict(self) -> dict[str, object]:
         """Inverse of `of`."""
         policy, plain = self.policy, LastQuery()
         used = policy.rankings[0]
         schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in policy.schedule)
-        ranking = {name: getattr(used, name) for name in _RANKING}
-        unusual = {name: value for name, value in ranking.items() if value != getattr(plain, name)}
+        ranking, mixed = part_of(used, LastQuery), part_of(used, Mixed)
+        options = {name: getattr(ranking, name) for name in _RANKING}
+        unusual = {name: value for name, value in options.items() if value != getattr(plain, name)}
+        if mixed is not None:
+            unusual["uniform"] = mixed.uniform
         flags = {name: True for name in _FLAGS if getattr(self, name)}
         return {"schedule": schedule, "action": policy.action, **unusual, **flags}
+
+
+def _ranking(given: Mapping) -> RankingLike:
+    """The ranking that stands beside a schedule."""
+    ranking = LastQuery(**{name: given[name] for name in _RANKING if name in given})
+    return Mixed(ranking, given["uniform"]) if "uniform" in given else ranking
 
 
 def engine_arguments(architecture: str, settings: Settings, max_model_len: int = 4096) -> dict[str, object]:

@@ -7,11 +7,12 @@ layers, so that the model's own work there (DeepStack) happens as usual.
 from __future__ import annotations
 
 import inspect
+import math
 
 import torch
 
 from reroute_kernels.models.adapter import cache_of
-from reroute_kernels.rankings import AllText, KeyNorm, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, Mixed, Random, Uniform
 from tests.models.prompts import IMAGE, VIDEO
 
 FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -94,6 +95,20 @@ def reduced(rows, ranking):
     return rows
 
 
+def at_even_distances(pool, count):
+    return {pool[-(-number * len(pool) // count) - 1] for number in range(1, count + 1)}
+
+
+def best_of(pool, scores, sure):
+    """The pool in the order in which it is selected, those that are taken for sure first."""
+    return sorted(pool, key=lambda row: (row not in sure, -scores[row], row))
+
+
+def unwrapped(ranking):
+    """The ranking that scores, and the share that is taken at even distances."""
+    return (ranking.ranking, ranking.uniform) if isinstance(ranking, Mixed) else (ranking, 0)
+
+
 def murmur(number):
     number &= 0xFFFFFFFF
     number = (number ^ number >> 16) * 0x85EBCA6B & 0xFFFFFFFF
@@ -104,7 +119,7 @@ def murmur(number):
 def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key, past_seen):
     """Scores that a ranking gives the places of `hidden` that are in `pool`, of which `count` will be chosen."""
     if isinstance(ranking, Uniform):
-        taken = {pool[-(-number * len(pool) // count) - 1] for number in range(1, count + 1)}
+        taken = at_even_distances(pool, count)
         return {place: float(place in taken) for place in pool}
     if isinstance(ranking, Random):
         start = (2 * ranking.seed + 1) * 0x9E3779B9 + decision * 0x7F4A7C15
@@ -184,7 +199,7 @@ class SlowWay:
         @torch.no_grad()
         def select(tables, cache, past):
             stage = self.stages[number]
-            ranking = stage.ranking or self.policy.ranking
+            ranking, uniform = unwrapped(stage.ranking or self.policy.ranking)
             ranks = number - 1 if getattr(ranking, "layer", "this") == "previous" else number
             hidden = self.inputs[ranks]
             length = hidden.shape[1]
@@ -211,7 +226,8 @@ class SlowWay:
                 cached_keys(cache, ranks) if past else None,
                 self._seen(cache, ranks, past),
             )
-            chosen = [places[row] for row in sorted(pool, key=lambda row: (-scores[row], row))[:count]]
+            sure = at_even_distances(pool, math.trunc(uniform * count))
+            chosen = [places[row] for row in best_of(pool, scores, sure)[:count]]
             self.scores.append({places[row]: score for row, score in scores.items()})
             if self.policy.action == "remove":
                 self.current = chosen

@@ -15,9 +15,14 @@ from transformers import AutoModelForImageTextToText
 
 import reroute_kernels as rk
 from bench.source_tree import make_importable
-from tests.models.prompts import ACTIONS, GOLDEN, PROMPTS, batch, policy, selections
+from reroute_kernels.rankings import LastQuery, Mixed
+from tests.models.prompts import ACTIONS, GOLDEN, PROMPTS, SCHEDULE, batch, policy, selections
 
 STEPS = 8
+RANKINGS = [
+    ("reroute", LastQuery(rotary=False, head_reduction="max")),
+    ("remove", Mixed(LastQuery(head_reduction="max"), uniform=0.3)),
+]
 
 
 def prompts(family: str) -> dict[str, torch.Tensor]:
@@ -49,6 +54,7 @@ def of_one_family(family: str, folder: str) -> dict[str, object]:
     model = AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float32, tp_plan="auto").eval()
     inputs, rank = prompts(family), torch.distributed.get_rank()
     results: dict[str, object] = {action: run(model, inputs, policy(action)) for action in ACTIONS}
+    results |= {str(ranking): run(model, inputs, rk.Policy(SCHEDULE, action, ranking)) for action, ranking in RANKINGS}
 
     scores = torch.tensor([[0.0, 1.0, 2.0], [4.0, 3.0, 2.0]])[rank][None]
     results["all_gather_scores"] = {

@@ -1,14 +1,14 @@
-"""Rankings without position on three families, against the slow way: a prompt, `generate`, padded batches, turns."""
+"""Rankings without position and mixed ones on three families, against the slow way: `generate`, batches, turns."""
 
 from functools import partial
 
 import pytest
 
-from reroute_kernels.rankings import AllText, LastQuery
+from reroute_kernels.rankings import AllText, LastQuery, Mixed
 from tests.models.families import load
 from tests.models.test_ways import compare, compare_batch, generate, one_image, text_only, turns, two_images
 
-RANKINGS = [LastQuery(rotary=False), AllText(rotary=False)]
+RANKINGS = [LastQuery(rotary=False), AllText(rotary=False), Mixed(LastQuery(rotary=False), uniform=0.3)]
 
 
 @pytest.fixture(params=["llava", "qwen2_5_vl", "qwen3_vl"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import reroute_kernels as rk
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Uniform
 from tests.models.families import load
 from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, offset, selections
 from tests.models.slow_way import SlowWay
@@ -29,6 +29,8 @@ RANKINGS = [
     KeyNorm("previous"),
     Random(3),
     Uniform(),
+    Mixed(LastQuery("previous", rotary=False), uniform=0.4),
+    Mixed(KeyNorm()),
 ]
 
 
@@ -228,11 +230,55 @@ def test_one_row_where_one_is_needed(model, inputs, monkeypatch):
         (lambda: AllText(rotary="no"), TypeError, "rotary must be a bool, got 'no'"),
         (lambda: KeyNorm("last"), ValueError, "layer must be one of 'this', 'previous', got 'last'"),
         (lambda: Random(0.5), TypeError, "seed must be an integer, got 0.5"),
+        (lambda: Mixed(Random(), uniform=1.1), ValueError, "uniform must be from 0 to 1, got 1.1"),
+        (lambda: Mixed(Random(), uniform=True), TypeError, "uniform must be a number, got True"),
+        (
+            lambda: Mixed("chance"),
+            TypeError,
+            "ranking must be an object such as those of reroute_kernels.rankings, with a method 'rank', got 'chance'",
+        ),
+        (
+            lambda: Mixed(Mixed(Uniform())),
+            ValueError,
+            "ranking must hold no Mixed itself, got Mixed(ranking=Uniform(), uniform=0.2)",
+        ),
     ],
 )
 def test_refuses_and_says_why(make, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         make()
+
+
+def test_a_mixed_ranking_is_read_as_the_one_it_holds():
+    held = AllText("previous", query_reduction="max")
+    mixed = Mixed(held, uniform=0.3)
+    assert (mixed.layer, mixed.projects) == ("previous", True)
+    assert rk.Policy(SCHEDULE, ranking=mixed).ranks_by_previous_layer
+    costs = [rk.cost("llava-1.5-7b", rk.Policy(SCHEDULE, ranking=each), 64, 576) for each in (mixed, held)]
+    assert costs[0].prefill_flops == costs[1].prefill_flops
+    assert [mixed.count(keep) for keep in (1, 3, 4, 10)] == [0, 0, 1, 3]
+
+    class Own:
+        def rank(self, candidates):
+            return candidates.hidden[:, :, 0].float()
+
+    assert (Mixed(Own()).layer, Mixed(Own()).projects) == ("this", False)
+    with pytest.raises(TypeError, match="ranking must have a method 'flops' to be costed, got <"):
+        rk.cost("llava-1.5-7b", rk.Policy(SCHEDULE, ranking=Mixed(Own())), 64, 576)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@torch.no_grad()
+def test_a_mixed_ranking_of_all_or_none(model, inputs, action):
+    """With a share of 1 it is `Uniform`, with one of 0 the ranking that it holds; scores are always those of that."""
+    found = []
+    for ranking in (Uniform(), Mixed(KeyNorm(), uniform=1), Mixed(KeyNorm(), uniform=0), KeyNorm()):
+        with rk.apply(model, rk.Policy(SCHEDULE, action, ranking)) as routing:
+            model(**inputs)
+            found.append((selections(routing.trace), routing.trace.stages[0].scores[0].tolist()))
+    assert found[0][0] == found[1][0] != found[2][0]
+    assert found[2] == found[3]
+    assert found[1][1] == found[3][1]
 
 
 def test_a_policy_knows_its_ranking_by_value():

@@ -8,8 +8,8 @@ import torch
 
 import reroute_kernels as rk
 from reroute_kernels.models import hooks
-from tests.models.prompts import ACTIONS, policy
-from tests.models.tensor_parallel_worker import on_two_ranks, prompts, run
+from tests.models.prompts import ACTIONS, SCHEDULE, policy
+from tests.models.tensor_parallel_worker import RANKINGS, on_two_ranks, prompts, run
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +20,17 @@ def ranks(family, tmp_path_factory):
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_equals_one_process(family, model, ranks, action):
-    first, second = (rank[action] for rank in ranks)
+    compare(*(rank[action] for rank in ranks), run(model, prompts(family), policy(action)))
+
+
+@pytest.mark.parametrize(("action", "ranking"), RANKINGS, ids=str)
+def test_other_rankings_equal_one_process(family, model, ranks, action, ranking):
+    expected = run(model, prompts(family), rk.Policy(SCHEDULE, action, ranking))
+    compare(*(rank[str(ranking)] for rank in ranks), expected)
+
+
+def compare(first, second, expected):
     assert first == second
-    expected = run(model, prompts(family), policy(action))
     assert first["selected"] == expected["selected"]
     assert first["tokens"] == expected["tokens"]
     torch.testing.assert_close(torch.tensor(first["logits"]), torch.tensor(expected["logits"]), atol=1e-4, rtol=0)

@@ -7,7 +7,7 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import vllm as plugin
-from reroute_kernels.rankings import KeyNorm, LastQuery
+from reroute_kernels.rankings import KeyNorm, LastQuery, Mixed
 from reroute_kernels.vllm import Settings, engine_arguments, serve_arguments
 from reroute_kernels.vllm.settings import ARCHITECTURES
 
@@ -33,7 +33,7 @@ def test_schedules():
     [
         SCHEDULE,
         SCHEDULE | {"own_groups": True, "queries": 2, "action": "remove"},
-        SCHEDULE | {"rotary": False},
+        SCHEDULE | {"rotary": False, "uniform": 0.3},
     ],
 )
 def test_settings_come_back_from_what_they_write(given):
@@ -56,6 +56,8 @@ def test_settings_come_back_from_what_they_write(given):
         ({"schedule": "3:1.5"}, ValueError, r"keep must be in \(0, 1\], got 1.5 at layer 3"),
         (SCHEDULE | {"action": "delete"}, ValueError, "action must be one of 'reroute', 'remove', got 'delete'"),
         (SCHEDULE | {"rotary": 0}, TypeError, "rotary must be a bool, got 0"),
+        (SCHEDULE | {"uniform": 2}, ValueError, "uniform must be from 0 to 1, got 2"),
+        ({"preset": "llava-1.5-7b/fastv/64", "uniform": 0.2}, ValueError, "uniform must stand beside schedule"),
         (SCHEDULE | {"queries": 0}, ValueError, "queries must be 1 or more, got 0"),
         ({"preset": "llava-1.5-7b/nuwa/64"}, NotImplementedError, "reducer must be None inside vLLM, got Nuwa"),
         (
@@ -72,8 +74,15 @@ def test_refused(given, error, message):
 
 
 def test_other_rankings():
-    with pytest.raises(NotImplementedError, match=r"ranking must be LastQuery inside vLLM, got KeyNorm"):
+    with pytest.raises(NotImplementedError, match=r"ranking must be LastQuery, in .* inside vLLM, got KeyNorm"):
         Settings(rk.Policy([rk.Stage(3, 0.5)], ranking=KeyNorm()))
+    with pytest.raises(NotImplementedError, match=r"ranking must be LastQuery, in .* got Mixed\(ranking=KeyNorm"):
+        Settings(rk.Policy([rk.Stage(3, 0.5)], ranking=Mixed(KeyNorm())))
+
+
+def test_mixed_rankings():
+    settings = Settings.of(SCHEDULE | {"rotary": False, "uniform": 0.3})
+    assert settings.policy.ranking == Mixed(LastQuery(rotary=False), 0.3)
 
 
 def test_rankings_of_stages():
