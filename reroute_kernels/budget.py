@@ -128,7 +128,7 @@ def solve(
 
 def solve_like(config, policy: Policy, **budget) -> Policy:
     """A policy like another one, with its keep ratios as the shape; budget and prompt as in `solve`."""
-    return solve(
+    solved = solve(
         config,
         [stage.layer for stage in policy.schedule],
         [stage.keep for stage in policy.schedule],
@@ -139,6 +139,7 @@ def solve_like(config, policy: Policy, **budget) -> Policy:
         rankings=[stage.ranking for stage in policy.schedule],
         **budget,
     )
+    return replace(solved, align=policy.align)  # which costs no matrix products
 
 
 def _the_budget(**given: float | None) -> tuple[str, float]:

@@ -241,6 +241,18 @@ def check_norm(full: Tensor, index: Tensor | None, compact: Tensor | None, weigh
         raise _refused("weight", weight, f"({full.shape[2]},) {full.dtype} on {full.device}, as full is")
 
 
+def check_align(full: Tensor, index: Tensor, compact: Tensor, pool: Tensor) -> None:
+    """Refuse tensors that `align_tokens_` does not accept.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    if full.ndim != 3 or full.dtype not in FLOATING:
+        raise _refused("full", full, "(B, L, d) float32, float16 or bfloat16")
+    check_scatter(full, index, compact)
+    check_flags("pool", pool, tuple(full.shape[:2]), full.device)
+
+
 def check_written(full: Tensor) -> None:
     """Refuse a tensor that cannot be written row by row: one that holds an element twice, as expanded views do.
 

@@ -90,6 +90,16 @@ def _scatter_fake(full, index, compact):
     checks.check_scatter(full, index, compact)
 
 
+def _align(full, index, compact, pool):
+    _expect_writable(full)
+    operations_for(full.device).align_tokens_(full, index, compact, pool)
+    note_write(full)
+
+
+def _align_fake(full, index, compact, pool):
+    checks.check_align(full, index, compact, pool)
+
+
 def _scatter_norm(full, index, compact, weight, eps, one_plus):
     _expect_writable(full)
     operations = operations_for(full.device)
@@ -132,6 +142,7 @@ _register(
     _route_fake,
 )
 _register("scatter_tokens_(Tensor(a!) full, Tensor index, Tensor compact) -> ()", _scatter, _scatter_fake)
+_register("align_tokens_(Tensor(a!) full, Tensor index, Tensor compact, Tensor pool) -> ()", _align, _align_fake)
 _register(
     "scatter_norm_tokens_(Tensor(a!) full, Tensor index, Tensor compact, Tensor weight, float eps, bool one_plus) "
     "-> Tensor",

@@ -1,8 +1,9 @@
 """Policies as text, one grammar for Python, the command line, lmms-eval and vLLM.
 
 A policy is the name of a preset, `model/method/avg_tokens` or `method/avg_tokens` if the model is known, or a schedule:
-decision layers with their keep ratios, `3:0.25,7:0.25`, with `remove:` before it if tokens that are not selected are
-removed. Stages are joined by `,`, or by `+` if commas separate arguments.
+decision layers with their keep ratios, `3:0.25,7:0.25`. `remove:` stands before it if tokens that are not selected are
+removed, `align-stage:` if deferred ones are aligned when the next decision begins. Stages are joined by `,`, or by `+`
+if commas separate arguments.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from .checks import expect_one_of
 from .policy import ACTIONS, Policy, Stage
 from .presets import MODELS, Preset, PublishedModel, layers_of, model_of, preset
+
+_ALIGN = "align-"
 
 
 def parse_schedule(text: str) -> tuple[Stage, ...]:
@@ -69,7 +72,7 @@ def parse_policy(text: str, model: object = None) -> Policy:
 
 
 def _accepted(model: object) -> str:
-    schedule = "a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes)"
+    schedule = "a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes, align-stage:3:0.25 aligns)"
     if published_model(model) is not None:
         return f"a preset like reroute-fastv/192 or {schedule}"
     if model is None:
@@ -81,6 +84,8 @@ def read_policy(text: str, model: object = None) -> Policy:
     """As `parse_policy`, with errors that tell the reason alone, for callers that take other texts, too."""
     if ":" in text:
         prefix, _, schedule = text.partition(":")
+        if prefix.startswith(_ALIGN):
+            return Policy(parse_schedule(schedule), align=prefix.removeprefix(_ALIGN))
         if prefix.isalpha():
             expect_one_of(action=(prefix, ACTIONS))
             return Policy(parse_schedule(schedule), prefix)
@@ -110,10 +115,12 @@ def _check_layers(name: Preset, model: object) -> None:
 def is_plain(policy: Policy) -> bool:
     """Whether a policy has default rankings and positions and no reducer, so that `policy_text` says all of it."""
     stages = [Stage(stage.layer, stage.keep) for stage in policy.schedule]
-    return bool(stages) and policy == Policy(stages, policy.action)
+    return bool(stages) and policy == Policy(stages, policy.action, align=policy.align)
 
 
 def policy_text(policy: Policy) -> str:
     """Schedule of a policy as text; inverse of `parse_policy` if `is_plain(policy)`."""
     schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in policy.schedule)
+    if policy.align is not None:
+        return f"{_ALIGN}{policy.align}:{schedule}"
     return schedule if policy.action == "reroute" else f"{policy.action}:{schedule}"

@@ -431,6 +431,47 @@ def _expect_no_negation(full: Tensor) -> None:
         raise ValueError("full must not be a lazily negated view, got one: write to a copy of it")
 
 
+def align_tokens_(full: Tensor, index: Tensor, compact: Tensor, pool: Tensor) -> Tensor:
+    """Write compact rows back in place, and add the mean change of the candidates among them to the other candidates.
+
+    So tokens that waited follow the tokens that ran, in two launches. The mean is taken in float32, sample by sample,
+    in one order at every call. Differentiable in `full` and `compact`: where gradients are needed, PyTorch's own
+    operators run.
+
+    Args:
+        full: (B, L, d), float32, float16 or bfloat16, as it was before the rows changed; written in place; no two
+            elements may share memory.
+        index: (B, M) int64, as in `scatter_norm_tokens_`: each row ascends, but for what fills it up.
+        compact: (B, M, d), the changed rows; same dtype and device as `full`.
+        pool: (B, L) bool, the candidates. Those that `index` does not name receive the mean of `compact` less `full`
+            over those that it names; nothing is added in a sample where it names none.
+
+    Returns:
+        `full`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a shape, dtype, device or memory layout is not accepted.
+
+    >>> full, index = torch.zeros(1, 4, 1), torch.tensor([[0, 1, 3]])
+    >>> pool = torch.tensor([[True, True, True, False]])  # the last token is text
+    >>> align_tokens_(full, index, torch.tensor([[[1.0], [3.0], [9.0]]]), pool)[0, :, 0]
+    tensor([1., 3., 2., 9.])
+    """
+    operations = _direct((full, index, compact, pool))
+    if operations is not None and _can_write(full, index, compact):
+        operations.align_tokens_(full, index, compact, pool)
+        library.note_write(full)
+        return full
+    for name, tensor in (("full", full), ("index", index), ("compact", compact), ("pool", pool)):
+        expect_tensor(name, tensor)
+    _expect_no_negation(full)
+    if _differentiated_by_torch() or _needs_gradient(full, compact):
+        return ref.align_tokens_(full, index, compact, pool)
+    torch.ops.reroute_kernels.align_tokens_(full, index, compact, pool)
+    return full
+
+
 def scatter_norm_tokens_(
     full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, eps: float, *, one_plus: bool = False
 ) -> Tensor:

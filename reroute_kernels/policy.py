@@ -16,6 +16,7 @@ from .reducers import ReducerLike
 
 ACTIONS = ("reroute", "remove")
 POSITIONS = ("original", "contiguous")
+ALIGNMENTS = (None, "stage")
 
 LAST_QUERY = LastQuery()
 """The default ranking."""
@@ -116,11 +117,15 @@ class Policy:
             before the language model runs, and the rest is the pool of all decisions. Keep ratios stay relative to all
             visual tokens of the prompt, the dropped ones included.
         budget: the budget that the schedule was solved for, if it was. Does not take part in comparisons.
+        align: what becomes of the hidden states of deferred tokens. None: they stay as they are. `"stage"`, under
+            `reroute` alone: when the next decision begins, each receives the mean change that the layers since the last
+            one made to the candidates of its sample that ran. After the last stage nothing is added.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with a reducer or with a
-            ranking by the previous layer there; or a name is unknown.
+            ranking by the previous layer there; a name is unknown; or `align` is given under another action than
+            `reroute`.
 
     >>> policy = Policy([Stage(layer=3, keep=0.25), Stage(layer=7, keep=0.1)], action="remove")
     >>> policy.selected_counts(visual_tokens=576)
@@ -133,13 +138,20 @@ class Policy:
     positions: str = "original"
     reducer: ReducerLike | None = None
     budget: Budget | None = field(default=None, compare=False, repr=False)
+    align: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "ranking", _accepted_ranking(self.ranking))
         self._check_schedule()
         if self.reducer is not None:
             _with_method("reducer", self.reducer, "reduce")
-        expect_one_of(action=(self.action, ACTIONS), positions=(self.positions, POSITIONS))
+        expect_one_of(
+            action=(self.action, ACTIONS), positions=(self.positions, POSITIONS), align=(self.align, ALIGNMENTS)
+        )
+        if self.align is not None and self.action != "reroute":
+            raise ValueError(
+                f"align must be None under the action {self.action!r}, which defers no tokens, got {self.align!r}"
+            )
         if self.schedule and self.schedule[0].layer == 0:
             self._check_first_layer()
 

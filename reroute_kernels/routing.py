@@ -93,8 +93,12 @@ class TokenSequence:
         if self.parent is not None:
             self.parent.move(device)
 
-    def write_back(self, norm: Norm | None = None) -> tuple[TokenSequence, Tensor | None]:
+    def write_back(self, norm: Norm | None = None, aligns: bool = False) -> tuple[TokenSequence, Tensor | None]:
         """Put the hidden states at their positions in the parent.
+
+        Args:
+            norm: of the parent's hidden states, to be computed with it; None without one.
+            aligns: whether the other candidates follow the mean change of those that are written.
 
         Returns:
             The parent, and (B, L, d), the norm of its hidden states, or None without one.
@@ -104,6 +108,9 @@ class TokenSequence:
         assert index is not None
         if not parent.owned:
             parent.hidden, parent.owned = parent.hidden.clone(), True
+        if aligns:
+            parent.hidden = ops.align_tokens_(parent.hidden, index, self.hidden, parent.pool)
+            return parent, parent.normed(norm)
         if norm is None:
             parent.hidden = ops.scatter_tokens_(parent.hidden, index, self.hidden)
             return parent, None
@@ -391,7 +398,7 @@ class RoutedForward:
             return full, full.normed(norm)
         active.take(hidden)
         if not self._drops(len(self.kept) - 1):
-            return active.write_back(norm)
+            return active.write_back(norm, aligns=self.policy.align == "stage")
         if self.policy.action == "remove":  # the tokens that a reducer left are written back once, at the end
             active.write_back()
         return active, active.normed(norm)

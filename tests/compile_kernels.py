@@ -78,6 +78,12 @@ def scatter_norm(width, dtype, kept=200, **options):
     kernels.scatter_norm_tokens_(full, index if kept else None, compact if kept else None, weight, 1e-6, **options)
 
 
+def align(width, dtype, kept=200):
+    index, compact = torch.empty(2, kept, dtype=torch.int64), torch.empty(2, kept, width, dtype=dtype)
+    full, pool = torch.empty(2, 640, width, dtype=dtype), torch.empty(2, 640, dtype=torch.bool)
+    kernels.align_tokens_(full, index, compact, pool)
+
+
 MAXIMA = {"query_reduction": "max", "head_reduction": "max"}
 CASES = {
     "llava-1.5-7b float32": lambda: rank(32, 32, 128, 128, torch.float32),
@@ -117,6 +123,10 @@ CASES = {
     "norm 16384 float32": lambda: scatter_norm(16384, torch.float32),
     "norm 16384 bfloat16": lambda: scatter_norm(16384, torch.bfloat16, kept=4096, one_plus=True),
     "norm 4095 bfloat16": lambda: scatter_norm(4095, torch.bfloat16),
+    "llava alignment 4096 bfloat16": lambda: align(4096, torch.bfloat16),
+    "long qwen alignment 3584 bfloat16": lambda: align(3584, torch.bfloat16, kept=4096),
+    "alignment 4096 float32": lambda: align(4096, torch.float32),
+    "alignment 4095 bfloat16": lambda: align(4095, torch.bfloat16),
 }
 
 

@@ -37,6 +37,12 @@ ACCEPTED = {
     "gather_tokens": {"index": positions(2, 3), "tensors": (zeros(2, 20, 4), zeros(2, 20))},
     "scatter_tokens_": {"full": zeros(2, 20, 4), "index": positions(2, 3) - 1, "compact": zeros(2, 3, 4)},
     "route_tokens": {**RANKING, **SELECTION, "tensors": (zeros(2, 20, 4),)},
+    "align_tokens_": {
+        "full": zeros(2, 20, 4),
+        "index": positions(2, 3) - 1,
+        "compact": zeros(2, 3, 4),
+        "pool": flags(2, 20),
+    },
     "scatter_norm_tokens_": {
         "full": zeros(2, 20, 4),
         "index": positions(2, 3) - 1,
@@ -81,6 +87,15 @@ REFUSED = [
     ("route_tokens", "keep", positions(3)),
     ("route_tokens", "tensors", (zeros(2, 10, 4),)),
     ("route_tokens", "tensors", (zeros(2, 20, 4), zeros(2, 10, 4))),
+    ("align_tokens_", "full", zeros(2, 20, 4).double()),
+    ("align_tokens_", "full", zeros(2, 20)),
+    ("align_tokens_", "full", zeros(1, 20, 4)),
+    ("align_tokens_", "index", positions(4, 3)),
+    ("align_tokens_", "index", positions(2, 3).int()),
+    ("align_tokens_", "compact", zeros(2, 2, 4)),
+    ("align_tokens_", "compact", zeros(2, 3, 4).half()),
+    ("align_tokens_", "pool", zeros(2, 20)),
+    ("align_tokens_", "pool", flags(2, 3)),
     ("scatter_norm_tokens_", "index", positions(4, 3)),
     ("scatter_norm_tokens_", "full", zeros(2, 20, 5)),
     ("scatter_norm_tokens_", "full", zeros(1, 20, 4)),
@@ -160,9 +175,9 @@ def test_refused_where_shapes_are_asked_for(name, argument, value):
 def test_tensors_are_checked_once(name, monkeypatch, device):
     """Tensors are checked right before memory is touched and only there: twice would cost the host twice."""
     counted = []
-    for check in ("check_ranking", "check_selection", "check_gather", "check_scatter", "check_norm"):
+    for check in ("check_ranking", "check_selection", "check_gather", "check_scatter", "check_norm", "check_align"):
         for module in (rk.ref, rk.triton):
-            for part in ("rank", "select", "gather", "scatter", "scatter_norm"):
+            for part in ("rank", "select", "gather", "scatter", "scatter_norm", "align"):
                 target = f"{module.__name__}.{part}.{check}"
                 original = getattr(checks, check)
 
@@ -188,6 +203,7 @@ def test_tensors_are_checked_once(name, monkeypatch, device):
         "scatter_tokens_": ["check_scatter"],
         "route_tokens": ["check_ranking", "check_selection", "check_gather"],
         "scatter_norm_tokens_": ["check_norm", "check_scatter"],
+        "align_tokens_": ["check_align"],
     }
     assert counted == expected[name]
 
@@ -206,7 +222,7 @@ def test_scatter_where_inputs_lie_in_what_is_written(device, backend, dtype):
     assert torch.equal(memory, expected)
 
 
-@pytest.mark.parametrize("name", ["scatter_tokens_", "scatter_norm_tokens_"])
+@pytest.mark.parametrize("name", ["scatter_tokens_", "scatter_norm_tokens_", "align_tokens_"])
 @pytest.mark.parametrize("way", WAYS)
 def test_writing_to_elements_that_share_memory_is_refused(way, name, launches):
     full = zeros(2, 1, 4).expand(2, 20, 4)

@@ -51,6 +51,11 @@ def test_tokens_of_every_layer():
     assert rk.cost.visual_tokens_per_layer(policy, 6, 100) == [100, 100, 50, 28, 28, 28]
 
 
+def test_an_alignment_has_no_matrix_products():
+    policy = Policy([Stage(2, 0.5), Stage(3, 0.29)])
+    assert rk.cost("llava-1.5-7b", replace(policy, align="stage")) == rk.cost("llava-1.5-7b", policy)
+
+
 def test_reducers_come_first():
     reducer = Nuwa(keep=0.4, per_cell=2)
     policy = Policy([Stage(2, 0.5), Stage(3, 0.29), Stage(4, 0.2)], reducer=reducer)

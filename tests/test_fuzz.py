@@ -226,7 +226,23 @@ def check_scatter_norm(case):
     torch.testing.assert_close(normed, expected, atol=atol, rtol=rtol, equal_nan=True)
 
 
-CHECKS = [check_rank, check_select, check_gather, check_scatter, check_route, check_scatter_norm]
+def check_align(case):
+    batch, length, width = case.random.randint(0, 3), case.size(70), case.size(300)
+    dtype = case.random.choice([torch.float32, torch.float16])
+    index = case.index(batch, length)
+    if case.chance(0.3):
+        index = torch.where(index < length, index, -1).sort().values  # filled up on the left
+    full, compact = (torch.randn(batch, rows, width).to(case.device, dtype) for rows in (length, index.shape[1]))
+    pool = torch.rand(batch, length, device=case.device) < case.random.random()
+    full, compact = case.laid_out(full, WRITABLE_LAYOUTS), case.laid_out(compact)
+    aligned = rk.ref.align_tokens_(full.clone(memory_format=torch.contiguous_format), index, compact, pool)
+    rk.triton.align_tokens_(full, index, compact, pool)
+    # Sums in another order may round either way.
+    atol, rtol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-3, 2e-3)
+    torch.testing.assert_close(full, aligned, atol=atol, rtol=rtol)
+
+
+CHECKS = [check_rank, check_select, check_gather, check_scatter, check_route, check_scatter_norm, check_align]
 
 
 def pytest_generate_tests(metafunc):

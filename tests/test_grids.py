@@ -77,6 +77,9 @@ def test_rows_that_no_grid_holds(device, launches, monkeypatch):
     full = torch.zeros(1, 4, 2 * 2048 + 1, device=device)
     with pytest.raises(ValueError, match="of at most 4096 elements for this backend, got 2 rows of 4097 elements"):
         rk.triton.scatter_tokens_(full, index, wide[:, :2])
+    pool = torch.zeros(1, 4, dtype=torch.bool, device=device)
+    with pytest.raises(ValueError, match="for this backend, got 4 rows of 4097 elements"):
+        rk.triton.align_tokens_(full, index, wide[:, :2], pool)
     monkeypatch.setattr(launch, "MAX_FIRST_PROGRAMS", 1)
     with pytest.raises(ValueError, match=r"must have at most 1 rows of .*, got 2 rows of 4 elements"):
         rk.triton.gather_tokens(index, wide[..., :4])

@@ -130,6 +130,17 @@ def test_a_norm_touches_its_tensors_alone(device, accesses, monkeypatch, fan, wr
     assert accesses.masks == {np.dtype(bool)}
 
 
+@pytest.mark.parametrize("fan", [512, 2])
+def test_an_alignment_touches_its_tensors_alone(device, accesses, monkeypatch, fan):
+    for module in (rk.triton.scatter_norm, rk.triton.align):
+        monkeypatch.setattr(module, "FAN", fan)
+    index = torch.tensor([[0, 19, 20, -2, 2**40], [-(2**63), -1, 3, 5, 2**63 - 1]], device=device)
+    full, compact = (torch.randn(2, rows, 33, device=device) for rows in (20, 5))
+    rk.triton.align_tokens_(full, index, compact, torch.arange(20, device=device).expand(2, -1) % 3 > 0)
+    assert accesses.count > 0
+    assert accesses.masks == {np.dtype(bool)}
+
+
 def test_the_check_sees_what_lies_outside(device, accesses):
     inside = torch.zeros(8, device=device)
     accesses.launched((inside[:4],))

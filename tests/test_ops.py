@@ -8,7 +8,15 @@ import torch
 
 import reroute_kernels as rk
 
-NAMES = ["rank_tokens", "select_tokens", "gather_tokens", "scatter_tokens_", "route_tokens", "scatter_norm_tokens_"]
+NAMES = [
+    "rank_tokens",
+    "select_tokens",
+    "gather_tokens",
+    "scatter_tokens_",
+    "route_tokens",
+    "scatter_norm_tokens_",
+    "align_tokens_",
+]
 
 
 @pytest.fixture(params=["ref", "triton"])
@@ -48,6 +56,12 @@ def arguments(device):
             "index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device),
             "compact": torch.randn(2, 3, 16, device=device),
         },
+        "align_tokens_": {
+            "full": torch.randn(2, 20, 16, device=device),
+            "index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device),
+            "compact": torch.randn(2, 3, 16, device=device),
+            "pool": (~flags).expand(2, 20),
+        },
         "scatter_norm_tokens_": {
             "full": torch.randn(2, 20, 16, device=device),
             "index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device),
@@ -83,7 +97,7 @@ def test_wrapper_equals_every_backend(arguments, backend, name):
     results = call(rk.ops, name, arguments[name])
     for module in (getattr(rk, backend), rk.ref):
         for actual, expected in zip(results, call(module, name, arguments[name]), strict=True):
-            exact = name not in ("rank_tokens", "scatter_norm_tokens_")
+            exact = name not in ("rank_tokens", "scatter_norm_tokens_", "align_tokens_")
             torch.testing.assert_close(actual, expected, atol=0 if exact else 1e-5, rtol=0)
 
 
@@ -195,7 +209,9 @@ def test_compiled_by_default_equals_eager(arguments, name):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static-shapes", "dynamic-shapes"])
-@pytest.mark.parametrize("name", ["gather_tokens", "scatter_tokens_", "route_tokens", "scatter_norm_tokens_"])
+@pytest.mark.parametrize(
+    "name", ["gather_tokens", "scatter_tokens_", "route_tokens", "scatter_norm_tokens_", "align_tokens_"]
+)
 def test_compiled_gradients_equal_eager(arguments, backend, name, dynamic):
     """In one graph, the backward pass included."""
 
@@ -205,7 +221,7 @@ def test_compiled_gradients_equal_eager(arguments, backend, name, dynamic):
             for each, value in arguments[name].items()
         }
         inputs = [t for t in values.get("tensors", ()) if t.requires_grad]
-        if name.startswith("scatter"):
+        if name.startswith(("scatter", "align")):
             inputs = [values["full"].detach().requires_grad_(), values["compact"].detach().requires_grad_()]
             values |= {"full": inputs[0] * 1, "compact": inputs[1]}
         outputs = [t for t in function(values) if t.requires_grad]

@@ -97,6 +97,7 @@ def test_policies_are_values():
     policy = Policy(STAGES)
     assert hash(policy) == hash(Policy(tuple(STAGES)))
     assert policy != Policy(STAGES, action="remove")
+    assert policy != Policy(STAGES, align="stage")
     with pytest.raises(dataclasses.FrozenInstanceError):
         policy.action = "remove"
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -125,6 +126,12 @@ def test_policies_are_values():
             {"ranking": "random"},
             ValueError,
             "ranking must be 'last_query' or an object such as those of reroute_kernels.rankings, got 'random'",
+        ),
+        ({"align": "token"}, ValueError, "align must be one of None, 'stage', got 'token'"),
+        (
+            {"align": "stage", "action": "remove"},
+            ValueError,
+            "align must be None under the action 'remove', which defers no tokens, got 'stage'",
         ),
         ({"positions": None}, ValueError, "positions must be one of 'original', 'contiguous', got None"),
     ],

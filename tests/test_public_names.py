@@ -8,6 +8,7 @@ import pytest
 import reroute_kernels as rk
 
 OPERATIONS = [
+    "align_tokens_",
     "gather_tokens",
     "rank_tokens",
     "route_tokens",
@@ -49,6 +50,7 @@ def test_operations_of_every_backend():
 def test_signatures():
     signatures = {name: str(inspect.signature(getattr(rk.ops, name))).replace("'", "") for name in OPERATIONS}
     assert signatures == {
+        "align_tokens_": "(full: Tensor, index: Tensor, compact: Tensor, pool: Tensor) -> Tensor",
         "gather_tokens": "(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]",
         "rank_tokens": f"({RANKING}) -> Tensor",
         "route_tokens": f"({RANKING}, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, length: int, "
@@ -63,7 +65,9 @@ def test_signatures():
 
 
 @pytest.mark.parametrize("module", [rk.ref, rk.triton], ids=["ref", "triton"])
-@pytest.mark.parametrize("name", ["gather_tokens", "rank_tokens", "scatter_norm_tokens_", "scatter_tokens_"])
+@pytest.mark.parametrize(
+    "name", ["align_tokens_", "gather_tokens", "rank_tokens", "scatter_norm_tokens_", "scatter_tokens_"]
+)
 def test_backends_have_the_same_signatures(module, name):
     assert inspect.signature(getattr(module, name)) == inspect.signature(getattr(rk.ops, name))
 

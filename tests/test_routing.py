@@ -29,9 +29,9 @@ class EveryOther:
         raise NotImplementedError
 
 
-def forward(action, reduces=False):
+def forward(action, reduces=False, **options):
     reducer = EveryOther() if reduces else None
-    policy = rk.Policy(STAGES, action, ranking=Positions(), reducer=reducer)
+    policy = rk.Policy(STAGES, action, ranking=Positions(), reducer=reducer, **options)
     marks = None
     if reduces:
         dropped = VISUAL & (torch.arange(VISUAL.shape[1]) % 2 == 0)
@@ -111,3 +111,31 @@ def test_what_is_added_reaches_tokens_that_wait(action, reduces):
     if action == "reroute" and not reduces:
         assert torch.equal(full, times * addition)
     assert torch.equal(hidden, held)
+
+
+@pytest.mark.parametrize("reduces", [False, True], ids=["", "reducer"])
+def test_tokens_that_wait_follow_those_that_ran(reduces):
+    """By the mean change of the visual tokens alone, when the next decision begins, and not after the last stage."""
+    routed = forward("reroute", reduces, align="stage")
+    hidden, steps = torch.zeros(1, 11, 1), torch.tensor([1.0, 100.0, 10_000.0])
+    held = hidden.clone()
+    if reduces:
+        hidden = routed.decide(hidden, (), None) + steps[2]
+    expected = torch.zeros(11)
+    for stage, step in enumerate(steps[:2].tolist()):
+        compact = routed.decide(hidden, (), None)
+        kept = routed.kept[-1][0]
+        is_visual = VISUAL[0, kept]
+        change = step * (torch.arange(len(kept)) + 1) * torch.where(is_visual, 1.0, 50.0)
+        waiting = VISUAL[0].clone()
+        waiting[kept] = False
+        if reduces:
+            waiting &= torch.arange(11) % 2 == 1
+        if stage == 0:
+            expected[waiting] += change[is_visual].mean()
+        expected[kept] += change
+        hidden = compact + change[None, :, None]
+    if reduces:
+        expected[routed.kept[0][0]] += steps[2]
+    assert torch.equal(routed.finish(hidden)[0, :, 0], expected)
+    assert torch.equal(held, torch.zeros(1, 11, 1))

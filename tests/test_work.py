@@ -124,6 +124,13 @@ def test_a_write_back_with_the_norm_is_one_launch(device, work, writes):
     assert work(lambda: rk.ops.scatter_norm_tokens_(full, *given, weight, 1e-6)) == (["normalize_rows"], {})
 
 
+def test_an_alignment_is_two_launches_and_nothing_else(device, work):
+    full, compact = torch.randn(2, 30, 8, device=device), torch.randn(2, 3, 8, device=device)
+    index = torch.tensor([[0, 3, 4], [2, 5, -1]], device=device)
+    pool = (torch.arange(30, device=device) % 3 > 0).repeat(2, 1)
+    assert work(lambda: rk.ops.align_tokens_(full, index, compact, pool)) == (["sum_changes", "follow_changes"], {})
+
+
 def test_the_count_sees_transfers_and_other_work(device, work):
     numbers = torch.ones(3, device=device)
     if HAS_GPU:

@@ -135,7 +135,7 @@ def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ..
     except (ValueError, TypeError) as error:
         raise DemoError(first_line(error)) from None
     if ":" in text:
-        both = [replace(policy, action=action) for action in ("remove", "reroute")]
+        both = [replace(policy, action="remove", align=None), replace(policy, action="reroute")]
         return tuple((policy_text(each), each) for each in both)
     known = model_of(config)
     name = parse_preset(text, known and known.name)

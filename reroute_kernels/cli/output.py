@@ -15,7 +15,8 @@ from ..roofline import decode_seconds, prefill_seconds
 def policy_python(policy: Policy) -> str:
     """A line of Python that builds such a policy."""
     schedule = ", ".join(f"rk.Stage({stage.layer}, {stage.keep!r})" for stage in policy.schedule)
-    return f'policy = rk.Policy([{schedule}], "{policy.action}")'
+    align = "" if policy.align is None else f', align="{policy.align}"'
+    return f'policy = rk.Policy([{schedule}], "{policy.action}"{align})'
 
 
 def budget_text(budget: Budget) -> str:
@@ -41,6 +42,7 @@ def policy_dict(policy: Policy) -> dict[str, object]:
         "schedule": [_stage_dict(stage) for stage in policy.schedule],
         "action": policy.action,
         "positions": policy.positions,
+        "align": policy.align,
         "ranking": _rule_dict(policy.ranking),
         "reducer": policy.reducer and _rule_dict(policy.reducer),
     }

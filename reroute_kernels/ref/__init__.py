@@ -1,6 +1,7 @@
 """The operations in plain PyTorch: the specification of every other backend."""
 
 from ..decision import in_steps, route_tokens_by
+from .align import align_tokens_
 from .gather import gather_tokens
 from .rank import rank_tokens
 from .scatter import scatter_tokens_
@@ -9,4 +10,12 @@ from .select import select_tokens
 
 route_tokens = route_tokens_by(in_steps(rank_tokens, select_tokens, gather_tokens))
 
-__all__ = ["gather_tokens", "rank_tokens", "route_tokens", "scatter_norm_tokens_", "scatter_tokens_", "select_tokens"]
+__all__ = [
+    "align_tokens_",
+    "gather_tokens",
+    "rank_tokens",
+    "route_tokens",
+    "scatter_norm_tokens_",
+    "scatter_tokens_",
+    "select_tokens",
+]

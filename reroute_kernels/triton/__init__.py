@@ -1,5 +1,6 @@
 """The operations as Triton kernels, for CUDA and ROCm devices, or for the CPU under Triton's interpreter."""
 
+from .align import align_tokens_
 from .gather import gather_tokens
 from .rank import rank_tokens
 from .route import route_tokens
@@ -7,4 +8,12 @@ from .scatter import scatter_tokens_
 from .scatter_norm import scatter_norm_tokens_
 from .select import select_tokens
 
-__all__ = ["gather_tokens", "rank_tokens", "route_tokens", "scatter_norm_tokens_", "scatter_tokens_", "select_tokens"]
+__all__ = [
+    "align_tokens_",
+    "gather_tokens",
+    "rank_tokens",
+    "route_tokens",
+    "scatter_norm_tokens_",
+    "scatter_tokens_",
+    "select_tokens",
+]

@@ -1,4 +1,4 @@
-"""Order of launches, sizes of grids and blocks, and rows that a kernel can address."""
+"""Order of launches, sizes of grids and blocks, rows that a kernel can address, and entries that it looks for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,29 @@ def _wait_for_launches_before(FOLLOWS: tl.constexpr):
     if FOLLOWS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _entry_of(entries, position, index_length, FAN: tl.constexpr, LEVELS: tl.constexpr):
+    """Place of a position in an ascending row of an index, counted from 1; 0 if the row has no such entry.
+
+    Fillers are passed over: negative entries on the left, and entries outside the sequence on the right.
+    """
+    # A row that begins with a negative entry is filled up on the left. Otherwise negative ones stand on the right,
+    # and count as large, so that the row ascends.
+    smallest = tl.where(tl.load(entries) < 0, -(2**63), 0)
+    begin = tl.zeros((), tl.int64)
+    found = begin
+    for level in tl.static_range(LEVELS):
+        # The last entry of each part of the row; the parts that end before the position are passed over.
+        last = begin + (tl.arange(0, FAN).to(tl.int64) + 1) * FAN ** (LEVELS - 1 - level) - 1
+        entry = tl.load(entries + last, mask=last < index_length, other=-1)
+        if level < LEVELS - 1:
+            passed = (entry < position) & (entry >= smallest) & (last < index_length)
+            begin += tl.sum(passed.to(tl.int64)) * FAN ** (LEVELS - 1 - level)
+        else:
+            found = tl.max(tl.where(entry == position, last + 1, 0))
+    return found
 
 
 def as_stored(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_norm, check_scatter, check_written
 from ..ref.scatter_norm import norm_tokens
-from .launch import MAX_FIRST_PROGRAMS, _wait_for_launches_before, as_rows, as_stored, next_power_of_2
+from .launch import MAX_FIRST_PROGRAMS, _entry_of, _wait_for_launches_before, as_rows, as_stored, next_power_of_2
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 from .scatter import _may_overlap, scatter_tokens_
 
@@ -47,21 +47,7 @@ def normalize_rows(
     mask = columns < WIDTH
     target = full + sample * stride_full_b + position * stride_full_l
     if LEVELS > 0:
-        entries = index + sample * index_length
-        # A row that begins with a negative entry is filled up on the left. Otherwise negative ones stand on the right,
-        # and count as large, so that the row ascends.
-        smallest = tl.where(tl.load(entries) < 0, -(2**63), 0)
-        begin = tl.zeros((), tl.int64)
-        found = begin
-        for level in tl.static_range(LEVELS):
-            # The last entry of each part of the row; the parts that end before the position are passed over.
-            last = begin + (tl.arange(0, FAN).to(tl.int64) + 1) * FAN ** (LEVELS - 1 - level) - 1
-            entry = tl.load(entries + last, mask=last < index_length, other=-1)
-            if level < LEVELS - 1:
-                passed = (entry < position) & (entry >= smallest) & (last < index_length)
-                begin += tl.sum(passed.to(tl.int64)) * FAN ** (LEVELS - 1 - level)
-            else:
-                found = tl.max(tl.where(entry == position, last + 1, 0))
+        found = _entry_of(index + sample * index_length, position, index_length, FAN, LEVELS)
         if found > 0:
             source = compact + sample * stride_compact_b + (found - 1) * stride_compact_m
             values = tl.load(source + columns, mask=mask, other=0)

@@ -55,6 +55,7 @@ class Settings:
         for refused, name, got, accepted in (
             (policy.reducer is not None, "reducer", policy.reducer, "None"),
             (policy.positions != "original", "positions", policy.positions, "'original'"),
+            (policy.align is not None, "align", policy.align, "None"),
             (ahead, "ranking", next(iter(ahead), None), "one of the decision layer, layer='this'"),
             (others, "ranking", next(iter(others), None), "LastQuery, in Mixed or alone,"),
             (differing, "ranking", next(iter(differing), None), "the same at every decision"),

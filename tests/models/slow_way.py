@@ -193,7 +193,7 @@ class SlowWay:
         self.current = visual[:-1].nonzero().flatten().tolist()
         if self.routes:
             self.total = self.total_before or int(visual.sum())
-            self.selected, self.scores, self.running, self.inputs = [], [], None, {}
+            self.selected, self.scores, self.running, self.inputs, self.change = [], [], None, {}, 0.0
 
     def _around(self, number, layer, forward):
         @torch.no_grad()
@@ -232,6 +232,7 @@ class SlowWay:
             if self.policy.action == "remove":
                 self.current = chosen
             self.selected.append([self.past + place for place in sorted(chosen)])
+            self.chosen = chosen
             deferred = set(self.visual_places) - set(chosen)
             self.running = torch.tensor([place for place in range(length) if place not in deferred])
 
@@ -242,6 +243,7 @@ class SlowWay:
             past = int(cache.get_seq_length(number)) if counts else 0
             running = torch.arange(length)
             if self.routes:
+                hidden = self._aligned(number, hidden)
                 self.inputs[number] = hidden[:1]
                 if self.running is None and number == min(self.stages):
                     self.visual_places = list(self.current)
@@ -255,11 +257,27 @@ class SlowWay:
                 kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)))
             kwargs["attention_mask"] = self._mask(number, kind, past, running, cache)
             kwargs["position_ids"] = None
-            hidden = hidden.clone()
+            before, hidden = hidden, hidden.clone()
             hidden[:, running] = forward(hidden[:, running], *args, **kwargs)
+            self._note_change(hidden - before)
             return hidden
 
         return slow
+
+    def _note_change(self, change):
+        """Count what a layer did to the visual tokens that ran."""
+        if self.routes and self.running is not None:
+            self.change = self.change + change[:, self.chosen].float().mean(dim=1, keepdim=True)
+
+    def _aligned(self, number, hidden):
+        """Where a decision ranks or begins, waiting tokens receive what the layers since added to those that ran."""
+        ahead = getattr(self.policy.ranking, "layer", "this") == "previous" and number + 1 in self.stages
+        if self.policy.align is None or self.running is None or not (ahead or number in self.stages):
+            return hidden
+        waiting = [place for place in self.visual_places if place not in self.chosen]
+        hidden, change, self.change = hidden.clone(), self.change, 0.0
+        hidden[:, waiting] = (hidden[:, waiting].float() + change).to(hidden.dtype)
+        return hidden
 
     def _numbered(self, hidden, positions):
         """Rotary tables of text at these positions."""

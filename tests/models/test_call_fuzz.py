@@ -155,12 +155,14 @@ class Case:
     mode: str = "call"
     """How prompts run: "call", or a way of `generate`."""
     turns: tuple[Turn, ...] = ()
+    aligns: bool = False
 
     @property
     def policy(self) -> rk.Policy:
         stages = [rk.Stage(layer, keep) for layer, keep in self.stages]
         reducer = MODELS[self.model].reducer if self.reduces else None
-        return rk.Policy(stages, self.action, RANKINGS[self.ranking], self.positions, reducer)
+        align = "stage" if self.aligns else None
+        return rk.Policy(stages, self.action, RANKINGS[self.ranking], self.positions, reducer, align=align)
 
     @property
     def keeps_all(self) -> bool:
@@ -252,7 +254,9 @@ class Sampler:
         ends = case.cache == "off" or mode in ("no cache", "lookup", "static")
         for _ in range(0 if ends else self.of({0: 4, 1: 3, 2: 3} if mode == "call" else {0: 2, 1: 1})):
             turns.append(self.later(case, batch, turns))
-        return replace(case, turns=tuple(turns))
+        # By a draw of its own, so that the other parts of a case stay what they were.
+        aligns = case.action == "reroute" and random.Random(1_000_000 + self.seed).random() < 0.3
+        return replace(case, turns=tuple(turns), aligns=aligns)
 
     def stages(self, model: str, after_first: bool) -> tuple[tuple[int, float], ...]:
         kinds = layer_types(decoder_of(load(model, torch.float32, "unrouted")))

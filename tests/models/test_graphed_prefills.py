@@ -98,6 +98,12 @@ def check(model, inputs, this, runs, **options):
     return runs[0]
 
 
+@pytest.mark.parametrize("case", ["llava", "qwen3_vl"], indirect=True)
+def test_aligned(case, runs):
+    inputs = case.batch([case.prompt(1, 6, 15, seed=1), case.prompt(2, 4, 9, seed=2)])
+    check(case.model, inputs, rk.Policy(STAGES, align="stage"), runs)
+
+
 @pytest.mark.parametrize("case", FAMILIES, indirect=True)
 @pytest.mark.parametrize("side", [None, "left", "right"], ids=str)
 @pytest.mark.filterwarnings("ignore:.*right-padding.*")

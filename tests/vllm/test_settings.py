@@ -96,6 +96,11 @@ def test_rankings_of_stages():
         Settings(rk.Policy([rk.Stage(3, 0.5), rk.Stage(7, 0.5, own)]))
 
 
+def test_alignment():
+    with pytest.raises(NotImplementedError, match="align must be None inside vLLM, got 'stage'"):
+        Settings(rk.Policy.parse("align-stage:3:0.5"))
+
+
 @pytest.mark.parametrize("own_groups", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_arguments(architecture, own_groups):
