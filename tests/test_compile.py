@@ -20,10 +20,12 @@ KERNELS = [
     "copy_rows_to_compact",
     "copy_rows_to_full",
     "count_digits",
+    "follow_changes",
     "normalize_rows",
     "reduce_attention",
     "select_and_compact",
     "select_in_passes",
+    "sum_changes",
 ]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 RECORDS = Path(__file__).parents[1] / "bench" / "results" / "compile"

@@ -19,6 +19,8 @@ def main() -> None:
                 call()
             past = decision.ranking["key"][:, :70]
             rk.ops.rank_tokens(**decision.ranking, past_key=past, rotary_style="interleaved")
+            hidden, index = decision.hidden.clone(), decision.index
+            rk.ops.align_tokens_(hidden, index, rk.ops.gather_tokens(index, hidden)[0] + 1, decision.selection["pool"])
     if device.type == "cuda":
         torch.cuda.synchronize()
 

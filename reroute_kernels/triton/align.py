@@ -41,9 +41,9 @@ def sum_changes(
     FOLLOWS: tl.constexpr,
 ):
     _wait_for_launches_before(FOLLOWS)
-    place = tl.program_id(0)
-    sample = (place // PARTS).to(tl.int64)
-    begin = (place % PARTS).to(tl.int64) * part_length
+    place = tl.program_id(0).to(tl.int64)
+    sample = place // PARTS
+    begin = place % PARTS * part_length
     columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     total = tl.zeros((1, BLOCK), tl.float32)
     count = tl.zeros((), tl.float32)
@@ -60,7 +60,7 @@ def sum_changes(
         change = tl.load(after, mask=mask, other=0).to(tl.float32) - tl.load(before, mask=mask, other=0).to(tl.float32)
         total += tl.sum(change, axis=0)[None, :]
         count += tl.sum(changes.to(tl.float32), axis=0)
-    tl.store(sums + place.to(tl.int64) * WIDTH + columns, total, mask=columns < WIDTH)
+    tl.store(sums + place * WIDTH + columns, total, mask=columns < WIDTH)
     if tl.program_id(1) == 0:
         tl.store(counts + place, count)
 
