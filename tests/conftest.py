@@ -22,6 +22,19 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _fast_interpreter():
+    """Leave out what Triton's interpreter repeats for each call of a function in a kernel."""
+    if HAS_GPU:
+        yield
+        return
+    from tests.interpreter import patch_language_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch_language_once(patch.setattr)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _dirty_memory():
     """Fill the results of `torch.empty` with NaN or the largest integer, so that an element never written shows."""
