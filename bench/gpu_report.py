@@ -196,6 +196,10 @@ def main() -> int:
     from bench.source_tree import make_importable
 
     make_importable()
+    if dry:
+        from bench.interpreter import patch_language_once
+
+        patch_language_once(setattr)
     from bench.pages.performance import performance_page
     from bench.pages.report import write_pages
     from bench.speed.device import description, results_folder

@@ -28,7 +28,7 @@ def _fast_interpreter():
     if HAS_GPU:
         yield
         return
-    from tests.interpreter import patch_language_once
+    from bench.interpreter import patch_language_once
 
     with pytest.MonkeyPatch.context() as patch:
         patch_language_once(patch.setattr)

@@ -156,8 +156,15 @@ def test_reference_reads_rows_of_full_attention(
     torch.testing.assert_close(scores, expected.float(), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rotary_style", ROTARY_STYLES)
-@pytest.mark.parametrize(("batch", "length", "queries", "heads", "kv_heads", "head_dim", "rotary"), SHAPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "rotary", "rotary_style"),
+    [
+        pytest.param(*shape.values, style, id=f"{shape.id}-{style}")
+        for shape in SHAPES
+        for style in ROTARY_STYLES
+        if (shape.id, style) != ("length-131072", "interleaved")  # seconds for what length-9000 checks, too
+    ],
+)
 def test_triton_matches_reference(
     device, batch, length, queries, heads, kv_heads, head_dim, rotary, rotary_style, launches
 ):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from tests.models.prompts import GOLDEN, IMAGE, VIDEO, VISION_END, VISION_START, Prompt, batch
+from tests.models.slow_way import decoder_of, layer_types
 
 CLIP = {
     "hidden_size": 32,
@@ -359,3 +361,22 @@ def load(name: str) -> Family:
     # With seed 0 a token of qwen3_vl_moe ranks two experts within 1e-7, and any rounding decides between them.
     torch.manual_seed(1 if name == "qwen3_vl_moe" else 0)
     return Family(name, MODELS[name]().eval())
+
+
+def first_layers(model: torch.nn.Module, layers: int) -> torch.nn.Module:
+    """A copy with the first decoder layers alone, for compilers: they take seconds for each."""
+    copied = copy.deepcopy(model)
+    decoder = decoder_of(copied)
+    decoder.layers = decoder.layers[:layers]
+    decoder.config.num_hidden_layers = layers
+    if getattr(decoder.config, "layer_types", None):
+        decoder.config.layer_types = decoder.config.layer_types[:layers]
+    return copied
+
+
+@cache
+def load_shallow(name: str) -> Family:
+    """A family's model with the first decoder layers alone: three, or two pairs of different ones."""
+    family = load(name)
+    kinds = set(layer_types(decoder_of(family.model)))
+    return replace(family, model=first_layers(family.model, 3 if kinds == {"full_attention"} else 4))

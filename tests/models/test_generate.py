@@ -311,21 +311,6 @@ def test_decoding_after_a_prompt_that_ends_in_an_image(model, prompt):
 
 
 @torch.no_grad()
-def test_model_compiled_before_routing_routes(model, inputs):
-    compiled = torch.compile(model, backend="eager")
-    unrouted = compiled(**inputs).logits
-    with rk.apply(model, policy()) as routing:
-        expected = model(**inputs).logits
-        routing.trace = None
-        routed = compiled(**inputs).logits
-        assert routing.trace is not None
-    assert torch.equal(compiled(**inputs).logits, unrouted)
-    torch._dynamo.reset()
-    torch.testing.assert_close(routed, expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(routed, unrouted, atol=1e-3)
-
-
-@torch.no_grad()
 def test_sample_that_sits_a_later_image_out(family, model, prompt):
     """Its row of the later turn is padding; it goes on from the turn before."""
     if family != "llava":

@@ -9,9 +9,11 @@ import torch
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 import reroute_kernels as rk
+from tests.models.families import first_layers
 from tests.models.prompts import batch, policy, selections
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+OF_FIRST_LAYERS = (rk.Stage(1, 0.4), rk.Stage(2, 0.2))
 LOOKUP = {**GREEDY, "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2}
 
 
@@ -173,8 +175,9 @@ of_llava = pytest.mark.parametrize("family", ["llava"], indirect=True)
 @pytest.mark.parametrize(("kind", "made"), [("copy", "before"), *((kind, "after") for kind in SHARED)])
 @torch.no_grad()
 def test_draft_tokens_of_a_model_that_shares_the_decoder(model, repeated, kind, made):
+    model = first_layers(model, 3)
     other = SHARED[kind](model) if made == "before" else None
-    with rk.apply(model, policy()) as routing:
+    with rk.apply(model, policy(schedule=OF_FIRST_LAYERS)) as routing:
         tokens = model.generate(**repeated, **GREEDY)
         expected = selections(routing.trace)
         other = SHARED[kind](model) if other is None else other
@@ -193,7 +196,8 @@ def test_chunks_of_a_model_that_shares_the_decoder(model, inputs, kind):
     error, message = NotImplementedError, "prefill_chunk_size must be None for a routed prompt"
     if kind == "compiled-forward":  # some versions hand a chunk over without its image, as a text for the graph
         error, message = RuntimeError, f"{message}|must hold no visual tokens in a graph that was made for text"
-    with rk.apply(model, policy()), pytest.raises(error, match=message):
+    model = first_layers(model, 3)
+    with rk.apply(model, policy(schedule=OF_FIRST_LAYERS)), pytest.raises(error, match=message):
         SHARED[kind](model).generate(**inputs, **GREEDY, prefill_chunk_size=length - 5)
     torch._dynamo.reset()
 

@@ -6,7 +6,8 @@ from torch._dynamo.exc import Unsupported
 
 import reroute_kernels as rk
 from tests.models.conftest import hooks
-from tests.models.test_lifecycle import TINY, load, tiny_llava
+from tests.models.families import load_shallow
+from tests.models.test_lifecycle import TINY, tiny_llava
 
 ONE_GRAPH = "cannot be one graph on a routed model, because how many tokens run depends on input_ids"
 EXPORTED = "a routed model can be exported .* with input_ids of text alone"
@@ -143,7 +144,7 @@ def test_tokens_on_a_routed_cache_in_one_graph(model, inputs, queries):
 
 @torch.no_grad()
 def test_text_in_one_graph_beside_a_reducer(text):
-    model = load("llava")
+    model = load_shallow("llava").model
     expected = compiled(model, text)(**text)
     with rk.apply(model, rk.Policy(TINY.schedule, reducer=rk.reducers.Nuwa(keep=0.5, per_cell=1))):
         assert torch.equal(compiled(model, text)(**text), expected)

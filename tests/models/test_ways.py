@@ -23,7 +23,7 @@ import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_name
 from reroute_kernels.models.checkpointing import recomputes_hooks
 from reroute_kernels.rankings import LastQuery
-from tests.models.families import MODELS, load
+from tests.models.families import MODELS, load, load_shallow
 from tests.models.prompts import ACTIONS, IMAGE, Prompt, selections
 from tests.models.slow_way import SlowWay, decoder_of, layer_types
 from tests.models.tensor_parallel_worker import on_two_ranks
@@ -598,11 +598,23 @@ def _(case):
 
 @way("torch.compile", "the forward of a model that was compiled before it was routed")
 def _(case):
+    case = load_shallow(case.name)
     inputs = case.batch([one_image(case)])
     compiled = torch.compile(case.model, backend="eager")
     with torch.no_grad():
-        compiled(**inputs)  # before it is routed
-    compare(case, lambda: case.model(**inputs), routed_call=lambda: compiled(**inputs), every_policy=False)
+        unrouted = compiled(**inputs).logits  # before it is routed
+
+    def routed_call():
+        expected = case.model(**inputs).logits
+        routed = compiled(**inputs)
+        torch.testing.assert_close(routed.logits, expected, atol=1e-5, rtol=0)
+        assert not torch.allclose(routed.logits, unrouted, atol=1e-3)
+        return routed
+
+    compare(case, lambda: case.model(**inputs), routed_call=routed_call, every_policy=False)
+    if case.name == MODELS_IN_EVERY_WAY[0]:  # forgetting what was compiled is no matter of the family
+        with torch.no_grad():
+            assert torch.equal(compiled(**inputs).logits, unrouted)
 
 
 def asks_for(case, name):

@@ -8,16 +8,16 @@ import torch.distributed
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import reroute_kernels as rk
-from tests.models.families import load
+from tests.models.families import load_shallow
 from tests.models.prompts import selections
 
-POLICY = rk.Policy([rk.Stage(1, 0.5), rk.Stage(3, 0.3)])
+POLICY = rk.Policy([rk.Stage(1, 0.5), rk.Stage(2, 0.3)])
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.fixture
 def case():
-    yield load("llava")
+    yield load_shallow("llava")
     torch._dynamo.reset()
 
 
