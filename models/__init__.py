@@ -96,7 +96,7 @@ def apply(
         model: a transformers model of a type in `ADAPTERS`, also wrapped by PEFT, `torch.compile` or
             `DistributedDataParallel`.
         policy: the policy, or its text as `Policy.parse` takes it for this model: `"reroute-fastv/192"`,
-            `"3:0.25,7:0.25"`.
+            `"3:0.25,7:0.25"`, `"policy.json"`.
         replace: whether a routing that is on the model already is removed for this one; it stays as it is if this one
             is refused. The handle of the replaced routing is then a removed one.
         cuda_graph: whether prefills of routed prompts are captured in CUDA graphs and replayed. What cannot be captured
@@ -113,6 +113,7 @@ def apply(
         NotImplementedError: the model or the policy asks for something that is not supported, which is named, or
             transformers is older than all supported versions.
         AttributeError: this version of transformers builds the model differently, which is named.
+        OSError: the file that the policy names cannot be read.
 
     >>> with apply(model, "3:0.25,7:0.1") as routing:  # a LLaVA, and its processor's output for a prompt with a photo
     ...     output = model.generate(**inputs, max_new_tokens=2)

@@ -24,6 +24,8 @@ SHAPES = ("uniform", "pyramid")
 # The attribute of `Cost` that each kind of budget limits.
 _COSTS = {"avg_tokens": "average_visual_tokens", "flops": "prefill_flops", "kv_bytes": "kv_bytes"}
 
+KINDS = tuple(_COSTS)
+
 # How many stages are raised together; all their subsets are tried.
 _TOGETHER = 10
 

@@ -20,6 +20,7 @@ from reroute_kernels.models.adapter import visual_token_ids
 from .boxes import UNITS, box_text, read_box
 from .notation import read_policy
 from .policy import Policy
+from .policy_file import names_file
 from .presets import METHODS, MODELS, ORIGINALS, model_of, preset
 from .trace import Trace
 
@@ -34,7 +35,7 @@ BOXES = ("answer", "shares")
 
 _FORMS = (
     f"a method ({', '.join(METHODS + ORIGINALS)}) beside avg_tokens, a preset such as llava-1.5-7b/reroute-fastv/64, a "
-    "schedule such as 2:0.25+6:0.25 (remove:2:0.25+6:0.25 removes), or none"
+    "schedule such as 2:0.25+6:0.25 (remove:2:0.25+6:0.25 removes), a file such as policy.json, or none"
 )
 
 
@@ -56,19 +57,21 @@ def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
     """The policy that the arguments of a model type stand for.
 
     Args:
-        policy: a method of the presets; the name of a preset, `model/method/avg_tokens`; or a schedule, whose stages
-            are joined by `+` since lmms-eval splits arguments at commas. None or `none` for no routing.
+        policy: a method of the presets; the name of a preset, `model/method/avg_tokens`; a schedule, whose stages are
+            joined by `+` since lmms-eval splits arguments at commas; or the path of a policy file, without a comma for
+            the same reason. None or `none` for no routing.
         avg_tokens: the tier of a method, which is given with a method only.
         config: the checkpoint's configuration, which tells whose presets a method is looked up in.
 
     Raises:
         ValueError: an argument is none of these, or no preset is published for this checkpoint.
+        OSError: the file cannot be read.
     """
     if policy is None or str(policy).lower() == "none":
         policy = None
     elif not isinstance(policy, str):
         raise ValueError(f"policy must be {_FORMS}; got {policy!r}")
-    is_method = policy is not None and not set(policy) & set(":/")
+    is_method = policy is not None and (policy in METHODS + ORIGINALS or not _is_for_read_policy(policy))
     if avg_tokens is not None and not is_method:
         raise ValueError(f"avg_tokens must be left out where policy is no method, got {avg_tokens!r} beside {policy!r}")
     if policy is None:
@@ -79,6 +82,11 @@ def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
         return read_policy(policy, config)
     except ValueError as error:
         raise ValueError(f"policy must be {_FORMS}; got {policy!r}: {error}") from None
+
+
+def _is_for_read_policy(text: str) -> bool:
+    """Whether a text is a schedule, a preset with its tier, or a file."""
+    return bool(set(text) & set(":/")) or names_file(text)
 
 
 def _preset_of(method: str, avg_tokens: object, config) -> Policy:

@@ -1,15 +1,16 @@
 """Policies as text, one grammar for Python, the command line, lmms-eval and vLLM.
 
-A policy is the name of a preset, `model/method/avg_tokens` or `method/avg_tokens` if the model is known, or a schedule:
-decision layers with their keep ratios, `3:0.25,7:0.25`. `remove:` stands before it if tokens that are not selected are
-removed, `align-stage:` if deferred ones are aligned when the next decision begins. Stages are joined by `,`, or by `+`
-if commas separate arguments.
+A policy is the name of a preset, `model/method/avg_tokens` or `method/avg_tokens` if the model is known; or a schedule:
+decision layers with their keep ratios, `3:0.25,7:0.25`; or the path of a policy file. Before a schedule may stand
+`remove:`, if tokens that are not selected are removed, or `align-stage:`, if deferred ones are aligned when the next
+decision begins. Stages are joined by `,`, or by `+` if commas separate arguments.
 """
 
 from __future__ import annotations
 
 from .checks import expect_one_of
 from .policy import ACTIONS, Policy, Stage
+from .policy_file import load_policy, names_file
 from .presets import MODELS, Preset, PublishedModel, layers_of, model_of, preset
 
 _ALIGN = "align-"
@@ -52,19 +53,23 @@ def parse_preset(text: str, model: str | None = None) -> Preset:
 
 
 def parse_policy(text: str, model: object = None) -> Policy:
-    """Policy of a preset or a schedule.
+    """Policy of a preset, a schedule or a file.
 
     Args:
-        text: a preset (`llava-1.5-7b/reroute-fastv/192`) or a schedule (`3:0.25,7:0.25`, `remove:3:0.25`).
+        text: a preset (`llava-1.5-7b/reroute-fastv/192`), a schedule (`3:0.25,7:0.25`, `remove:3:0.25`), or the path of
+            a file, which ends with `.json` or exists.
         model: the model of the policy: the name of a published model, a transformers model or a configuration. Presets
             of a published model need no model's name then, and presets for another number of layers are refused.
 
     Raises:
         TypeError: the text is no string.
-        ValueError: the text is neither, or the preset is of another model.
+        ValueError: the text is none of them, the preset is of another model, or the file holds no policy.
+        OSError: the file cannot be read.
     """
     if not isinstance(text, str):
         raise TypeError(f"policy must be a string, got {text!r}")
+    if names_file(text):
+        return load_policy(text)
     try:
         return read_policy(text, model)
     except ValueError as error:
@@ -72,16 +77,20 @@ def parse_policy(text: str, model: object = None) -> Policy:
 
 
 def _accepted(model: object) -> str:
-    schedule = "a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes, align-stage:3:0.25 aligns)"
+    schedule = (
+        "a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes, align-stage:3:0.25 aligns) or a file like policy.json"
+    )
     if published_model(model) is not None:
-        return f"a preset like reroute-fastv/192 or {schedule}"
+        return f"a preset like reroute-fastv/192, {schedule}"
     if model is None:
-        return f"a preset like llava-1.5-7b/reroute-fastv/192 or {schedule}"
+        return f"a preset like llava-1.5-7b/reroute-fastv/192, {schedule}"
     return f"{schedule}, as this model has no presets of its own (reroute_kernels.suggest gives a policy to begin with)"
 
 
 def read_policy(text: str, model: object = None) -> Policy:
     """As `parse_policy`, with errors that tell the reason alone, for callers that take other texts, too."""
+    if names_file(text):
+        return load_policy(text)
     if ":" in text:
         prefix, _, schedule = text.partition(":")
         if prefix.startswith(_ALIGN):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
@@ -179,16 +180,19 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str, model: object = None) -> Policy:
-        """Policy of a preset or a schedule in text form.
+        """Policy of a preset or a schedule in text form, or of a file.
 
         Args:
-            text: a preset (`"llava-1.5-7b/reroute-fastv/192"`) or a schedule (`"3:0.25,7:0.25"`, `"remove:3:0.25"`).
+            text: a preset (`"llava-1.5-7b/reroute-fastv/192"`), a schedule (`"3:0.25,7:0.25"`, `"remove:3:0.25"`), or
+                the path of a file that `save` wrote: a text that ends with `.json` or names a file.
             model: the model of the policy, if presets are to be named without their model: the name of a published
                 model, a transformers model or its configuration.
 
         Raises:
             TypeError: the text is no string.
-            ValueError: the text is neither, or the preset is for another number of layers.
+            ValueError: the text is none of them, the preset is for another number of layers, or the file holds no
+                policy.
+            OSError: the file cannot be read.
 
         >>> Policy.parse("remove:3:0.25,7:0.1").schedule[1]
         Stage(layer=7, keep=0.1)
@@ -198,6 +202,69 @@ class Policy:
         from .notation import parse_policy
 
         return parse_policy(text, model)
+
+    def to_dict(self) -> dict[str, object]:
+        """The policy as plain values, as JSON has them; `from_dict` is the inverse.
+
+        A ranking or reducer is a mapping with its `name` and its arguments. The budget that the schedule was solved for
+        is there, too.
+
+        Raises:
+            TypeError: a ranking or reducer is none of `reroute_kernels.rankings` and `reroute_kernels.reducers`, or an
+                argument is no plain value.
+            ValueError: a number is infinite, or no float equals it.
+
+        >>> Policy([Stage(3, 0.25)]).to_dict()["schedule"]
+        [{'layer': 3, 'keep': 0.25}]
+        """
+        from .policy_file import policy_to_dict
+
+        return policy_to_dict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, object]) -> Policy:
+        """The policy of values as `to_dict` gives them. An argument that is left out has its default.
+
+        Raises:
+            TypeError: a value has the wrong type.
+            ValueError: the version of the format is another one, a key is unknown or missing, or a value is not
+                accepted.
+
+        >>> print(Policy.from_dict({"version": 1, "schedule": [{"layer": 3, "keep": 0.25}], "action": "remove"}))
+        remove:3:0.25
+        """
+        from .policy_file import policy_from_dict
+
+        return policy_from_dict(given)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy to a file of JSON, as `to_dict` gives it.
+
+        A file that is there already is replaced once the new one is whole.
+
+        Args:
+            path: of the file; a name that ends with `.json` is taken wherever a policy is named.
+
+        Raises:
+            TypeError, ValueError: as in `to_dict`, or `path` is no path; nothing is written.
+            OSError: the file cannot be written; one that was there is as it was.
+        """
+        from .policy_file import save_policy
+
+        save_policy(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Policy:
+        """Read a policy from a file that `save` wrote.
+
+        Raises:
+            TypeError: `path` is no path.
+            ValueError: the file holds no JSON, or no policy.
+            OSError: the file cannot be read.
+        """
+        from .policy_file import load_policy
+
+        return load_policy(path)
 
     def __str__(self) -> str:
         """The schedule as `parse` takes it, or Python if it would not say everything: other rankings, a reducer."""

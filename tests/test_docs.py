@@ -166,9 +166,10 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("page", ["policies.md"])
-def test_code_blocks_of_a_page_run(page, capsys):
+def test_code_blocks_of_a_page_run(page, capsys, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
     assert blocks
+    monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(block, {})
 

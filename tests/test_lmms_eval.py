@@ -314,6 +314,21 @@ def test_methods_are_looked_up_for_the_checkpoint():
         plugin.policy_of("fastv", None, LLAVA)
 
 
+def test_policies_in_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy = rk.Policy([rk.Stage(2, 0.25), rk.Stage(6, 0.1, rk.rankings.KeyNorm())])
+    for name in ("policy.json", "mine", "pdrop"):
+        policy.save(name)
+    assert plugin.policy_of("policy.json", None, LLAVA) == plugin.policy_of("mine", None, LLAVA) == policy
+    assert plugin.policy_of("pdrop", 192, LLAVA) == rk.preset("llava-1.5-7b", "pdrop", 192)  # a method comes first
+    with pytest.raises(
+        ValueError, match="avg_tokens must be left out where policy is no method, got 64 beside 'policy"
+    ):
+        plugin.policy_of("policy.json", 64, LLAVA)
+    with pytest.raises(FileNotFoundError):
+        plugin.policy_of("none.json", None, LLAVA)
+
+
 @pytest.mark.parametrize(
     "policy", [POLICIES["2:0.25+6:0.1"], rk.Policy([rk.Stage(4, 0.3)], reducer=rk.reducers.Nuwa(0.5, per_cell=3))]
 )

@@ -56,7 +56,9 @@ def test_preset_without_a_model_needs_a_published_one(model):
 
 @pytest.mark.parametrize("text", ["", "3", "3:", "3:2", "7:0.5,3:0.5", "drop:3:0.25", "a/b", "llava-1.5-7b/fastv/63"])
 def test_what_is_no_policy_is_refused(text):
-    with pytest.raises(ValueError, match=f"policy must be a preset like .* or a schedule like .*, got {text!r}"):
+    with pytest.raises(
+        ValueError, match=f"policy must be a preset like .*, a schedule like .* or a file like .*, got {text!r}"
+    ):
         rk.Policy.parse(text)
 
 

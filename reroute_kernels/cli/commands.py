@@ -108,8 +108,8 @@ def count_cost(
         list[str] | None,
         typer.Argument(
             metavar="POLICY",
-            help="Presets (see the command presets), such as reroute-fastv/192 or llava-1.5-7b/fastv/192, or "
-            "schedules, such as 3:0.25,7:0.25 or remove:3:0.25.",
+            help="Presets (see the command presets), such as reroute-fastv/192 or llava-1.5-7b/fastv/192, "
+            "schedules, such as 3:0.25,7:0.25 or remove:3:0.25, or files, such as policy.json.",
         ),
     ] = None,
     text_tokens: TextTokens = 64,
@@ -179,6 +179,7 @@ def solve_schedule(
     batch: Batch = 1,
     dtype: CacheType = "float16",
     as_json: AsJson = False,
+    output: Annotated[Path | None, typer.Option(help="Where to save the policy, such as policy.json.")] = None,
 ) -> None:
     """Find a schedule that comes close to a budget and never exceeds it.
 
@@ -198,6 +199,8 @@ def solve_schedule(
             dtype=dtype,
             action=action,
         )
+        if output is not None:
+            policy.save(output)
     if as_json:
         _print_json(writing.solution_dict(policy))
         return
@@ -207,6 +210,7 @@ def solve_schedule(
         writing.budget_text(policy.budget),
         f"In the command cost: {policy_text(policy)}",
         f"In Python: {writing.policy_python(policy)}",
+        *([] if output is None else [f"Policy: {output}"]),
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -236,8 +240,8 @@ def demo(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Preset (see the command presets) or schedule, such as 3:0.25,7:0.25. Default: tier 192, or what fits "
-            "the model."
+            help="Preset (see the command presets), schedule, such as 3:0.25,7:0.25, or file, such as policy.json. "
+            "Default: tier 192, or what fits the model."
         ),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
@@ -305,8 +309,9 @@ def view(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Preset (see the command presets) or schedule, such as 3:0.25,7:0.25 or remove:3:0.25; may be given "
-            "twice. One: beside the same with the other action. Default: tier 192, or what fits the model.",
+            help="Preset (see the command presets), schedule, such as 3:0.25,7:0.25 or remove:3:0.25, or file, such as "
+            "policy.json; may be given twice. One: beside the same with the other action. Default: tier 192, or what "
+            "fits the model.",
         ),
     ] = None,
     model: Checkpoint = None,
@@ -412,7 +417,10 @@ def print_vllm_arguments(
     ],
     policy: Annotated[
         str,
-        typer.Argument(help="Preset, such as reroute-fastv/192, or schedule, such as 3:0.25,7:0.25 or remove:3:0.25."),
+        typer.Argument(
+            help="Preset, such as reroute-fastv/192, schedule, such as 3:0.25,7:0.25 or remove:3:0.25, or file, such "
+            "as policy.json."
+        ),
     ],
     own_groups: Annotated[
         bool, typer.Option("--own-groups", help="Cache in the layers of each stage only the tokens that run there.")

@@ -24,6 +24,7 @@ from reroute_kernels.models.adapter import cache_of, visual_token_ids
 from ..boxes import UNITS, Box, overlap, read_box
 from ..notation import parse_policy, parse_preset, policy_text
 from ..policy import Policy
+from ..policy_file import names_file
 from ..presets import model_of, preset, presets, suggested
 from ..trace import Trace
 from .arguments import first_line
@@ -132,8 +133,10 @@ def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ..
             return tuple((text, parse_policy(text, config)) for text in texts)
         (text,) = texts or (suggested(config),)
         policy = parse_policy(text, config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise DemoError(first_line(error)) from None
+    if names_file(text):
+        return _with_other_action(text, policy)
     if ":" in text:
         both = [replace(policy, action="remove", align=None), replace(policy, action="reroute")]
         return tuple((policy_text(each), each) for each in both)
@@ -144,6 +147,11 @@ def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ..
     published = presets(originals=True)
     if all(each in published for each in names):
         return tuple((str(each), preset(*each)) for each in names)
+    return _with_other_action(text, policy)
+
+
+def _with_other_action(text: str, policy: Policy) -> tuple[tuple[str, Policy], ...]:
+    """A policy and the same with the other action, with names."""
     return tuple(
         (text if action == policy.action else f"{text}, but {action}", replace(policy, action=action))
         for action in ("remove", "reroute")

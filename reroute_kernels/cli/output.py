@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import Any
+from dataclasses import fields
 
 from ..cost import Cost
 from ..notation import policy_text
-from ..policy import Budget, Policy, Stage
+from ..policy import Budget, Policy
 from ..presets import Preset
 from ..roofline import decode_seconds, prefill_seconds
 
@@ -36,41 +35,16 @@ def rule_text(rule: object) -> str:
     return f"{type(rule).__name__}({', '.join(unusual)})"
 
 
-def policy_dict(policy: Policy) -> dict[str, object]:
-    """A policy whose ranking and reducer are of this library, as plain values, for JSON."""
-    return {
-        "schedule": [_stage_dict(stage) for stage in policy.schedule],
-        "action": policy.action,
-        "positions": policy.positions,
-        "align": policy.align,
-        "ranking": _rule_dict(policy.ranking),
-        "reducer": policy.reducer and _rule_dict(policy.reducer),
-    }
-
-
-def _rule_dict(rule: Any) -> dict[str, object]:
-    """A ranking or reducer by its name and its arguments, one that it holds as well."""
-    values = {each.name: getattr(rule, each.name) for each in fields(rule)}
-    return {"name": type(rule).__name__} | {
-        name: _rule_dict(value) if is_dataclass(value) else value for name, value in values.items()
-    }
-
-
-def _stage_dict(stage: Stage) -> dict[str, object]:
-    told: dict[str, object] = {"layer": stage.layer, "keep": stage.keep}
-    return told if stage.ranking is None else {**told, "ranking": _rule_dict(stage.ranking)}
-
-
 def preset_dict(name: Preset, policy: Policy, average: float) -> dict[str, object]:
     """A preset and the visual tokens that it averages, for JSON."""
-    return name._asdict() | {"average_visual_tokens": average, "policy": policy_dict(policy)}
+    return name._asdict() | {"average_visual_tokens": average, "policy": policy.to_dict()}
 
 
 def cost_dict(name: str, policy: Policy | None, cost: Cost, gpu: str | None = None) -> dict[str, object]:
     """Cost of a policy as JSON values, with estimates of seconds if a GPU is given."""
     told = {
         "name": name,
-        "policy": policy and policy_dict(policy),
+        "policy": policy and policy.to_dict(),
         "cost": cost.as_dict(),
         "next_token_flops": next_token_flops(cost),
     }
@@ -83,7 +57,7 @@ def cost_dict(name: str, policy: Policy | None, cost: Cost, gpu: str | None = No
 def solution_dict(policy: Policy) -> dict[str, object]:
     """A solved policy, for JSON."""
     return {
-        "policy": policy_dict(policy),
+        "policy": policy.to_dict(),
         "budget": policy.budget._asdict() | {"under": policy.budget.under},
         "text": policy_text(policy),
         "python": policy_python(policy),

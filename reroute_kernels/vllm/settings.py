@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..notation import parse_preset, parse_schedule
 from ..policy import Policy
@@ -24,7 +25,8 @@ SCHEDULER = "reroute_kernels.vllm.scheduler.RoutedScheduler"
 _FLAGS = ("own_groups", "trace", "untested_runner")
 _RANKING = ("queries", "query_reduction", "head_reduction", "rotary")
 _BESIDE = ("action", *_RANKING, "uniform")
-_KEYS = ("preset", "schedule", *_BESIDE, *_FLAGS)
+_POLICIES = ("policy", "preset", "schedule")
+_KEYS = (*_POLICIES, *_BESIDE, *_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,12 @@ class Settings:
         policy = self.policy
         others = [ranking for ranking in policy.rankings if part_of(ranking, LastQuery) is None]
         ahead = [ranking for ranking in policy.rankings if getattr(ranking, "layer", "this") != "this"]
-        differing = [ranking for ranking in policy.rankings if ranking != policy.rankings[0]]
         for refused, name, got, accepted in (
             (policy.reducer is not None, "reducer", policy.reducer, "None"),
             (policy.positions != "original", "positions", policy.positions, "'original'"),
             (policy.align is not None, "align", policy.align, "None"),
             (ahead, "ranking", next(iter(ahead), None), "one of the decision layer, layer='this'"),
             (others, "ranking", next(iter(others), None), "LastQuery, in Mixed or alone,"),
-            (differing, "ranking", next(iter(differing), None), "the same at every decision"),
         ):
             if refused:
                 raise NotImplementedError(f"{name} must be {accepted} inside vLLM, got {got!r}")
@@ -68,53 +68,66 @@ class Settings:
         """Settings from the mapping under `"reroute"` in vLLM's `additional_config`.
 
         Args:
-            given: a mapping with `preset` (`"llava-1.5-7b/reroute-fastv/192"`) or `schedule` (`"3:0.25,7:0.25"`) and,
-                beside a schedule, `action`, `queries`, `query_reduction`, `head_reduction` and `rotary` as in `Policy`
-                and `LastQuery`, `uniform` as in `Mixed`; besides `own_groups`, `trace` and `untested_runner`.
+            given: a mapping with one of `policy` (a text as `Policy.parse` takes it, such as the path of a file that
+                every worker reads, or what `Policy.to_dict` gives), `preset` (`"llava-1.5-7b/reroute-fastv/192"`) and
+                `schedule` (`"3:0.25,7:0.25"`). Beside a schedule it may hold `action`, `queries`, `query_reduction`,
+                `head_reduction` and `rotary` as in `Policy` and `LastQuery`, and `uniform` as in `Mixed`; and always
+                `own_groups`, `trace` and `untested_runner`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: it is no such mapping.
+            OSError: the file of a policy cannot be read.
         """
         if not isinstance(given, Mapping):
             raise TypeError(f'additional_config["reroute"] must be a mapping, got {given!r}')
         unknown = sorted(set(given) - set(_KEYS))
         if unknown:
             raise ValueError(f"reroute must hold {', '.join(_KEYS)} only, got {', '.join(map(repr, unknown))}")
-        if ("preset" in given) == ("schedule" in given):
-            raise ValueError(f"reroute must hold either preset or schedule, got {dict(given)!r}")
+        if sum(name in given for name in _POLICIES) != 1:
+            raise ValueError(f"reroute must hold one of {', '.join(_POLICIES)}, got {dict(given)!r}")
         for name in _FLAGS:
             if not isinstance(given.get(name, False), bool):
                 raise TypeError(f"{name} must be true or false, got {given[name]!r}")
-        options = {name: given[name] for name in _FLAGS if name in given}
-        if "preset" in given:
-            beside = [name for name in _BESIDE if name in given]
-            if beside:
-                raise ValueError(f"{beside[0]} must stand beside schedule, got it beside preset {given['preset']!r}")
-            try:
-                policy = preset(*parse_preset(given["preset"]))
-            except (AttributeError, ValueError) as error:
-                raise ValueError(
-                    f"preset must be one like 'llava-1.5-7b/reroute-fastv/192', got {given['preset']!r}: {error}"
-                ) from None
-            return cls(policy, **options)
-        try:
-            stages = parse_schedule(given["schedule"])
-        except (AttributeError, ValueError) as error:
-            raise ValueError(f"schedule must be one like '3:0.25,7:0.25', got {given['schedule']!r}: {error}") from None
-        return cls(Policy(stages, given.get("action", "reroute"), _ranking(given)), **options)
+        return cls(_policy_of(given), **{name: given[name] for name in _FLAGS if name in given})
 
     def as_dict(self) -> dict[str, object]:
         """Inverse of `of`."""
-        policy, plain = self.policy, LastQuery()
-        used = policy.rankings[0]
-        schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in policy.schedule)
+        plain, used = LastQuery(), self.policy.rankings[0]
         ranking, mixed = part_of(used, LastQuery), part_of(used, Mixed)
+        schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in self.policy.schedule)
         options = {name: getattr(ranking, name) for name in _RANKING}
         unusual = {name: value for name, value in options.items() if value != getattr(plain, name)}
         if mixed is not None:
             unusual["uniform"] = mixed.uniform
-        flags = {name: True for name in _FLAGS if getattr(self, name)}
-        return {"schedule": schedule, "action": policy.action, **unusual, **flags}
+        written = {"schedule": schedule, "action": self.policy.action, **unusual}
+        if _policy_of(written) != self.policy:  # a schedule does not say everything
+            written = {"policy": self.policy.to_dict()}
+        return {**written, **{name: True for name in _FLAGS if getattr(self, name)}}
+
+
+def _policy_of(given: Mapping[str, Any]) -> Policy:
+    """The policy of a mapping with one of `_POLICIES`, and with what may stand beside it."""
+    beside = [name for name in _BESIDE if name in given]
+    if beside and "schedule" not in given:
+        name = "preset" if "preset" in given else "policy"
+        raise ValueError(f"{beside[0]} must stand beside schedule, got it beside {name} {given[name]!r}")
+    if "policy" in given:
+        policy = given["policy"]
+        if not isinstance(policy, str | Mapping):
+            raise TypeError(f"policy must be a text or a mapping, got {policy!r}")
+        return Policy.parse(policy) if isinstance(policy, str) else Policy.from_dict(policy)
+    if "preset" in given:
+        try:
+            return preset(*parse_preset(given["preset"]))
+        except (AttributeError, ValueError) as error:
+            raise ValueError(
+                f"preset must be one like 'llava-1.5-7b/reroute-fastv/192', got {given['preset']!r}: {error}"
+            ) from None
+    try:
+        stages = parse_schedule(given["schedule"])
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"schedule must be one like '3:0.25,7:0.25', got {given['schedule']!r}: {error}") from None
+    return Policy(stages, given.get("action", "reroute"), _ranking(given))
 
 
 def _ranking(given: Mapping) -> RankingLike:

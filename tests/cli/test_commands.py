@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import reroute_kernels as rk
 from reroute_kernels import notation
-from reroute_kernels.cli import environment, output, plot
+from reroute_kernels.cli import environment, plot
 from reroute_kernels.cli.commands import app
 from reroute_kernels.cost import Decoder, visual_tokens_per_layer
 from reroute_kernels.presets import MODELS, ORIGINALS
@@ -94,7 +94,7 @@ def test_presets(originals):
         assert each["average_visual_tokens"] == rk.cost.average_visual_tokens(
             policy, MODELS[name.model].decoder.layers, 576
         )
-        assert each["policy"] == json.loads(json.dumps(output.policy_dict(policy)))
+        assert each["policy"] == json.loads(json.dumps(policy.to_dict()))
         assert rebuilt(each["policy"]) == policy
 
 
@@ -277,6 +277,48 @@ def test_solve(options, keywords):
     assert f"In Python: {solved['python']}\n" in output
     assert f"In the command cost: {solved['text']}\n" in output
     assert f"which is {expected.budget.under:,.12g} under" in output
+
+
+def test_policies_in_files(tmp_path, monkeypatch):
+    """One is saved by `solve`, and all commands that take a policy take it."""
+    monkeypatch.chdir(tmp_path)
+    result = run("solve", LLAVA, "3,7,15", "--avg-tokens", "96", "--output", "solved.json")
+    assert result.output.endswith("Policy: solved.json\n")
+    solved = rk.Policy.load("solved.json")
+    expected = rk.solve(LLAVA, [3, 7, 15], avg_tokens=96)
+    assert (solved, solved.budget) == (expected, expected.budget)
+    told = answer("solve", LLAVA, "3,7,15", "--avg-tokens", "96")["policy"]
+    assert rk.Policy.from_dict(told).budget == solved.budget
+    own = rk.Policy([rk.Stage(3, 0.5), rk.Stage(7, 0.2, rk.rankings.LastQuery(queries=2))], "remove")
+    own.save("own.json")
+    _, first, second = answer("cost", LLAVA, "solved.json", "own.json")
+    assert [first["name"], second["name"]] == ["solved.json", "own.json"]
+    assert second["policy"] == own.to_dict()
+    assert second["cost"] == rk.cost(LLAVA, own).as_dict()
+    assert answer("vllm-args", LLAVA, "own.json")["additional_config"] == {"reroute": {"policy": own.to_dict()}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("cost llava-1.5-7b none.json", r"\[Errno 2\] No such file or directory: 'none.json'"),
+        ("cost llava-1.5-7b wrong.json", "'wrong.json' must hold a policy as JSON: Extra data"),
+        ("vllm-args llava-1.5-7b old.json", "'old.json' must hold a policy: version must be 1, .*, got 0"),
+        ("demo --policy old.json", "'old.json' must hold a policy: version must be 1, .*, got 0"),
+        ("demo --policy none.json", r"\[Errno 2\] No such file or directory: 'none.json'"),
+        (
+            "solve llava-1.5-7b 3 --avg-tokens 64 --output none/policy.json",
+            r"\[Errno 2\] No such file or directory: 'none/policy.json'",
+        ),
+    ],
+)
+def test_files_that_are_refused(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.json").write_text("3:0.25")
+    Path("old.json").write_text('{"version": 0}')
+    result = run(*arguments.split())
+    assert result.exit_code == 2
+    assert re.fullmatch(f"reroute-kernels: {message}.*\n", result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +618,7 @@ def test_vllm_arguments(model, architecture):
     ("given", "message"),
     [
         (("llava", "3:0.25"), "model must be llava-1.5-7b, qwen2.5-vl-7b, or the folder or hub id"),
-        (("llava-1.5-7b", "fastv"), "policy must be a preset like reroute-fastv/192 or a schedule"),
+        (("llava-1.5-7b", "fastv"), "policy must be a preset like reroute-fastv/192, a schedule"),
         (("llava-1.5-7b", "nuwa/64"), "reducer must be None inside vLLM, got Nuwa"),
         ((str(ROOT / "tests" / "golden" / "no_such_folder"), "3:0.25"), "model must be"),
     ],

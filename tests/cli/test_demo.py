@@ -1,5 +1,6 @@
 """The demo as its user meets it: the command line."""
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -170,6 +171,18 @@ def test_policies(texts, model_type, layers, names):
         assert max(stage.layer for stage in policy.schedule) < layers
         if "but" not in name:
             assert policy == notation.parse_policy(name, None if name.count("/") == 2 else "llava-1.5-7b")
+
+
+def test_policies_in_files(tmp_path):
+    """One is shown beside the same with the other action."""
+    path, text = str(tmp_path / "a:b.json"), SimpleNamespace(num_hidden_layers=32)
+    policy = rk.Policy([rk.Stage(3, 0.5, rk.rankings.KeyNorm())], "remove")
+    policy.save(path)
+    config = SimpleNamespace(model_type="llava", get_text_config=lambda: text)
+    (first, removes), (second, reroutes) = demo.parse_policies([path], config)
+    assert (first, removes) == (path, policy)
+    assert (second, reroutes) == (f"{path}, but reroute", dataclasses.replace(policy, action="reroute"))
+    assert demo.parse_policies([path, "3:.5"], config)[0] == (path, policy)
 
 
 def test_stage_shares_tell_what_came_back():

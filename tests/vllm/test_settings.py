@@ -45,8 +45,12 @@ def test_settings_come_back_from_what_they_write(given):
     ("given", "error", "message"),
     [
         ("3:0.25", TypeError, r"must be a mapping, got '3:0.25'"),
-        ({}, ValueError, "either preset or schedule, got {}"),
-        (SCHEDULE | {"preset": "llava-1.5-7b/fastv/64"}, ValueError, "either preset or schedule"),
+        ({}, ValueError, "one of policy, preset, schedule, got {}"),
+        (SCHEDULE | {"preset": "llava-1.5-7b/fastv/64"}, ValueError, "one of policy, preset, schedule, got"),
+        (SCHEDULE | {"policy": "3:0.25"}, ValueError, "one of policy, preset, schedule, got"),
+        ({"policy": 3}, TypeError, "policy must be a text or a mapping, got 3"),
+        ({"policy": {"version": 1}}, ValueError, "policy must hold 'schedule', got {}"),
+        ({"policy": "3:0.25", "queries": 2}, ValueError, "queries must stand beside schedule, got it beside policy '3"),
         (SCHEDULE | {"keep": 1}, ValueError, "only, got 'keep'"),
         (SCHEDULE | {"trace": 1}, TypeError, "trace must be true or false, got 1"),
         ({"preset": "llava-1.5-7b/fastv"}, ValueError, "got 'llava-1.5-7b/fastv'"),
@@ -88,12 +92,24 @@ def test_mixed_rankings():
 def test_rankings_of_stages():
     own = LastQuery(queries=2)
     settings = Settings(rk.Policy([rk.Stage(3, 0.5, own), rk.Stage(7, 0.5, own)], ranking=KeyNorm()))
-    assert Settings.of(settings.as_dict()).policy.rankings == (own, own)
+    assert Settings.of(settings.as_dict()) == settings
     for ranking, message in ((KeyNorm(), "be LastQuery"), (LastQuery("previous"), "be one of the decision layer")):
         with pytest.raises(NotImplementedError, match=f"ranking must {message}"):
             Settings(rk.Policy([rk.Stage(3, 0.5), rk.Stage(7, 0.5, ranking)]))
-    with pytest.raises(NotImplementedError, match="ranking must be the same at every decision"):
-        Settings(rk.Policy([rk.Stage(3, 0.5), rk.Stage(7, 0.5, own)]))
+
+
+def test_whole_policies(tmp_path):
+    """Those that a schedule does not say, and files of any."""
+    policy = rk.Policy([rk.Stage(3, 0.5), rk.Stage(7, 0.1, LastQuery(queries=2))], "remove")
+    settings = Settings(policy, own_groups=True)
+    written = settings.as_dict()
+    assert written == {"policy": policy.to_dict(), "own_groups": True}
+    assert Settings.of(json.loads(json.dumps(written))) == settings
+    policy.save(tmp_path / "policy.json")
+    assert Settings.of({"policy": str(tmp_path / "policy.json")}) == Settings(policy)
+    assert Settings.of({"policy": "remove:3:0.5"}) == Settings.of({"schedule": "3:0.5", "action": "remove"})
+    with pytest.raises(FileNotFoundError):
+        Settings.of({"policy": str(tmp_path / "none.json")})
 
 
 def test_alignment():
