@@ -14,7 +14,7 @@ import pytest
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage, policy_file, rankings, reducers
 from reroute_kernels.policy import Budget
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Uniform
 from reroute_kernels.reducers import Nuwa
 
 PLAIN = {"version": 1, "schedule": [{"layer": 3, "keep": 0.25}]}
@@ -26,6 +26,7 @@ RANKINGS = [
     KeyNorm("previous"),
     Random(2**70),
     Uniform(),
+    Mixed(LastQuery(rotary=False), 1 / 3),
 ]
 
 
