@@ -170,7 +170,7 @@ def test_answers_are_those_of_the_model_under_apply(tiny, task, policy, simple):
 def test_figures_are_those_of_the_benchmark(task, way):
     """Of the model that ships, on the same scenes; there in batches, here one by one."""
     benchmark.prepare(checkpoint.FOLDER, SCENES, threads=1)
-    answers, _ = benchmark.answer_all(way)
+    answers, _ = benchmark.answer_all(policy_of(way))
     scores = [score(item.question, answer) for item, answer in zip(held_out_items(SCENES), answers, strict=True)]
     policy = policy_of(way)
     text = "none" if policy is None else policy_text(policy).replace(",", "+")

@@ -153,10 +153,12 @@ def test_a_file_for_people(tmp_path):
             "queries": 1,
             "query_reduction": "mean",
             "head_reduction": "mean",
+            "rotary": True,
         },
         "positions": "original",
         "reducer": None,
         "budget": None,
+        "align": None,
     }
     found = json.loads(path.read_text())
     assert found == expected
