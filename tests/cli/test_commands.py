@@ -329,7 +329,7 @@ def test_files_that_are_refused(arguments, message, tmp_path, monkeypatch):
         ("cost {gemma}", "model must have full attention .*, got '.*' with .*'sliding_attention' at layer 0"),
         (
             "cost llava-1.5-7b nonsense",
-            "policy must be a preset like reroute-fastv/192 or .*, got 'nonsense': a preset is method/avg_tokens or ",
+            "policy must be a preset like reroute-fastv/192, .*, got 'nonsense': a preset is method/avg_tokens or ",
         ),
         (
             "cost {llama} fastv/192",
