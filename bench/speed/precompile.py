@@ -21,7 +21,7 @@ from bench.speed.prefill import Decoder, Prefill, make_inputs, make_model  # noq
 
 def shallow(decoder: Decoder, policy: rk.Policy) -> tuple[Decoder, rk.Policy]:
     """A decoder of few narrow layers, and the policy's decisions one after the other: the same kernels."""
-    stages = [rk.Stage(layer, stage.keep) for layer, stage in enumerate(policy.schedule, start=1)]
+    stages = [replace(stage, layer=layer) for layer, stage in enumerate(policy.schedule, start=1)]
     return replace(decoder, layers=len(stages) + 1, intermediate=256), replace(policy, schedule=stages)
 
 

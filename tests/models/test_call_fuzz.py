@@ -156,10 +156,13 @@ class Case:
     """How prompts run: "call", or a way of `generate`."""
     turns: tuple[Turn, ...] = ()
     aligns: bool = False
+    own: tuple[int | None, ...] = ()
+    """Rankings of the stages, if any has its own."""
 
     @property
     def policy(self) -> rk.Policy:
-        stages = [rk.Stage(layer, keep) for layer, keep in self.stages]
+        rankings = [None if number is None else RANKINGS[number] for number in self.own] or [None] * len(self.stages)
+        stages = [rk.Stage(*stage, ranking) for stage, ranking in zip(self.stages, rankings, strict=True)]
         reducer = MODELS[self.model].reducer if self.reduces else None
         align = "stage" if self.aligns else None
         return rk.Policy(stages, self.action, RANKINGS[self.ranking], self.positions, reducer, align=align)
@@ -177,7 +180,7 @@ class Case:
             and (self.model not in ("qwen3_5", "aya_vision") or self.side != "right")
             and self.attention != "flex_attention"
             and self.stages[0][0] > 0
-            and not (RANKINGS[self.ranking].layer == "previous" and self.model in ("qwen3_5", "aya_vision"))
+            and not (self.policy.ranks_by_previous_layer and self.model in ("qwen3_5", "aya_vision"))
             and not self.reduces
             and self.cache in ("default", "dynamic")
             and self.mode in ("call", "greedy", "beams", "no cache")
@@ -245,6 +248,7 @@ class Sampler:
             "default",
             mode,
         )
+        case = replace(case, own=self.rankings(case.stages))
         if mode == "call":
             static = 2 * (case.attention != "flex_attention")
             case = replace(case, cache=self.of({"default": 4, "dynamic": 4, "static": static, "off": 2}))
@@ -266,6 +270,15 @@ class Sampler:
         layers = sorted(self.random.sample(layers, self.random.randint(1, min(3, len(layers)))))
         keeps_all = self.chance(0.25)
         return tuple((layer, 1.0 if keeps_all else self.random.choice([0.05, 0.2, 0.35, 0.5, 1.0])) for layer in layers)
+
+    def rankings(self, stages: tuple[tuple[int, float], ...]) -> tuple[int | None, ...]:
+        """Those of stages; drawn apart, so that all else is as without them."""
+        apart = random.Random(f"rankings {self.seed}")
+        if apart.random() > 0.25:
+            return ()
+        first = [None, *(number for number, ranking in enumerate(RANKINGS) if getattr(ranking, "layer", "") == "this")]
+        every = [None, *range(len(RANKINGS))]
+        return tuple(apart.choice(every if layer else first) for layer, _ in stages)
 
     def layout(self, images: int, longest: int = 12) -> Layout:
         """Text and images in any order; two texts do not follow on each other."""
@@ -1092,6 +1105,8 @@ def test_cases_do_not_degenerate():
     for name in ("action", "positions", "reduces", "keeps_all", "is_plain"):
         assert len({getattr(case, name) for case in cases}) == 2
     assert {case.ranking for case in cases} == set(range(len(RANKINGS)))
+    assert {number for case in cases for number in case.own} == {None, *range(len(RANKINGS))}
+    assert any(len(set(case.own)) > 1 for case in cases)
     assert {len(case.turns) for case in cases} == {len(case.stages) for case in cases} == {1, 2, 3}
     assert {case.stages[0][0] for case in cases} == set(range(6))
     assert {len(turn.layouts) for turn in turns} == {1, 2, 3}
