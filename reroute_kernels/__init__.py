@@ -9,6 +9,7 @@ from .attention import Attention
 from .backends import backend
 from .budget import solve
 from .cost import Cost, cost
+from .memory import Memory
 from .policy import Policy, Stage
 from .presets import Preset, preset, presets, suggest
 from .trace import Trace
@@ -26,6 +27,7 @@ __all__ = [
     "Adapter",
     "Attention",
     "Cost",
+    "Memory",
     "Policy",
     "Preset",
     "Routing",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention import Attention
+from .memory import Memory
 
 REDUCTIONS = ("mean", "max")
 ROTARY_STYLES = ("rotate_half", "interleaved")
@@ -149,7 +150,9 @@ def _check_table(name: str, table: Tensor, batch: int, length: int, head_dim: in
         )
 
 
-def check_selection(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> None:
+def check_selection(
+    scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int, memory: Memory | None = None
+) -> None:
     """Refuse tensors that `select_tokens` does not accept.
 
     Raises:
@@ -158,6 +161,35 @@ def check_selection(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, 
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise _refused("scores", scores, "(B, L) float32")
     check_candidates(pool, pinned, keep, length, scores.shape, scores.device)
+    check_memory(memory, scores.shape, scores.device)
+
+
+def check_memory(memory: Memory | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """Refuse a memory that does not go with scores (B, L) of this shape on this device.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+    if memory is None:
+        return
+    decay, scores, index = memory
+    if not 0 <= decay < torch.inf:
+        raise ValueError(f"memory.decay must be 0 or more, got {decay!r}")
+    batch, length = shape
+    if scores is not None and (
+        scores.ndim != 2
+        or scores.shape[0] != batch
+        or (index is None and scores.shape[1] != length)
+        or scores.dtype != torch.float32
+        or scores.device != device
+    ):
+        columns = length if index is None else "P"
+        raise _refused("memory.scores", scores, f"({batch}, {columns}) float32 on {device}")
+    if index is not None:
+        if scores is None:
+            raise ValueError("memory.index must come with memory.scores, got it alone")
+        if index.shape != (batch, length) or index.dtype != torch.int64 or index.device != device:
+            raise _refused("memory.index", index, f"({batch}, {length}) int64 on {device}")
 
 
 def check_candidates(

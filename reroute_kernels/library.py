@@ -12,6 +12,7 @@ import torch
 from . import checks
 from .attention import Attention
 from .backends import operations_for
+from .memory import Memory
 
 _library = torch.library.Library("reroute_kernels", "DEF")
 
@@ -43,6 +44,15 @@ def _select_fake(scores, pool, pinned, keep, length):
     return scores.new_empty((scores.shape[0], length), dtype=torch.int64)
 
 
+def _select_remembered(scores, pool, pinned, keep, length, *memory):
+    return operations_for(scores.device).select_tokens(scores, pool, pinned, keep, length, Memory(*memory))
+
+
+def _select_remembered_fake(scores, pool, pinned, keep, length, *memory):
+    checks.check_memory(Memory(*memory), scores.shape, scores.device)
+    return _select_fake(scores, pool, pinned, keep, length), scores.new_empty(scores.shape)
+
+
 def _gather(index, tensors):
     return list(operations_for(index.device).gather_tokens(index, *tensors))
 
@@ -53,16 +63,22 @@ def _gather_fake(index, tensors):
 
 
 def _route(*arguments):
-    *operands, pool, pinned, keep, length, tensors = arguments
-    attention = Attention(*operands)
+    attention, (*selection, tensors), memory = _parts_of_route(arguments)
     operations = operations_for(attention.key.device)
-    index, compact, scores = operations.route_tokens(attention, pool, pinned, keep, length, tensors, return_scores=True)
+    index, compact, scores = operations.route_tokens(attention, *selection, tensors, return_scores=True, memory=memory)
     return index, list(compact), scores
 
 
+def _parts_of_route(arguments):
+    """The attention; pool, pinned, keep, length and tensors; the memory. Defaults at the end are not passed on."""
+    begin = len(Attention._fields)
+    return Attention(*arguments[:begin]), arguments[begin : begin + 5], Memory.of(*arguments[begin + 5 :])
+
+
 def _route_fake(*arguments):
-    *operands, pool, pinned, keep, length, tensors = arguments
-    scores = _rank_fake(*operands)
+    attention, (pool, pinned, keep, length, tensors), memory = _parts_of_route(arguments)
+    scores = _rank_fake(*attention)
+    checks.check_memory(memory, scores.shape, scores.device)
     index = _select_fake(scores, pool, pinned, keep, length)
     batch, total = scores.shape
     checks.check_rows(tensors[:1], batch, total, scores.device)
@@ -134,10 +150,18 @@ _register(
     _select,
     _select_fake,
 )
+_MEMORY = "Tensor? remembered, Tensor? remembered_index"
+# `select_tokens` with a memory.
+_register(
+    "select_remembered(Tensor scores, Tensor pool, Tensor pinned, Tensor keep, SymInt length, float decay, "
+    f"{_MEMORY}) -> (Tensor, Tensor)",
+    _select_remembered,
+    _select_remembered_fake,
+)
 _register("gather_tokens(Tensor index, Tensor[] tensors) -> Tensor[]", _gather, _gather_fake)
 _register(
-    f"route_tokens({_RANKING}, Tensor pool, Tensor pinned, Tensor keep, SymInt length, Tensor[] tensors) "
-    "-> (Tensor, Tensor[], Tensor)",
+    f"route_tokens({_RANKING}, Tensor pool, Tensor pinned, Tensor keep, SymInt length, Tensor[] tensors, "
+    "float? decay=None, Tensor? remembered=None, Tensor? remembered_index=None) -> (Tensor, Tensor[], Tensor)",
     _route,
     _route_fake,
 )

@@ -20,6 +20,7 @@ from . import library, ref
 from .attention import Attention, takes_attention
 from .backends import backend, forced_backend, operations_for
 from .checks import REDUCTIONS, ROTARY_STYLES, check_norm, expect_one_of, expect_tensor
+from .memory import Memory
 
 
 def _registered(attention: Attention) -> Attention:
@@ -168,9 +169,36 @@ def _expect_length(length: object) -> None:
         raise ValueError(f"length must be 0 or more, and below 2**63, got {length}")
 
 
+def _operands_of(memory: object) -> tuple[Tensor | None, ...]:
+    return memory.operands() if isinstance(memory, Memory) else ()
+
+
+def _is_plain(memory: object) -> bool:
+    """Whether a memory is of the usual types; a backend looks at its numbers."""
+    return memory is None or (type(memory) is Memory and type(memory.decay) is float)
+
+
+def _registered_memory(memory: Memory | None) -> tuple[float, Tensor | None, Tensor | None]:
+    """A memory in the form of the registered operations, which check the tensors."""
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be a Memory or None, got {memory!r}")
+    decay = memory.decay
+    if not isinstance(decay, (Real, torch.SymFloat)) or isinstance(decay, bool):
+        raise TypeError(f"memory.decay must be a real number, got {decay!r}")
+    for name, tensor in (("memory.scores", memory.scores), ("memory.index", memory.index)):
+        if tensor is not None:
+            expect_tensor(name, tensor)
+    return float(decay), memory.scores, memory.index
+
+
 def select_tokens(
-    scores: Tensor, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, length: int
-) -> Tensor:
+    scores: Tensor,
+    pool: Tensor,
+    pinned: Tensor,
+    keep: int | Sequence[int] | Tensor,
+    length: int,
+    memory: Memory | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """List the tokens that run: the pinned ones and the K best candidates of each sample.
 
     Exact and deterministic: ties go to the smaller position, -0.0 equals 0.0, and a NaN ranks below every number.
@@ -183,9 +211,13 @@ def select_tokens(
             transfer, and a negative one counts as 0. If a pool is smaller than K, all of it is selected.
         length: M, the columns of the result. Choose it as large as the longest row, pinned tokens + K: places beyond
             M are cut off.
+        memory: a `Memory` of the decision before, for scores of 0 or more. Then each score is divided by the sum of
+            all in `pool`, and `memory.decay` times what is remembered of its token is added, before anything is
+            selected: in the same launch. The sum is made in float64. None: the scores rank as they are.
 
     Returns:
-        (B, M) int64, the kept index: ascending positions, then -1 in the rows of samples with fewer.
+        (B, M) int64, the kept index: ascending positions, then -1 in the rows of samples with fewer. With a memory
+        also (B, L) float32, the scores that ranked, to be remembered; they are not differentiable.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -195,14 +227,25 @@ def select_tokens(
     >>> pool = torch.tensor([[True, True, True, True, False]])  # the last token is text
     >>> select_tokens(scores, pool, ~pool, keep=2, length=3)
     tensor([[1, 2, 4]])
+    >>> index, shares = select_tokens(scores, pool, ~pool, keep=2, length=3, memory=Memory(0.5))
+    >>> later = torch.tensor([[0.6, 0.2, 0.1, 0.1, 0.0]])
+    >>> select_tokens(later, pool, ~pool, keep=2, length=3, memory=Memory(0.5, shares))[0]
+    tensor([[0, 1, 4]])
     """
-    if _is_count(length) and (operations := _direct((scores, pool, pinned, keep))) is not None:
-        return operations.select_tokens(scores, pool, pinned, keep, length)
+    if _is_count(length) and _is_plain(memory):
+        operations = _direct((scores, pool, pinned, keep), _operands_of(memory))
+        if operations is not None:
+            return operations.select_tokens(scores, pool, pinned, keep, length, memory)
     for name, tensor in (("scores", scores), ("pool", pool), ("pinned", pinned)):
         expect_tensor(name, tensor)
     _expect_length(length)
     keep = _counts(keep, scores.shape[0] if scores.ndim else 0, scores.device)
-    return torch.ops.reroute_kernels.select_tokens(scores, pool, pinned, keep, length)
+    if memory is None:
+        return torch.ops.reroute_kernels.select_tokens(scores, pool, pinned, keep, length)
+    with torch.no_grad():
+        return torch.ops.reroute_kernels.select_remembered(
+            scores, pool, pinned, keep, length, *_registered_memory(memory)
+        )
 
 
 def _expect_tensors(tensors: Sequence[object]) -> None:
@@ -303,6 +346,7 @@ def route_tokens(
     length: int,
     tensors: Sequence[Tensor] = (),
     return_scores: bool = False,
+    memory: Memory | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """Make a whole decision in one call: rank the tokens, select those that run, and compact their per-token tensors.
 
@@ -315,7 +359,8 @@ def route_tokens(
             position or name, options by name). The arguments below are then given by name.
         pool, pinned, keep, length: as in `select_tokens`.
         tensors: each (B, L, ...), as in `gather_tokens`; may be none.
-        return_scores: also return the result of `rank_tokens`. It is computed anyway, and costs nothing.
+        return_scores: also return the scores that ranked. They are computed anyway, and cost nothing.
+        memory: as in `select_tokens`; it takes no launch more.
 
     Returns:
         (B, M) int64, the kept index, and a tuple of one contiguous (B, M, ...) tensor for each of `tensors`; then, if
@@ -332,10 +377,12 @@ def route_tokens(
     >>> index, compact.shape
     (tensor([[1, 2, 4]]), torch.Size([1, 3, 8]))
     """
-    if isinstance(tensors, (tuple, list)) and _is_count(length) and _has_plain_options(attention):
-        operations = _direct((attention.query, attention.key, pool, pinned, keep, *tensors), attention.operands()[2:])
+    is_plain = isinstance(tensors, (tuple, list)) and _is_count(length) and _is_plain(memory)
+    if is_plain and _has_plain_options(attention):
+        optional = *attention.operands()[2:], *_operands_of(memory)
+        operations = _direct((attention.query, attention.key, pool, pinned, keep, *tensors), optional)
         if operations is not None:
-            return operations.route_tokens(attention, pool, pinned, keep, length, tuple(tensors), return_scores)
+            return operations.route_tokens(attention, pool, pinned, keep, length, tuple(tensors), return_scores, memory)
     operands = _registered(attention)
     expect_tensor("pool", pool)
     expect_tensor("pinned", pinned)
@@ -345,10 +392,11 @@ def route_tokens(
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(f"tensors must be a sequence of tensors, got {type(tensors).__name__}")
     _expect_tensors(tensors)
+    remembered = () if memory is None else _registered_memory(memory)
     gathers_later = len(tensors) > 0 and (_differentiated_by_torch() or _needs_gradient(*tensors))
     with torch.no_grad():
         index, compact, scores = torch.ops.reroute_kernels.route_tokens(
-            *operands, pool, pinned, keep, length, () if gathers_later else tensors
+            *operands, pool, pinned, keep, length, () if gathers_later else tensors, *remembered
         )
     result = index, _gather(index, tensors) if gathers_later else tuple(compact)
     return (*result, scores) if return_scores else result

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import KernelInterface
 
 from reroute_kernels import triton as kernels
+from reroute_kernels.memory import Memory
 from reroute_kernels.triton.plan import forget_plans
 
 TARGETS = {
@@ -50,8 +51,13 @@ def selection(batch, length):
     return {"pool": flags, "pinned": flags, "keep": torch.empty(batch, dtype=torch.int64), "length": 208}
 
 
-def select(length):
-    kernels.select_tokens(torch.empty(2, length), **selection(2, length))
+def select(length, memory=None):
+    kernels.select_tokens(torch.empty(2, length), **selection(2, length), memory=memory)
+
+
+def memory(length):
+    """Of a decision with more tokens."""
+    return Memory(0.3, torch.empty(2, length + 16), torch.empty(2, length, dtype=torch.int64))
 
 
 def route(*shape, length, width, dtype=torch.bfloat16, **options):
@@ -108,6 +114,11 @@ CASES = {
     "length 16384": lambda: select(16384),
     "length 65536": lambda: select(65536),
     "length 131072": lambda: select(131072),
+    "length 208, first with a memory": lambda: select(208, Memory(0.3)),
+    "length 208, with a memory": lambda: select(208, memory(208)),
+    "length 4096, with a memory": lambda: select(4096, memory(4096)),
+    "length 65536, with a memory": lambda: select(65536, memory(65536)),
+    "length 131072, with a memory": lambda: select(131072, memory(131072)),
     "gather 4096 bfloat16": lambda: gather(4096, torch.bfloat16),
     "gather 4096 float32": lambda: gather(4096, torch.float32),
     "gather 4095 bfloat16": lambda: gather(4095, torch.bfloat16),

@@ -11,6 +11,7 @@ import torch
 
 import reroute_kernels as rk
 from reroute_kernels import checks
+from reroute_kernels.memory import Memory
 from tests.conftest import LAYOUTS, WRITABLE_LAYOUTS
 from tests.test_rank import assert_scores_equal
 
@@ -164,6 +165,25 @@ def check_select(case):
         length = case.random.choice([4096, 4097, 6200, 8193, 65_536, 65_537])
     arguments = {"scores": case.scores(batch, length), **case.selection(batch, length)}
     assert torch.equal(rk.triton.select_tokens(**arguments), rk.ref.select_tokens(**arguments))
+    if case.chance(0.3):
+        check_memory(case, arguments)
+
+
+def check_memory(case, arguments):
+    batch, length = arguments["scores"].shape
+    scores, memory = (
+        case.laid_out(torch.rand(batch, length).to(case.device)),
+        Memory(case.random.choice([0.0, 0.3, 1.0])),
+    )
+    if case.chance(0.7):
+        count = case.size(300)
+        places = torch.randint(-3, count + 3, (batch, length), device=case.device)
+        memory = memory._replace(scores=case.laid_out(torch.rand(batch, count, device=case.device)), index=places)
+    arguments = {**arguments, "scores": scores}
+    index, ranked = rk.triton.select_tokens(**arguments, memory=memory)
+    torch.testing.assert_close(ranked, rk.ref.select_tokens(**arguments, memory=memory)[1], atol=1e-9, rtol=1e-6)
+    # Two scores that are nearly equal may round to either order: selection follows the kernel's own.
+    assert torch.equal(index, rk.ref.select_tokens(**{**arguments, "scores": ranked}))
 
 
 def check_gather(case):

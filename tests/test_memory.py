@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
+from reroute_kernels.memory import Memory
 from tests.conftest import HAS_GPU
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="looks into Triton's interpreter")
@@ -105,6 +106,18 @@ def test_a_long_selection_touches_its_tensors_alone(device, accesses, length):
     arguments = decision(device, length, masked=False)
     selection = {name: arguments[name] for name in ("pool", "pinned", "keep", "length")}
     rk.triton.select_tokens(torch.randn(2, length, device=device), **selection)
+    assert accesses.count > 0
+    assert accesses.masks == {np.dtype(bool)}
+
+
+@pytest.mark.parametrize("length", [30, 4100, 65_600])
+def test_a_selection_with_a_memory_touches_its_tensors_alone(device, accesses, length):
+    arguments = decision(device, length, masked=False)
+    selection = {name: arguments[name][:1] for name in ("pool", "pinned", "keep")}
+    places = torch.arange(-5, length - 5, device=device)[None] * 2
+    places[0, 0], places[0, -1] = -(2**63), 2**63 - 1
+    memory = Memory(0.3, torch.rand(1, 20, device=device), places)
+    rk.triton.select_tokens(torch.rand(1, length, device=device), **selection, length=9, memory=memory)
     assert accesses.count > 0
     assert accesses.masks == {np.dtype(bool)}
 

@@ -25,7 +25,7 @@ RANKING = (
 
 
 def test_names():
-    classes = "Adapter Attention Cost Policy Preset Routing Stage Trace"
+    classes = "Adapter Attention Cost Memory Policy Preset Routing Stage Trace"
     functions = (
         "apply backend cost models ops preset presets rankings reducers ref remove routing_of solve suggest triton "
         "warm_up"
@@ -54,13 +54,13 @@ def test_signatures():
         "gather_tokens": "(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]",
         "rank_tokens": f"({RANKING}) -> Tensor",
         "route_tokens": f"({RANKING}, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, length: int, "
-        "tensors: Sequence[Tensor] = (), return_scores: bool = False) -> tuple[Tensor, tuple[Tensor, ...]] | "
-        "tuple[Tensor, tuple[Tensor, ...], Tensor]",
+        "tensors: Sequence[Tensor] = (), return_scores: bool = False, memory: Memory | None = None) -> "
+        "tuple[Tensor, tuple[Tensor, ...]] | tuple[Tensor, tuple[Tensor, ...], Tensor]",
         "scatter_norm_tokens_": "(full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, "
         "eps: float, *, one_plus: bool = False) -> Tensor",
         "scatter_tokens_": "(full: Tensor, index: Tensor, compact: Tensor) -> Tensor",
         "select_tokens": "(scores: Tensor, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, "
-        "length: int) -> Tensor",
+        "length: int, memory: Memory | None = None) -> Tensor | tuple[Tensor, Tensor]",
     }
 
 

@@ -4,13 +4,43 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..checks import check_selection
+from ..memory import Memory
 
 
-def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
+def select_tokens(
+    scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int, memory: Memory | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `reroute_kernels.ops.select_tokens`."""
-    check_selection(scores, pool, pinned, keep, length)
+    check_selection(scores, pool, pinned, keep, length, memory)
+    if memory is None:
+        return _selected(scores, pool, pinned, keep, length)
+    scores = _with_memory(scores, pool, memory)
+    return _selected(scores, pool, pinned, keep, length), scores
+
+
+def _with_memory(scores: Tensor, pool: Tensor, memory: Memory) -> Tensor:
+    """(B, L) float32, the share of each token in its pool's sum, and `decay` times what is remembered of it.
+
+    In float64 the order of the sum does not show in float32.
+    """
+    total = scores.masked_fill(~pool, 0.0).sum(dim=1, keepdim=True, dtype=torch.float64).float()
+    is_usable = (total > 0) & total.isfinite()
+    shares = (scores / total).masked_fill(~is_usable, 0.0)
+    if memory.scores is None:
+        return shares
+    before = memory.scores
+    if memory.index is not None:
+        length = before.shape[1]
+        is_known = (memory.index >= 0) & (memory.index < length)
+        # A column of zeros stands for tokens of which nothing is remembered.
+        before = pad(before, (0, 1)).gather(1, torch.where(is_known, memory.index, length))
+    return shares + memory.decay * before
+
+
+def _selected(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
     batch, total = scores.shape
     if total == 0:
         return torch.full((batch, length), -1, device=scores.device)

@@ -457,19 +457,20 @@ def rank_tokens(attention: Attention) -> Tensor:
     return plan.run(inputs)[0]
 
 
-def add_ranking(plan: Plan, attention: Attention) -> Slot:
-    """Plan a ranking, which is a result.
+def add_ranking(plan: Plan, attention: Attention, is_result: bool = True) -> Slot:
+    """Plan a ranking.
 
     Args:
         plan: whose first inputs are the tensors of the attention, in order.
         attention: with these tensors.
+        is_result: whether the scores are a result.
 
     Returns:
         (B, L) contiguous, the scores.
     """
     batch, queries, heads, head_dim = attention.query.shape
     length, kv_heads = attention.key.shape[1:3]
-    scores = plan.result(batch, length, dtype=torch.float32)
+    scores = (plan.result if is_result else plan.scratch)(batch, length, dtype=torch.float32)
     if batch * length == 0:
         return scores
     query, key, cos, sin, key_mask, query_index, past_key, past_mask = _prepared(plan, queries)

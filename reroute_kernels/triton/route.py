@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attention import NUM_TENSORS, Attention
-from ..checks import check_candidates, check_ranking, check_rows
+from ..checks import check_candidates, check_memory, check_ranking, check_rows
 from ..decision import in_steps, route_tokens_by
 from .gather import add_gather, gather_tokens
 from .launch import MAX_PROGRAMS
@@ -19,9 +19,10 @@ _in_steps = in_steps(rank_tokens, select_tokens, gather_tokens)
 
 
 def _decide(attention: Attention, *given: Any) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    pool, pinned, keep, length, tensors = given
-    inputs = *attention.operands(), pool, pinned, keep, *tensors
-    key = "route", attention.options(), length, layout(inputs)
+    pool, pinned, keep, length, tensors, memory = given
+    remembered, decay = ((), None) if memory is None else (memory.operands(), memory.decay)
+    inputs = *attention.operands(), pool, pinned, keep, *remembered, *tensors
+    key = "route", attention.options(), length, decay, layout(inputs)
     plan = find_plan(key)
     if plan is None:
         batch, total = attention.key.shape[:2]
@@ -29,12 +30,18 @@ def _decide(attention: Attention, *given: Any) -> tuple[Tensor, tuple[Tensor, ..
             return _in_steps(attention, *given)
         check_ranking(attention)
         check_candidates(pool, pinned, keep, length, attention.key.shape[:2], attention.key.device)
+        check_memory(memory, attention.key.shape[:2], attention.key.device)
         check_rows(tensors, batch, total, attention.key.device)
         plan = Plan(inputs)
-        kept = add_selection(plan, add_ranking(plan, attention), (total, 1), NUM_TENSORS, length)
-        add_gather(plan, kept, (batch, length), NUM_TENSORS + 3)
+        scores = add_ranking(plan, attention, is_result=memory is None)
+        kept = add_selection(plan, scores, (total, 1), NUM_TENSORS, length, decay)
+        add_gather(plan, kept, (batch, length), NUM_TENSORS + 3 + len(remembered))
         keep_plan(key, plan)
-    scores, index, *compact = plan.run(inputs)
+    results = plan.run(inputs)
+    if memory is None:
+        scores, index, *compact = results
+    else:
+        index, scores, *compact = results
     return index, tuple(compact), scores
 
 

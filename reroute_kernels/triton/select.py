@@ -5,9 +5,15 @@ is nothing to sort and nothing that depends on the order of execution. Up to 65,
 program per sample, which narrows down the range where that score lies: it holds the scores of a short sequence, and
 reads those of a longer one anew each time. Still longer ones take five launches, of a program per tile: a radix select
 counts each of four 8-bit digits in one, and the last one writes.
+
+With a memory of the decision before, the first launch also makes the scores that rank, and writes them. It needs the
+sum of a sample's scores before; in the radix select every program makes it anew, so that no launch is added.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_selection
+from ..memory import Memory
 from .launch import MAX_PROGRAMS, _wait_for_launches_before, as_stored, cdiv, next_power_of_2, parts_of_batch
 from .plan import Plan, Slot, find_plan, keep_plan, layout
 
@@ -33,16 +40,58 @@ def _order_preserving(scores):
 
 
 @triton.jit
-def _load_tile(sources, strides, sample, tokens, length):
-    """Sortable scores of a sample's `tokens`, which of them are candidates, and which are pinned."""
+def _load_scores(sources, strides, sample, tokens, length):
+    """Scores of a sample's `tokens`, which of them are in the pool, and which are pinned."""
     mask, offsets = tokens < length, tokens.to(tl.int64)
     scores = sources[0] + sample * (strides[0] // 16) + offsets * strides[3]
     pool = sources[1] + sample * (strides[1] // 16) + offsets * strides[4]
     pinned = sources[2] + sample * (strides[2] // 16) + offsets * strides[5]
-    ordered = _order_preserving(tl.load(scores, mask=mask, other=0.0))
     in_pool = tl.load(pool, mask=mask, other=0) != 0
     is_pinned = tl.load(pinned, mask=mask, other=0) != 0
-    return ordered, in_pool & (is_pinned == 0), is_pinned
+    return tl.load(scores, mask=mask, other=0.0), in_pool, is_pinned
+
+
+@triton.jit
+def _of_pool(scores, in_pool):
+    """Scores to be summed: in float64 the order of a sum does not show in float32."""
+    return tl.where(in_pool, scores, 0.0).to(tl.float64)
+
+
+@triton.jit
+def _sum_of_pool(sources, strides, sample, length, TILE: tl.constexpr):
+    """Sum of a sample's scores in the pool."""
+    total = tl.zeros([TILE], tl.float64)
+    for first in range(0, length, TILE):
+        scores, in_pool, _ = _load_scores(sources, strides, sample, first + tl.arange(0, TILE), length)
+        total += _of_pool(scores, in_pool)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _remembering(scores, total, memory, sample, tokens, length, MEMORY: tl.constexpr):
+    """Scores as shares of their pool's `total`, with what is remembered of each token; they are written, too."""
+    remembered, places, ranked, decay, remembered_length = memory
+    mask, offsets = tokens < length, sample * length + tokens
+    total = total.to(tl.float32)
+    is_usable = (total > 0.0) & (total < float("inf"))
+    scores = tl.where(is_usable, tl.div_rn(scores, tl.where(is_usable, total, 1.0)), 0.0)
+    if MEMORY > 1:
+        known, earlier = mask, tokens.to(tl.int64)
+        if MEMORY > 2:
+            earlier = tl.load(places + offsets, mask=mask, other=-1)
+            known = (earlier >= 0) & (earlier < remembered_length)
+        scores += decay * tl.load(remembered + sample * remembered_length + earlier, mask=known, other=0.0)
+    tl.store(ranked + offsets, scores, mask=mask)
+    return scores
+
+
+@triton.jit
+def _load_tile(sources, strides, sample, tokens, length, total, memory, MEMORY: tl.constexpr):
+    """Sortable scores of a sample's `tokens`, which of them are candidates, and which are pinned."""
+    scores, in_pool, is_pinned = _load_scores(sources, strides, sample, tokens, length)
+    if MEMORY > 0:
+        scores = _remembering(scores, total, memory, sample, tokens, length, MEMORY)
+    return _order_preserving(scores), in_pool & (is_pinned == 0), is_pinned
 
 
 @triton.jit
@@ -91,16 +140,22 @@ def _write_filler(index, written, first, index_length, TILE: tl.constexpr):
         tl.store(index + places, filler, mask=(places >= written) & (places < index_length))
 
 
-@triton.jit(do_not_specialize=["length", "index_length"])
+@triton.jit(do_not_specialize=["length", "index_length", "remembered_length"])
 def select_and_compact(
     sources,  # scores, pool and pinned, each [B, L]
     keep,  # [B]
     index,  # [B, M] contiguous
+    remembered,  # [B, P] contiguous, or None, as the next three
+    places,  # [B, L] contiguous, of the tokens in `remembered`
+    ranked,  # [B, L] contiguous
+    decay,
     length,
     index_length,
+    remembered_length,
     strides,  # of the sources, see `_source_strides`
     TILE: tl.constexpr,
     PARTS: tl.constexpr,  # that the range of the last selected score is cut into at a time
+    MEMORY: tl.constexpr,  # 0: none; 1: nothing remembered yet; 2: at the same places; 3: at `places`
     FOLLOWS: tl.constexpr,
 ):
     """Narrows down where the last selected score lies, until exactly the wanted reach it or a single score is left.
@@ -112,8 +167,13 @@ def select_and_compact(
     sample = tl.program_id(0).to(tl.int64)
     index += sample * index_length
     tokens = tl.arange(0, TILE)
-    ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length)
-    ordered = tl.where(is_candidate, ordered, 0).to(tl.uint32)
+    scores, in_pool, is_pinned = _load_scores(sources, strides, sample, tokens, length)
+    if MEMORY > 0:
+        total = tl.sum(_of_pool(scores, in_pool), axis=0)
+        memory = (remembered, places, ranked, decay, remembered_length)
+        scores = _remembering(scores, total, memory, sample, tokens, length, MEMORY)
+    is_candidate = in_pool & (is_pinned == 0)
+    ordered = tl.where(is_candidate, _order_preserving(scores), 0).to(tl.uint32)
     both = tl.sum(is_candidate.to(tl.int32) + (is_pinned.to(tl.int32) << 16), axis=0)
     low = tl.min(tl.where(is_candidate, ordered, 0xFFFFFFFF).to(tl.uint32), axis=0)
     high = tl.max(ordered, axis=0) + 1
@@ -135,17 +195,23 @@ def select_and_compact(
     _write_filler(index, (both >> 16) + wanted, 0, index_length, TILE)
 
 
-@triton.jit(do_not_specialize=["length", "index_length"])
+@triton.jit(do_not_specialize=["length", "index_length", "remembered_length"])
 def select_in_passes(
     sources,  # scores, pool and pinned, each [B, L]
     keep,  # [B]
     codes,  # [B, whole tiles] contiguous: what the passes after the first one read
     index,  # [B, M] contiguous
+    remembered,  # as in `select_and_compact`, and the next three
+    places,
+    ranked,
+    decay,
     length,
     index_length,
+    remembered_length,
     strides,  # of the sources, see `_source_strides`
     stride_codes,
     TILE: tl.constexpr,
+    MEMORY: tl.constexpr,  # as in `select_and_compact`
     FOLLOWS: tl.constexpr,
 ):
     """As `select_and_compact`, for more tokens than a program holds, at most 255 tiles.
@@ -161,9 +227,13 @@ def select_in_passes(
     lowest = tl.full([TILE], 0xFFFFFFFF, tl.uint32)
     highest = tl.zeros([TILE], tl.uint32)
     candidates, always = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
+    total = 0.0
+    if MEMORY > 0:
+        total = _sum_of_pool(sources, strides, sample, length, TILE)
+    memory = (remembered, places, ranked, decay, remembered_length)
     for first in range(0, length, TILE):
         tokens = first + tl.arange(0, TILE)
-        ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length)
+        ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length, total, memory, MEMORY)
         ordered = tl.maximum(ordered, 1).to(tl.uint32)
         code = tl.where(is_candidate, ordered, tl.where(is_pinned, 0xFFFFFFFF, 0)).to(tl.uint32)
         tl.store(codes + tokens, code.to(tl.int32, bitcast=True))
@@ -233,17 +303,23 @@ def _threshold_so_far(keep, counts, state, tiles, DIGITS: tl.constexpr, BLOCK_TI
     return threshold, remaining, digit
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "remembered_length"])
 def count_digits(
     sources,  # scores, pool and pinned, each [B, L]
     keep,  # [B]
     counts,  # [4, B, tiles, 256] contiguous: candidates by the digit of each pass
     certain,  # [B, tiles] contiguous: tokens of a tile that are known to be kept
     state,  # [B, 3, 2] contiguous: threshold and remaining candidates after each pass
+    remembered,  # as in `select_and_compact`, and the next three
+    places,
+    ranked,
+    decay,
     length,
+    remembered_length,
     strides,  # of the sources, see `_source_strides`
     TILE: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
+    MEMORY: tl.constexpr,  # as in `select_and_compact`; the passes after the first one read `ranked` for scores
     FOLLOWS: tl.constexpr,
     DIGIT: tl.constexpr,
 ):
@@ -252,7 +328,11 @@ def count_digits(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)
     tokens = tile * TILE + tl.arange(0, TILE)
-    ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length)
+    total = 0.0
+    if MEMORY > 0:
+        total = _sum_of_pool(sources, strides, sample, length, TILE)
+    memory = (remembered, places, ranked, decay, remembered_length)
+    ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length, total, memory, MEMORY)
     here = sample * tiles + tile
     threshold = tl.full([], 0, tl.uint32)
     if DIGIT == 0:
@@ -292,7 +372,7 @@ def compact_tiles(
     sample, batch = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     digits = tl.arange(0, 256)[None, :]
     tokens = tile * TILE + tl.arange(0, TILE)
-    ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length)
+    ordered, is_candidate, is_pinned = _load_tile(sources, strides, sample, tokens, length, 0.0, None, 0)
     last_counts = counts + (3 * (batch * tiles).to(tl.int64) + sample * tiles) * 256
     threshold, remaining, digit = _threshold_so_far(
         keep + sample, last_counts, state + sample * 6, tiles, 4, BLOCK_TILES
@@ -319,34 +399,55 @@ def compact_tiles(
         _write_filler(index, certain_in_all + tl.minimum(equal_in_all, remaining), 0, index_length, TILE)
 
 
-def select_tokens(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
+def select_tokens(
+    scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int, memory: Memory | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """See `reroute_kernels.ops.select_tokens`."""
-    inputs = scores, pool, pinned, keep
-    key = "select", length, layout(inputs)
+    inputs, decay = (scores, pool, pinned, keep), None
+    if memory is not None:
+        inputs, decay = inputs + memory.operands(), memory.decay
+    key = "select", length, decay, layout(inputs)
     plan = find_plan(key)
     if plan is None:
-        check_selection(scores, pool, pinned, keep, length)
+        check_selection(scores, pool, pinned, keep, length, memory)
         batch = scores.shape[0]
         if batch > MAX_PROGRAMS:
-            parts = parts_of_batch(batch)
-            return torch.cat([select_tokens(scores[s], pool[s], pinned[s], keep[s], length) for s in parts])
+            return _in_parts(scores, pool, pinned, keep, length, memory)
         plan = Plan(inputs)
         if scores.is_neg():
             scores = plan.prepare(0, lambda tensors: as_stored(tensors[0]))
-        add_selection(plan, Slot(0), scores.stride(), 1, length)
+        add_selection(plan, Slot(0), scores.stride(), 1, length, decay)
         keep_plan(key, plan)
-    return plan.run(inputs)[0]
+    results = plan.run(inputs)
+    return results[0] if memory is None else (results[0], results[1])
 
 
-def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], first: int, length: int) -> Slot:
-    """Plan a selection, which is a result.
+def _in_parts(scores, pool, pinned, keep, length, memory):
+    """The selection of a batch that is too large for a grid."""
+    parts = [
+        select_tokens(scores[s], pool[s], pinned[s], keep[s], length, memory and memory.samples(s))
+        for s in parts_of_batch(scores.shape[0])
+    ]
+    return torch.cat(parts) if memory is None else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def add_selection(
+    plan: Plan,
+    scores: Slot,
+    score_strides: tuple[int, ...],
+    first: int,
+    length: int,
+    decay: float | None = None,
+) -> Slot:
+    """Plan a selection, which is a result; with a memory the scores that rank are the next one.
 
     Args:
         plan: whose inputs hold `pool`, `pinned` and `keep`.
         scores: (B, L).
         score_strides: their strides.
-        first: number of `pool` among the inputs; `pinned` and `keep` follow.
+        first: number of `pool` among the inputs; `pinned` and `keep` follow, and with a memory its tensors.
         length: M.
+        decay: of the memory; None without one.
 
     Returns:
         (B, M), the kept index.
@@ -357,7 +458,8 @@ def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], firs
     assert keep is not None
     batch, total = pool.shape
     index = plan.result(batch, length, dtype=torch.int64)
-    if batch * length == 0:
+    memory = _planned_memory(plan, first + 3, (batch, total), decay)
+    if batch * (length if decay is None else length + total) == 0:
         return index
     if not keep.is_contiguous():
         plan.prepare(first + 2, lambda tensors: tensors[first + 2].contiguous())
@@ -372,7 +474,7 @@ def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], firs
     if total <= HELD_TOKENS:
         tile = max(256, next_power_of_2(total))
         given["num_warps"] = 16 if tile > 2048 else 8  # as registers allow
-        plan.launch(select_and_compact, (batch,), **given, **written, TILE=tile, PARTS=4)
+        plan.launch(select_and_compact, (batch,), **given, **written, **memory, TILE=tile, PARTS=4)
         return index
     if total <= ONE_PROGRAM_TOKENS:
         padded = cdiv(total, LONG_TILE) * LONG_TILE
@@ -381,7 +483,7 @@ def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], firs
             "stride_codes": padded,
             "num_warps": 32 if plan.is_cuda else 16,  # 1,024 threads
         }
-        plan.launch(select_in_passes, (batch,), **given, **written, TILE=LONG_TILE)
+        plan.launch(select_in_passes, (batch,), **given, **written, **memory, TILE=LONG_TILE)
         return index
     tiles = cdiv(total, LONG_TILE)
     given |= {
@@ -392,9 +494,45 @@ def add_selection(plan: Plan, scores: Slot, score_strides: tuple[int, ...], firs
         "BLOCK_TILES": 4,
     }
     for digit in range(4):
-        plan.launch(count_digits, (tiles, batch), **given, DIGIT=digit)
+        plan.launch(count_digits, (tiles, batch), **given, **memory, DIGIT=digit)
+        if memory["MEMORY"]:  # the scores are made, and the next passes read them
+            given["sources"] = memory["ranked"], *given["sources"][1:]
+            given["strides"] = _source_strides((total, 1), pool.stride(), pinned.stride())
+            memory = _planned_memory(plan, first + 3, (batch, total), None)
     plan.launch(compact_tiles, (tiles, batch), **given, **written)
     return index
+
+
+def _planned_memory(plan: Plan, first: int, shape: tuple[int, ...], decay: float | None) -> dict[str, Any]:
+    """Arguments of a kernel for a memory, whose scores are a result.
+
+    Args:
+        plan: whose inputs hold the tensors of the memory.
+        first: number of the first of them.
+        shape: (B, L).
+        decay: of the memory; None without one.
+    """
+    if decay is None:
+        return dict.fromkeys(("remembered", "places", "ranked")) | {"decay": 0.0, "remembered_length": 0, "MEMORY": 0}
+    slots: list[Slot | None] = []
+    for number in (first, first + 1):
+        tensor = plan.tensors[number]
+        slots.append(None if tensor is None else Slot(number))
+        if tensor is not None and (tensor.is_neg() or not tensor.is_contiguous()):
+            plan.prepare(number, _contiguous(number))
+    remembered = plan.tensors[first]
+    return {
+        "remembered": slots[0],
+        "places": slots[1],
+        "ranked": plan.result(*shape, dtype=torch.float32),
+        "decay": float(decay),
+        "remembered_length": 0 if remembered is None else remembered.shape[1],
+        "MEMORY": 1 + sum(slot is not None for slot in slots),
+    }
+
+
+def _contiguous(number: int) -> Callable[[Sequence[Any]], Tensor]:
+    return lambda tensors: as_stored(tensors[number]).contiguous()
 
 
 def _source_strides(*strides: tuple[int, ...]) -> tuple[int, ...]:
