@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from reroute_kernels.backends import active_backend
 from reroute_kernels.policy import Policy
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, RankingLike, Uniform, part_of
+from reroute_kernels.rankings import (
+    AllText,
+    KeyNorm,
+    LastQuery,
+    Mixed,
+    Random,
+    RankingLike,
+    Remembered,
+    Uniform,
+    part_of,
+)
 from reroute_kernels.routing import RoutedForward
 from reroute_kernels.trace import DecisionScores
 
@@ -35,7 +45,7 @@ from .static import Counts, PrefillKey, Result, StaticPrefill, decoder_positions
 from .tensor_parallel import head_group
 
 _STATIC_RANKINGS = (AllText, KeyNorm, LastQuery, Random, Uniform)
-_STATIC_WRAPPERS = (Mixed,)
+_STATIC_WRAPPERS = (Mixed, Remembered)
 _STATIC_FORMS = ("eager", "flash_attention", "sdpa")
 _STATIC_EXPERTS = ("batched_mm", "grouped_mm")
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -839,8 +849,11 @@ def take_decisions(result: Result, forward: RoutedForward) -> None:
 
 def _share_of(ranking: RankingLike, result: Result, forward: RoutedForward) -> float:
     """The part of a run's scores that is left without the rows of the bucket, which count in a mean over text."""
-    text = part_of(ranking, AllText)
-    if text is not None and text.query_reduction == "mean":
+    text, remembers = (
+        part_of(ranking, AllText),
+        part_of(ranking, Remembered) is not None,
+    )  # by shares, which no rows change
+    if text is not None and text.query_reduction == "mean" and not remembers:
         return result.most_text / forward.prompt.most_text
     return 1.0
 

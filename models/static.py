@@ -113,7 +113,7 @@ class _StaticForward(RoutedForward):
     def anew(self) -> _StaticForward:
         """The same before its first decision. Its counts are on the device already."""
         forward = copy.copy(self)
-        forward.kept, forward.scored = [], []
+        forward.kept, forward.scored, forward._memory = [], [], None
         return forward
 
     @staticmethod

@@ -159,10 +159,12 @@ class Ranking(ABC):
             by its input.
         projects: whether it asks for attention or keys at every decision. Then the norm before them is computed with
             the write-back of the last stage, in one launch, if it can be.
+        nonnegative: whether its scores are 0 or more, so that `Remembered` may divide them by their sum.
     """
 
     layer = "this"
     projects = False
+    nonnegative = False
 
     @abstractmethod
     def rank(self, candidates: Candidates) -> Tensor | Attention:
@@ -181,6 +183,7 @@ class Ranking(ABC):
 
 class _ByAttention(Ranking):
     projects = True
+    nonnegative = True
     query_reduction: str
     head_reduction: str
     rotary: bool
@@ -306,6 +309,7 @@ class Random(Ranking):
     """
 
     seed: int = 0
+    nonnegative = True
 
     def __post_init__(self):
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
@@ -327,6 +331,8 @@ class Random(Ranking):
 @dataclass(frozen=True)
 class Uniform(Ranking):
     """A baseline: candidates at even distances, in the order of the prompt, whatever the image shows."""
+
+    nonnegative = True
 
     def rank(self, candidates: Candidates) -> Tensor:
         return evenly(candidates.pool, candidates.keep).float()
@@ -371,6 +377,10 @@ class _Around(Ranking):
     @property
     def projects(self) -> bool:  # type: ignore[override]
         return getattr(self.ranking, "projects", False)
+
+    @property
+    def nonnegative(self) -> bool:  # type: ignore[override]
+        return getattr(self.ranking, "nonnegative", False)
 
     def rank(self, candidates: Candidates) -> Tensor | Attention:
         return self.ranking.rank(candidates)
@@ -428,3 +438,39 @@ class Mixed(_Around):
     def count(self, keep: int) -> int:
         """How many of K are taken at even distances."""
         return int(self.uniform * keep)
+
+
+@dataclass(frozen=True)
+class Remembered(_Around):
+    """Scores in which those of the decisions before live on, so that a later layer does not forget a find.
+
+    At each decision the scores of the candidates are divided by their sum, and `decay` times what was remembered of
+    each is added. The result ranks, and is remembered. If all scores are 0, or some are not finite, what was remembered
+    ranks alone. Each routed prompt remembers for itself. Remembering takes no launch more.
+
+    Args:
+        ranking: gives the scores, of 0 or more: `LastQuery`, `AllText`, `Random`, `Uniform`, or a ranking of one's own
+            with an attribute `nonnegative = True`. `Mixed` may be around this ranking or within it; both are the same,
+            for it never changes scores.
+        decay: from 0, which remembers nothing, to 1.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `decay` is outside 0 ... 1, or `ranking` remembers already, or may give negative scores.
+
+    >>> from reroute_kernels import Policy, Stage
+    >>> Policy([Stage(3, 0.25), Stage(7, 0.25)], ranking=Remembered(LastQuery(), decay=0.5)).ranking.decay
+    0.5
+    """
+
+    ranking: RankingLike
+    decay: float = 0.3
+
+    def __post_init__(self):
+        super().__post_init__()
+        _expect_share("decay", self.decay)
+        if not self.nonnegative:
+            raise ValueError(
+                "ranking must give scores of 0 or more, as LastQuery, AllText, Random and Uniform do, or one's own "
+                f"with nonnegative = True, got {self.ranking!r}"
+            )

@@ -15,8 +15,9 @@ from torch import Tensor
 from . import ops
 from .attention import Attention
 from .backends import active_backend
+from .memory import Memory
 from .policy import Policy
-from .rankings import Candidates, Mixed, Norm, Projection, RankingLike, evenly, part_of
+from .rankings import Candidates, Mixed, Norm, Projection, RankingLike, Remembered, evenly, part_of
 from .trace import DecisionScores
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class RoutedForward:
         self.kept: list[Tensor] = []
         self._active: TokenSequence | None = None  # the tokens of this stage
         self._scores: Tensor | None = None
+        self._memory: Memory | None = None  # of the latest decision that remembers
         self.scored: list[DecisionScores | None] = []
 
     def _ranking(self, stage: int) -> RankingLike:
@@ -255,8 +257,10 @@ class RoutedForward:
         else:
             ranked = self._rank(source, projection, states)
         pinned, keep = self._pinned(source, stage)
+        memory = None if reduces else self._remembered(stage, hidden.device)
         index, rows, scores = self._route(
             ranked,
+            memory,
             pool=source.pool,
             pinned=pinned,
             keep=keep,
@@ -267,6 +271,7 @@ class RoutedForward:
         ragged = self.is_ragged(stage)
         if ragged and self.pad_left:
             index, rows = self._left_padded(index, rows, on_device(index.device, self.rows[stage]))
+        self._remember(memory, scores, index if for_good else None)
         compact, carried = rows[0], rows[1 + len(source.rotary) :]
         # One operation made all rows, so all have gradients; but layers are handed cos and sin without, as ever.
         rotary = tuple(
@@ -297,6 +302,29 @@ class RoutedForward:
             return source.pinned, keep
         even = on_device(source.hidden.device, self._even[stage])
         return source.pinned | evenly(source.pool, even), keep - even
+
+    def _remembered(self, stage: int, device: torch.device) -> Memory | None:
+        """Scores that a decision remembers, and how much of them counts; None if it does not remember."""
+        rule = part_of(self._ranking(stage), Remembered)
+        if rule is None:
+            return None
+        if self._memory is None:
+            return Memory(float(rule.decay))
+        return Memory(float(rule.decay), *(on_device(device, each) for each in self._memory.operands()))
+
+    def _remember(self, memory: Memory | None, scores: Tensor, index: Tensor | None) -> None:
+        """Keep scores for the next decision, whose candidates are the survivors at `index`, or all if it is None.
+
+        Nothing is gathered for it: the next selection looks up what it needs. A decision that does not remember leaves
+        what others did.
+        """
+        if memory is not None:
+            self._memory = Memory(memory.decay, scores, index)
+        elif self._memory is not None and index is not None:
+            before = on_device(index.device, self._memory.index)
+            if before is not None:
+                index = torch.where(index < 0, -1, before.gather(1, index.clamp(min=0)))
+            self._memory = self._memory._replace(index=index)
 
     def _drops(self, stage: int) -> bool:
         """Whether tokens that a stage does not run are no candidates of later decisions."""
@@ -359,6 +387,7 @@ class RoutedForward:
     def _route(
         self,
         ranked: Attention | Tensor,
+        memory: Memory | None,
         pool: Tensor,
         pinned: Tensor,
         keep: Tensor,
@@ -368,11 +397,12 @@ class RoutedForward:
         """`ops.route_tokens`, in steps if there are scores, or if they must be combined."""
         if isinstance(ranked, Attention) and self.combine is None:
             selection = pool, pinned, keep, length, tensors
-            return ops.route_tokens(ranked, *selection, return_scores=True)  # type: ignore[return-value]
+            return ops.route_tokens(ranked, *selection, return_scores=True, memory=memory)  # type: ignore[return-value]
         if isinstance(ranked, Attention):
             ranked = self._all_scores(ranked)
-        index = ops.select_tokens(ranked, pool, pinned, keep, length)
-        return index, ops.gather_tokens(index, *tensors), ranked
+        selected = ops.select_tokens(ranked, pool, pinned, keep, length, memory)
+        index, scores = (selected, ranked) if isinstance(selected, Tensor) else selected
+        return index, ops.gather_tokens(index, *tensors), scores
 
     @staticmethod
     def _left_padded(index: Tensor, rows: Sequence[Tensor], lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

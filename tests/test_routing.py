@@ -5,6 +5,7 @@ import torch
 
 import reroute_kernels as rk
 from reroute_kernels.prompt import Prompt
+from reroute_kernels.rankings import Mixed, Remembered
 from reroute_kernels.routing import RoutedForward
 
 VISUAL = torch.tensor([[False, True, True, True, True, True, True, True, True, False, False]])
@@ -139,3 +140,106 @@ def test_tokens_that_wait_follow_those_that_ran(reduces):
         expected[routed.kept[0][0]] += steps[2]
     assert torch.equal(routed.finish(hidden)[0, :, 0], expected)
     assert torch.equal(held, torch.zeros(1, 11, 1))
+
+
+# Scores that are remembered
+
+RAGGED = torch.tensor(
+    [[False, *[True] * 8, False, False], [False, False, *[True] * 4, False, True, True, False, False]]
+)
+DECISIONS = (rk.Stage(1, 0.7), rk.Stage(2, 0.5), rk.Stage(4, 0.3))
+
+
+class Drawn:
+    """Scores that were drawn before for every place; the hidden states tell where a token stands."""
+
+    nonnegative = True
+
+    def __init__(self):
+        self.scores = torch.rand(len(DECISIONS), 2, 11, generator=torch.Generator().manual_seed(1))
+
+    def rank(self, candidates):
+        places = candidates.hidden[:, :, 0].long()
+        return self.scores[candidates.decision].gather(1, places)
+
+
+def remembering(action, reduces, pad_left, ranking):
+    policy = rk.Policy(DECISIONS, action, ranking=ranking, reducer=EveryOther() if reduces else None)
+    dropped = RAGGED & (torch.arange(11) % 4 == 0)
+    return RoutedForward(policy, Prompt(RAGGED, None, marks=(dropped, dropped) if reduces else None), pad_left)
+
+
+def decisions_of(routed, count):
+    """Of each decision and sample the selected visual places, and the scores by place."""
+    hidden = torch.arange(11.0)[None, :, None].expand(2, 11, 4)
+    found = []
+    for _ in range(count):
+        hidden = routed.decide(hidden, (), None)
+        scored = routed.scored[-1]
+        selected = [
+            [place for place in row if place >= 0 and RAGGED[n, place]]
+            for n, row in enumerate(routed.kept[-1].tolist())
+        ]
+        scores = None if scored is None else scored.of_visual(RAGGED)
+        found.append((selected, scores))
+    return found
+
+
+def remembered_by_hand(action, reduces, drawn, uniform, decays):
+    for sample in range(2):
+        pool = [place for place in range(11) if RAGGED[sample, place] and not (reduces and place % 4 == 0)]
+        total, memory, stages = int(RAGGED[sample].sum()), {}, []
+        for number, (stage, decay) in enumerate(zip(DECISIONS, decays, strict=True)):
+            scores = {place: float(drawn[number, sample, place]) for place in pool}
+            if decay is not None:
+                whole = sum(scores.values())
+                scores = {place: score / whole + decay * memory.get(place, 0) for place, score in scores.items()}
+                memory = memory | scores
+            count = min(len(pool), max(1, int(total * stage.keep)))
+            even = int(uniform * count)
+            sure = {pool[-(-k * len(pool) // even) - 1] for k in range(1, even + 1)}
+            chosen = sorted(sorted(pool, key=lambda place: (place not in sure, -scores[place], place))[:count])
+            stages.append((chosen, scores))
+            pool = chosen if action == "remove" else pool
+        yield stages
+
+
+ALWAYS, NOT_BETWEEN = (0.6, 0.6, 0.6), (0.6, None, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("backend", "pad_left", "decays"),
+    [("ref", False, ALWAYS), ("ref", True, ALWAYS), ("ref", True, NOT_BETWEEN), ("triton", True, NOT_BETWEEN)],
+    ids=["right", "left", "another-ranking-between", "triton"],
+)
+@pytest.mark.parametrize("reduces", [False, True], ids=["", "reducer"])
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+def test_scores_are_remembered_by_place(monkeypatch, backend, action, reduces, pad_left, decays):
+    drawn = Drawn()
+    rankings = [Mixed(drawn if decay is None else Remembered(drawn, decay), uniform=0.3) for decay in decays]
+    monkeypatch.setattr(RoutedForward, "_ranking", lambda forward, stage: rankings[max(stage - reduces, 0)])
+    with rk.backend(backend):
+        found = decisions_of(remembering(action, reduces, pad_left, rankings[0]), len(DECISIONS) + reduces)[reduces:]
+    for sample, expected in enumerate(remembered_by_hand(action, reduces, drawn.scores, 0.3, decays)):
+        for (selected, scores), (chosen, by_place) in zip(found, expected, strict=True):
+            assert selected[sample] == chosen
+            visual = RAGGED[sample].nonzero().flatten().tolist()
+            wanted = torch.tensor([by_place.get(place, torch.nan) for place in visual])
+            torch.testing.assert_close(scores[sample], wanted, atol=1e-6, rtol=1e-5, equal_nan=True)
+
+
+def test_two_forwards_of_one_policy_remember_for_themselves():
+    """Decisions by turns, with one ranking object, as in two threads."""
+    ranking = Remembered(Drawn(), decay=1)
+    alone = decisions_of(remembering("remove", False, False, ranking), 3)
+    hidden = torch.arange(11.0)[None, :, None].expand(2, 11, 4)
+    routed = [remembering("remove", False, False, ranking) for _ in range(2)]
+    states = [hidden, hidden]
+    for number in range(3):
+        states = [each.decide(state, (), None) for each, state in zip(routed, states, strict=True)]
+        for each in routed:
+            scores = each.scored[-1].of_visual(RAGGED)
+            assert all(
+                torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+                for one, other in zip(scores, alone[number][1], strict=True)
+            )

@@ -9,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import reroute_kernels as rk
 from reroute_kernels.attention import Attention
+from reroute_kernels.memory import Memory
 from reroute_kernels.prompt import Prompt
-from reroute_kernels.rankings import Norm
+from reroute_kernels.rankings import LastQuery, Mixed, Norm, Remembered
 from reroute_kernels.routing import RoutedForward
 from reroute_kernels.triton.plan import forget_plans
 from tests.conftest import HAS_GPU
@@ -96,6 +97,15 @@ def test_finding_the_last_tokens_of_a_mask(device, work):
     assert others.keys() - {"resize_", "scalar_tensor", "to"} == {"arange", "where", "topk", "flip"}
 
 
+@pytest.mark.parametrize("length", [200, 5000])
+def test_a_memory_takes_nothing_more(device, work, length):
+    arguments, select = decision(device, 1, length), "select_and_compact" if length == 200 else "select_in_passes"
+    expected = ["attention_logits", "reduce_attention", select, "copy_rows_to_compact"]
+    memory = Memory(0.3, torch.rand(1, 300, device=device), torch.arange(length, device=device)[None])
+    for each in (None, Memory(0.3), memory):
+        assert work(lambda memory=each: rk.ops.route_tokens(**arguments, memory=memory)) == (expected, {})
+
+
 def test_a_decision_on_a_long_sequence(device, work):
     arguments = decision(device, 1, 5000)
     expected = ["attention_logits", "reduce_attention", "select_in_passes", "copy_rows_to_compact"]
@@ -108,6 +118,8 @@ def test_a_decision_on_a_very_long_sequence(device, work):
     digits = ["count_digits"] * 4
     expected = ["attention_logits", "reduce_attention", *digits, "compact_tiles", "copy_rows_to_compact"]
     assert (launches, others) == (expected, {})
+    memory = Memory(0.3, torch.rand(1, 66_000, device=device))
+    assert work(lambda: rk.ops.route_tokens(**arguments, memory=memory)) == (expected, {})
 
 
 def test_scatter_is_one_launch(device, work):
@@ -165,7 +177,9 @@ class Forward:
 
     def attention(self, hidden, rotary, key_mask, positions, states):
         assert (states is None) == (self.layer_norm is None)
-        return Attention(self.query, self.key[:, : hidden.shape[1]], *rotary, key_mask=key_mask, query_index=positions)
+        cos, sin = rotary or (None, None)
+        key = self.key[:, : hidden.shape[1]]
+        return Attention(self.query, key, cos, sin, key_mask=key_mask, query_index=positions)
 
     def decide(self):
         self.hidden = self.routed.decide(self.hidden, self.tables, self)
@@ -180,9 +194,11 @@ COPIED = {"clone": 1, "copy_": 1}
 
 
 @pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")
+@pytest.mark.parametrize("ranking", [LastQuery(), Remembered(LastQuery())], ids=["", "remembered"])
 @pytest.mark.parametrize("action", ["reroute", "remove"])
-def test_decisions_of_a_prefill(device, work, action):
-    forward = Forward(device, action, lefts=[0, 0])
+def test_decisions_of_a_prefill(device, work, action, ranking):
+    """Remembering adds no launch, and no other work."""
+    forward = Forward(device, action, [0, 0], ranking)
     # Under `remove`, places among the survivors are looked up in the full sequence.
     lookup = {"lt": 1, "where": 1} if action == "remove" else {}
     assert work(forward.decide) == (DECISION, {})
@@ -232,6 +248,28 @@ def test_hidden_states_that_a_ranking_keeps_are_not_written_to(device):
         forward.finish()
     assert len({hidden.data_ptr() for hidden in held}) == 3
     assert all(map(torch.equal, held, values))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")
+def test_a_mixed_decision(device, work):
+    """A few operators on flags, and none on scores."""
+    forward = Forward(device, "reroute", [0, 0], Mixed(LastQuery(rotary=False)))
+    launches, others = work(forward.decide)
+    assert launches == DECISION
+    flags = {
+        "to": 2,
+        "_to_copy": 1,
+        "copy_": 1,
+        "cumsum": 1,
+        "clamp": 1,
+        "mul": 2,
+        "sub": 2,
+        "floor_divide": 2,
+        "gt": 1,
+        "bitwise_and": 1,
+        "bitwise_or": 1,
+    }
+    assert {name: n for name, n in others.items() if name not in ("clamp_min", "__and__", "__or__")} == flags
 
 
 @pytest.mark.skipif(HAS_GPU, reason="calls once, and a GPU compiles on the first call")

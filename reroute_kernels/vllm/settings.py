@@ -10,7 +10,7 @@ from typing import Any
 from ..notation import parse_preset, parse_schedule
 from ..policy import Policy
 from ..presets import preset
-from ..rankings import LastQuery, Mixed, RankingLike, part_of
+from ..rankings import LastQuery, Mixed, RankingLike, Remembered, part_of
 
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "RerouteLlavaForConditionalGeneration",
@@ -24,7 +24,8 @@ SCHEDULER = "reroute_kernels.vllm.scheduler.RoutedScheduler"
 
 _FLAGS = ("own_groups", "trace", "untested_runner")
 _RANKING = ("queries", "query_reduction", "head_reduction", "rotary")
-_BESIDE = ("action", *_RANKING, "uniform")
+_AROUND = {"decay": Remembered, "uniform": Mixed}
+_BESIDE = ("action", *_RANKING, *_AROUND)
 _POLICIES = ("policy", "preset", "schedule")
 _KEYS = (*_POLICIES, *_BESIDE, *_FLAGS)
 
@@ -58,7 +59,7 @@ class Settings:
             (policy.positions != "original", "positions", policy.positions, "'original'"),
             (policy.align is not None, "align", policy.align, "None"),
             (ahead, "ranking", next(iter(ahead), None), "one of the decision layer, layer='this'"),
-            (others, "ranking", next(iter(others), None), "LastQuery, in Mixed or alone,"),
+            (others, "ranking", next(iter(others), None), "LastQuery, in Remembered, Mixed or alone,"),
         ):
             if refused:
                 raise NotImplementedError(f"{name} must be {accepted} inside vLLM, got {got!r}")
@@ -71,8 +72,8 @@ class Settings:
             given: a mapping with one of `policy` (a text as `Policy.parse` takes it, such as the path of a file that
                 every worker reads, or what `Policy.to_dict` gives), `preset` (`"llava-1.5-7b/reroute-fastv/192"`) and
                 `schedule` (`"3:0.25,7:0.25"`). Beside a schedule it may hold `action`, `queries`, `query_reduction`,
-                `head_reduction` and `rotary` as in `Policy` and `LastQuery`, and `uniform` as in `Mixed`; and always
-                `own_groups`, `trace` and `untested_runner`.
+                `head_reduction` and `rotary` as in `Policy` and `LastQuery`, `decay` as in `Remembered`, `uniform`
+                as in `Mixed`; and always `own_groups`, `trace` and `untested_runner`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: it is no such mapping.
@@ -93,12 +94,13 @@ class Settings:
     def as_dict(self) -> dict[str, object]:
         """Inverse of `of`."""
         plain, used = LastQuery(), self.policy.rankings[0]
-        ranking, mixed = part_of(used, LastQuery), part_of(used, Mixed)
+        ranking = part_of(used, LastQuery)
         schedule = ",".join(f"{stage.layer}:{stage.keep!r}" for stage in self.policy.schedule)
         options = {name: getattr(ranking, name) for name in _RANKING}
         unusual = {name: value for name, value in options.items() if value != getattr(plain, name)}
-        if mixed is not None:
-            unusual["uniform"] = mixed.uniform
+        for name, around in _AROUND.items():
+            if (found := part_of(used, around)) is not None:
+                unusual[name] = getattr(found, name)
         written = {"schedule": schedule, "action": self.policy.action, **unusual}
         if _policy_of(written) != self.policy:  # a schedule does not say everything
             written = {"policy": self.policy.to_dict()}
@@ -132,8 +134,11 @@ def _policy_of(given: Mapping[str, Any]) -> Policy:
 
 def _ranking(given: Mapping) -> RankingLike:
     """The ranking that stands beside a schedule."""
-    ranking = LastQuery(**{name: given[name] for name in _RANKING if name in given})
-    return Mixed(ranking, given["uniform"]) if "uniform" in given else ranking
+    ranking: RankingLike = LastQuery(**{name: given[name] for name in _RANKING if name in given})
+    for name, around in _AROUND.items():
+        if name in given:
+            ranking = around(ranking, given[name])
+    return ranking
 
 
 def engine_arguments(architecture: str, settings: Settings, max_model_len: int = 4096) -> dict[str, object]:

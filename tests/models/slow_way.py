@@ -12,7 +12,7 @@ import math
 import torch
 
 from reroute_kernels.models.adapter import cache_of
-from reroute_kernels.rankings import AllText, KeyNorm, Mixed, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, Mixed, Random, Remembered, Uniform
 from tests.models.prompts import IMAGE, VIDEO
 
 FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
@@ -105,8 +105,20 @@ def best_of(pool, scores, sure):
 
 
 def unwrapped(ranking):
-    """The ranking that scores, and the share that is taken at even distances."""
-    return (ranking.ranking, ranking.uniform) if isinstance(ranking, Mixed) else (ranking, 0)
+    """The ranking that scores, the share that is taken at even distances, and the decay of a memory, or None."""
+    uniform, decay = 0, None
+    while isinstance(ranking, (Mixed, Remembered)):
+        uniform, decay = getattr(ranking, "uniform", uniform), getattr(ranking, "decay", decay)
+        ranking = ranking.ranking
+    return ranking, uniform, decay
+
+
+def with_memory(scores, places, decay, remembered):
+    """Shares of scores by row, with what is remembered by place."""
+    if decay is None:
+        return scores
+    total = sum(scores.values())
+    return {row: score / total + decay * remembered.get(places[row], 0.0) for row, score in scores.items()}
 
 
 def murmur(number):
@@ -199,7 +211,7 @@ class SlowWay:
         @torch.no_grad()
         def select(tables, cache, past):
             stage = self.stages[number]
-            ranking, uniform = unwrapped(stage.ranking or self.policy.ranking)
+            ranking, uniform, decay = unwrapped(stage.ranking or self.policy.ranking)
             ranks = number - 1 if getattr(ranking, "layer", "this") == "previous" else number
             hidden = self.inputs[ranks]
             length = hidden.shape[1]
@@ -226,6 +238,7 @@ class SlowWay:
                 cached_keys(cache, ranks) if past else None,
                 self._seen(cache, ranks, past),
             )
+            scores = with_memory(scores, places, decay, self.scores[-1] if self.scores else {})
             sure = at_even_distances(pool, math.trunc(uniform * count))
             chosen = [places[row] for row in best_of(pool, scores, sure)[:count]]
             self.scores.append({places[row]: score for row, score in scores.items()})

@@ -15,13 +15,14 @@ from transformers import AutoModelForImageTextToText
 
 import reroute_kernels as rk
 from bench.source_tree import make_importable
-from reroute_kernels.rankings import LastQuery, Mixed
+from reroute_kernels.rankings import LastQuery, Mixed, Remembered
 from tests.models.prompts import ACTIONS, GOLDEN, PROMPTS, SCHEDULE, batch, policy, selections
 
 STEPS = 8
 RANKINGS = [
     ("reroute", LastQuery(rotary=False, head_reduction="max")),
-    ("remove", Mixed(LastQuery(head_reduction="max"), uniform=0.3)),
+    ("remove", Mixed(Remembered(LastQuery(head_reduction="max"), decay=0.7), uniform=0.3)),
+    ("reroute", Remembered(LastQuery())),
 ]
 
 

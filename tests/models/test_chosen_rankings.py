@@ -1,14 +1,20 @@
-"""Rankings without position and mixed ones on three families, against the slow way: `generate`, batches, turns."""
+"""Rankings without position, mixed and remembering ones on three families, against the slow way."""
 
 from functools import partial
 
 import pytest
 
-from reroute_kernels.rankings import AllText, LastQuery, Mixed
+from reroute_kernels.rankings import AllText, LastQuery, Mixed, Remembered
 from tests.models.families import load
 from tests.models.test_ways import compare, compare_batch, generate, one_image, text_only, turns, two_images
 
-RANKINGS = [LastQuery(rotary=False), AllText(rotary=False), Mixed(LastQuery(rotary=False), uniform=0.3)]
+RANKINGS = [
+    LastQuery(rotary=False),
+    AllText(rotary=False),
+    Mixed(LastQuery(rotary=False), uniform=0.3),
+    Remembered(LastQuery()),
+    Mixed(Remembered(AllText(query_reduction="max"), decay=0.8)),
+]
 
 
 @pytest.fixture(params=["llava", "qwen2_5_vl", "qwen3_vl"])

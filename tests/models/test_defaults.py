@@ -7,7 +7,7 @@ import torch
 
 import reroute_kernels as rk
 from reroute_kernels.cli.environment import check_decision
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
 from tests.models.prompts import batch, cached_lengths, selections
 from tests.models.test_reducers import LLAVA, QWEN
 
@@ -20,7 +20,7 @@ RANKINGS = [
     KeyNorm(),
     Random(3),
     Uniform(),
-    Mixed(LastQuery(rotary=False), uniform=0.3),
+    Mixed(Remembered(LastQuery(rotary=False), decay=0.7), uniform=0.3),
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 
 import reroute_kernels as rk
 from reroute_kernels.models import CudaGraphs
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
 from reroute_kernels.reducers import Nuwa
 from tests.models import static_prefills
 from tests.models.conftest import hooks
@@ -208,6 +208,7 @@ def test_other_buckets(model, inputs, runs, multiple):
         Random(seed=3),
         Uniform(),
         Mixed(AllText(rotary=False), uniform=0.3),
+        Remembered(AllText(), decay=0.7),
     ],
     ids=str,
 )

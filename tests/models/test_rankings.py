@@ -1,6 +1,8 @@
 """Every ranking and both choices of positions, on the golden models, against the slow way."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 import reroute_kernels as rk
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
 from tests.models.families import load
 from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, offset, selections
 from tests.models.slow_way import SlowWay
@@ -31,6 +33,8 @@ RANKINGS = [
     Uniform(),
     Mixed(LastQuery("previous", rotary=False), uniform=0.4),
     Mixed(KeyNorm()),
+    Remembered(LastQuery("previous")),
+    Mixed(Remembered(AllText(head_reduction="max"), decay=1)),
 ]
 
 
@@ -232,6 +236,23 @@ def test_one_row_where_one_is_needed(model, inputs, monkeypatch):
         (lambda: Random(0.5), TypeError, "seed must be an integer, got 0.5"),
         (lambda: Mixed(Random(), uniform=1.1), ValueError, "uniform must be from 0 to 1, got 1.1"),
         (lambda: Mixed(Random(), uniform=True), TypeError, "uniform must be a number, got True"),
+        (lambda: Remembered(LastQuery(), decay=-0.1), ValueError, "decay must be from 0 to 1, got -0.1"),
+        (lambda: Remembered(LastQuery(), decay="much"), TypeError, "decay must be a number, got 'much'"),
+        (
+            lambda: Remembered(Mixed(Remembered(Uniform()))),
+            ValueError,
+            "ranking must hold no Remembered itself, got Mixed(ranking=Remembered(ranking=Uniform(), decay=0.3), "
+            "uniform=0.2)",
+        ),
+        *(
+            (
+                lambda ranking=ranking: Remembered(ranking),
+                ValueError,
+                "ranking must give scores of 0 or more, as LastQuery, AllText, Random and Uniform do, or one's own "
+                f"with nonnegative = True, got {ranking!r}",
+            )
+            for ranking in (KeyNorm(), Mixed(KeyNorm()))
+        ),
         (
             lambda: Mixed("chance"),
             TypeError,
@@ -279,6 +300,96 @@ def test_a_mixed_ranking_of_all_or_none(model, inputs, action):
     assert found[0][0] == found[1][0] != found[2][0]
     assert found[2] == found[3]
     assert found[1][1] == found[3][1]
+
+
+# Memory
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@torch.no_grad()
+def test_wrappers_in_either_order(model, inputs, action):
+    found = []
+    for ranking in (Mixed(Remembered(LastQuery(), 0.7), 0.3), Remembered(Mixed(LastQuery(), 0.3), 0.7)):
+        with rk.apply(model, rk.Policy(SCHEDULE, action, ranking)) as routing:
+            logits = model(**inputs).logits
+            found.append((selections(routing.trace), logits, [stage.scores[0] for stage in routing.trace.stages]))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    for one, other in zip(found[0][2], found[1][2], strict=True):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+@torch.no_grad()
+def test_nothing_is_remembered_at_decay_0(model, inputs, action):
+    found = []
+    for ranking in (Remembered(LastQuery(), decay=0), LastQuery()):
+        with rk.apply(model, rk.Policy(SCHEDULE, action, ranking)) as routing:
+            logits = model(**inputs).logits
+            found.append((selections(routing.trace), logits, routing.trace.stages))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    for remembered, plain in zip(found[0][2], found[1][2], strict=True):
+        assert float(remembered.scores[0].nansum()) == pytest.approx(1)
+        shares = plain.scores[0] / plain.scores[0].nansum()
+        torch.testing.assert_close(remembered.scores[0], shares, atol=1e-7, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_threads_remember_their_own_prompts(model, prompt, action):
+    """One ranking object, of two models' policies and of two threads; the same calls one after the other."""
+    policy = rk.Policy(SCHEDULE, action, Remembered(LastQuery(), decay=0.9))
+    prompts = [batch([prompt(1, 5, 12, seed=seed)]) for seed in (1, 2)]
+    with rk.apply(model, policy):
+        expected = [model.generate(**inputs, **GREEDY).tolist() for inputs in prompts]
+        start = threading.Barrier(2)
+
+        def run(inputs):
+            start.wait()
+            return model.generate(**inputs, **GREEDY).tolist()
+
+        for _ in range(3):
+            with ThreadPoolExecutor(2) as pool:
+                assert list(pool.map(run, prompts)) == expected
+    assert policy.ranking == Remembered(LastQuery(), decay=0.9)
+    assert vars(policy.ranking).keys() == {"ranking", "decay"}
+
+
+@torch.no_grad()
+def test_a_prompt_after_a_failed_one_remembers_nothing_of_it(model, inputs, others):
+    with rk.apply(model, rk.Policy(SCHEDULE, ranking=Remembered(LastQuery(), decay=0.9))) as routing:
+        model(**others)
+        expected = selections(routing.trace), [stage.scores[0].nan_to_num(-1) for stage in routing.trace.stages]
+
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        handle = model.model.language_model.layers[5].register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        handle.remove()
+        model(**others)
+        assert selections(routing.trace) == expected[0]
+        for stage, scores in zip(routing.trace.stages, expected[1], strict=True):
+            assert torch.equal(stage.scores[0].nan_to_num(-1), scores)
+
+
+def test_rankings_that_can_be_remembered():
+    class Own:
+        nonnegative = True
+
+        def rank(self, candidates):
+            return candidates.hidden.float().norm(dim=-1)
+
+    for ranking in (LastQuery(), AllText(), Random(), Uniform(), Mixed(LastQuery()), Own()):
+        remembered = Remembered(ranking)
+        assert (remembered.decay, remembered.layer, remembered.nonnegative) == (0.3, "this", True)
+        assert remembered.projects == getattr(ranking, "projects", False)
+    costs = [
+        rk.cost("llava-1.5-7b", rk.Policy(SCHEDULE, ranking=each), 64, 576)
+        for each in (Remembered(LastQuery()), LastQuery())
+    ]
+    assert costs[0].prefill_flops == costs[1].prefill_flops
 
 
 def test_a_policy_knows_its_ranking_by_value():

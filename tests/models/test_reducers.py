@@ -13,7 +13,7 @@ import transformers
 
 import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_name
-from reroute_kernels.rankings import LastQuery
+from reroute_kernels.rankings import LastQuery, Remembered
 from reroute_kernels.reducers import Nuwa
 from tests.models.families import load
 from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, llava_prompt, offset, selections
@@ -133,6 +133,8 @@ POLICIES = {
     "previous layer": {"schedule": SCHEDULE, "ranking": LastQuery("previous")},
     "previous layer, remove": {"schedule": SCHEDULE, "ranking": LastQuery("previous"), "action": "remove"},
     "three queries": {"schedule": SCHEDULE, "ranking": LastQuery("previous", queries=3, head_reduction="max")},
+    "memory": {"schedule": SCHEDULE, "ranking": Remembered(LastQuery("previous"), decay=0.8)},
+    "memory, remove": {"schedule": SCHEDULE, "ranking": Remembered(LastQuery(), decay=0.8), "action": "remove"},
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import vllm as plugin
-from reroute_kernels.rankings import KeyNorm, LastQuery, Mixed
+from reroute_kernels.rankings import KeyNorm, LastQuery, Mixed, Remembered
 from reroute_kernels.vllm import Settings, engine_arguments, serve_arguments
 from reroute_kernels.vllm.settings import ARCHITECTURES
 
@@ -34,6 +34,8 @@ def test_schedules():
         SCHEDULE,
         SCHEDULE | {"own_groups": True, "queries": 2, "action": "remove"},
         SCHEDULE | {"rotary": False, "uniform": 0.3},
+        SCHEDULE | {"decay": 0.5, "queries": 2},
+        SCHEDULE | {"decay": 0.5, "uniform": 0.1},
     ],
 )
 def test_settings_come_back_from_what_they_write(given):
@@ -60,6 +62,7 @@ def test_settings_come_back_from_what_they_write(given):
         ({"schedule": "3:1.5"}, ValueError, r"keep must be in \(0, 1\], got 1.5 at layer 3"),
         (SCHEDULE | {"action": "delete"}, ValueError, "action must be one of 'reroute', 'remove', got 'delete'"),
         (SCHEDULE | {"rotary": 0}, TypeError, "rotary must be a bool, got 0"),
+        (SCHEDULE | {"decay": -1}, ValueError, "decay must be from 0 to 1, got -1"),
         (SCHEDULE | {"uniform": 2}, ValueError, "uniform must be from 0 to 1, got 2"),
         ({"preset": "llava-1.5-7b/fastv/64", "uniform": 0.2}, ValueError, "uniform must stand beside schedule"),
         (SCHEDULE | {"queries": 0}, ValueError, "queries must be 1 or more, got 0"),
@@ -84,9 +87,14 @@ def test_other_rankings():
         Settings(rk.Policy([rk.Stage(3, 0.5)], ranking=Mixed(KeyNorm())))
 
 
-def test_mixed_rankings():
+def test_rankings_around_another():
     settings = Settings.of(SCHEDULE | {"rotary": False, "uniform": 0.3})
     assert settings.policy.ranking == Mixed(LastQuery(rotary=False), 0.3)
+    settings = Settings.of(SCHEDULE | {"decay": 0.5, "uniform": 0.3})
+    assert settings.policy.ranking == Mixed(Remembered(LastQuery(), 0.5), 0.3)
+    # Either order is the same.
+    other = Settings(rk.Policy(settings.policy.schedule, ranking=Remembered(Mixed(LastQuery(), 0.3), 0.5)))
+    assert Settings.of(other.as_dict()) == settings
 
 
 def test_rankings_of_stages():
