@@ -40,6 +40,8 @@ SCHEDULES = {
     "uneven": {"schedule": "1:0.6,2:0.05,9:0.3"},
     "first layer": {"schedule": "0:0.3,4:0.1"},
     "three queries, most of a head": {**EVEN, "queries": 3, "head_reduction": "max"},
+    "memory without position": {**EVEN, "decay": 0.8, "rotary": False},
+    "memory, remove, mixed": {**EVEN, "action": "remove", "decay": 0.8, "uniform": 0.3},
 }
 
 # Three requests that run at once, and blocks that hold their prompts, but not their generated tokens as well.
@@ -94,6 +96,8 @@ def test_unrouted_parity(engine, asked, expected):
         ("first layer", False),
         ("first layer", True),
         ("three queries, most of a head", False),
+        ("memory without position", True),
+        ("memory, remove, mixed", False),
     ],
     ids=lambda value: value if isinstance(value, str) else groups(value),
 )
