@@ -2,8 +2,8 @@
 
     python -m bench.grounding.additions [--scenes N] [--jobs N]
 
-First the decay of the memory is chosen, on scenes of their own. Then every addition, and what was chosen, is compared
-on the held-out scenes. Writes additions.json to bench/results/grounding.
+First a ranking is chosen, on scenes of their own: with which memory, with or without position. Then every addition, and
+what was chosen, is compared on the held-out scenes. Writes additions.json to bench/results/grounding.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from rich.progress import Progress
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import reroute_kernels as rk
 from bench.speed.device import description
-from reroute_kernels.budget import solve_like
-from reroute_kernels.rankings import LastQuery, Mixed, RankingLike, Remembered
+from reroute_kernels.rankings import LastQuery, Mixed, Remembered
 
 from .answers import SEED, Item, held_out_items
 from .benchmark import RESULTS, SCENES, TEXT_TOKENS, _here, answer_all, prepare
@@ -38,11 +39,25 @@ from .scenes import GRID, KINDS
 
 METHODS = ("fastv", "pdrop", "nuwa")
 CHOICE_SEED, CHOICE_SCENES = SEED + 2, 800
-"""Scenes on which the decay is chosen; neither the held-out ones nor those that the resemblance is measured on."""
-DECAYS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+"""Scenes on which a ranking is chosen; neither the held-out ones nor those that the resemblance is measured on."""
 TOLERANCE = 0.01
 """By how much another kind of question may be worse than under the paper's rerouting, on average, for a choice."""
 PAPER, REMOVE, RESIZE, CHOSEN = "reroute", "remove", "resize", "recommended"
+
+
+class Choice(NamedTuple):
+    """A ranking that may be recommended: that of the method, with a memory and with or without position."""
+
+    decay: float
+    """Of the memory; 0 for none."""
+    rotary: bool
+
+
+AS_PUBLISHED = Choice(0.0, True)
+CHOICES = (
+    *(Choice(decay, True) for decay in (0.0, 0.1, 0.3, 0.5, 1.0)),
+    *(Choice(decay, False) for decay in (0.0, 0.3, 0.5)),
+)
 
 
 class Run(NamedTuple):
@@ -56,45 +71,30 @@ class Run(NamedTuple):
     """The keep ratio of FastV that sets the budget."""
 
 
-def with_ranking(policy: rk.Policy, around: Callable[[RankingLike], RankingLike]) -> rk.Policy:
-    return replace(policy, ranking=around(policy.ranking))
-
-
-def without_position(ranking: RankingLike) -> RankingLike:
+def chosen(choice: Choice, policy: rk.Policy) -> rk.Policy:
+    """The policy with another ranking."""
+    ranking = policy.ranking
     assert isinstance(ranking, LastQuery)
-    return replace(ranking, rotary=False)
-
-
-def remembering(decay: float) -> Callable[[rk.Policy], rk.Policy]:
-    """The policy with a memory; without one if the decay is 0."""
-    return lambda policy: with_ranking(policy, lambda ranking: Remembered(ranking, decay)) if decay else policy
-
-
-def frozen(policy: rk.Policy) -> rk.Policy:
-    """The same decisions under `freeze`, at no more FLOPs of the prefill: the cache saves nothing."""
-    flops = rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS).prefill_flops
-    return solve_like(
-        decoder(), replace(policy, action="freeze"), flops=flops, visual_tokens=VISUAL_TOKENS, text_tokens=TEXT_TOKENS
-    )
+    ranking = replace(ranking, rotary=choice.rotary)
+    return replace(policy, ranking=Remembered(ranking, choice.decay) if choice.decay else ranking)
 
 
 ADDITIONS: Mapping[str, Callable[[rk.Policy], rk.Policy]] = {
-    "memory 0.3": remembering(0.3),
-    "no position": lambda policy: with_ranking(policy, without_position),
-    "mixed 0.2": lambda policy: with_ranking(policy, lambda ranking: Mixed(ranking, 0.2)),
+    "memory 0.3": partial(chosen, Choice(0.3, True)),
+    "no position": partial(chosen, Choice(0.0, False)),
+    "mixed 0.2": lambda policy: replace(policy, ranking=Mixed(policy.ranking, 0.2)),
     "align": lambda policy: replace(policy, align="stage"),
-    "freeze": frozen,
 }
 """What is added to the paper's rerouting, one at a time."""
 
 
-def policy_for(run: Run, decay: float = 0.0) -> rk.Policy:
-    """The policy of a way to run the model; `decay` is what was chosen."""
+def policy_for(run: Run, choice: Choice) -> rk.Policy:
+    """The policy of a way to run the model."""
     action = REMOVE if run.addition == REMOVE else PAPER
     policy = policy_of(Way(run.method, action, run.keep))
     assert policy is not None
     if run.addition == CHOSEN:
-        return remembering(decay)(policy)
+        return chosen(choice, policy)
     return ADDITIONS.get(run.addition, lambda same: same)(policy)
 
 
@@ -125,10 +125,11 @@ def answer_resized(budget: float) -> list[str]:
     return answers
 
 
-def answers_of(run: Run, decay: float) -> list[str]:
+def answers_of(run: Run, choice: Choice) -> list[str]:
+    """The answers to all scenes of this process."""
     if run.method == RESIZE:
         return answer_resized(budget_of(run.keep))
-    return answer_all(policy_for(run, decay))[0]
+    return answer_all(policy_for(run, choice))[0]
 
 
 def budget_of(keep: float) -> float:
@@ -137,9 +138,9 @@ def budget_of(keep: float) -> float:
     return rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS).average_visual_tokens
 
 
-def choice_runs() -> dict[Run, float]:
-    """The runs that the decay is chosen by, with their decays."""
-    return {Run(method, f"memory {decay:g}", keep): decay for decay in DECAYS for method in METHODS for keep in KEEPS}
+def choice_runs() -> list[tuple[Run, Choice]]:
+    """The runs by which a ranking is chosen."""
+    return [(Run(method, CHOSEN, keep), choice) for choice in CHOICES for method in METHODS for keep in KEEPS]
 
 
 def compared_runs() -> list[Run]:
@@ -150,18 +151,16 @@ def compared_runs() -> list[Run]:
     ]
 
 
-def choose(curve: Mapping[float, Mapping[str, float]]) -> float:
-    """The decay under which most boxes are found, of those that cost other questions no more than `TOLERANCE`.
+def choose(means: Mapping[Choice, Mapping[str, float]]) -> Choice:
+    """The ranking by which most boxes are found, of those that cost other questions no more than `TOLERANCE`.
 
     Args:
-        curve: for each decay and kind of question the mean of its main measure, over methods and budgets.
+        means: for each choice and kind of question the mean of its main measure, over methods and budgets.
     """
-    allowed = [
-        decay
-        for decay, scores in curve.items()
-        if all(scores[kind] >= curve[0.0][kind] - TOLERANCE for kind in KINDS if kind != "box")
-    ]
-    return max(allowed, key=lambda decay: curve[decay]["box"])
+    paper = means[AS_PUBLISHED]
+    others = [kind for kind in KINDS if kind != "box"]
+    allowed = [each for each in means if all(means[each][kind] >= paper[kind] - TOLERANCE for kind in others)]
+    return max(allowed, key=lambda choice: means[choice]["box"])
 
 
 def scores_of(items: Sequence[Item], answers: Sequence[str], kind: str) -> list[float]:
@@ -174,25 +173,22 @@ def scores_of(items: Sequence[Item], answers: Sequence[str], kind: str) -> list[
     ]
 
 
-def curve_of(items: Sequence[Item], answers: Mapping[Run, list[str]]) -> dict[float, dict[str, float]]:
-    """For each decay and kind of question, the mean of the main measure over methods and budgets."""
-    decays = choice_runs()
-    curve = {}
-    for decay in DECAYS:
-        runs = [run for run in decays if decays[run] == decay]
-        means = {
-            kind: [sum(got) / len(got) for run in runs if (got := scores_of(items, answers[run], kind))]
-            for kind in KINDS
+def means_of(items: Sequence[Item], answers: Mapping[tuple[Run, Choice], list[str]]) -> dict[Choice, dict[str, float]]:
+    """For each choice and kind of question, the mean of the main measure over methods and budgets."""
+    means = {}
+    for choice in CHOICES:
+        given = [answers[pair] for pair in answers if pair[1] == choice]
+        means[choice] = {
+            kind: float(np.mean([np.mean(scores_of(items, each, kind)) for each in given])) for kind in KINDS
         }
-        curve[decay] = {kind: sum(each) / len(each) for kind, each in means.items()}
-    return curve
+    return means
 
 
-def comparison(items: Sequence[Item], answers: Mapping[Run, list[str]], run: Run, decay: float) -> dict[str, object]:
+def comparison(items: Sequence[Item], answers: Mapping[Run, list[str]], run: Run, choice: Choice) -> dict[str, object]:
     """Figures of one run: its scores, and the paired differences to the paper's rerouting and to removing."""
     found: dict[str, object] = run._asdict()
     if run.method != RESIZE:
-        policy = policy_for(run, decay)
+        policy = policy_for(run, choice)
         counted = rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS)
         found |= {"policy": repr(policy), "average_visual_tokens": counted.average_visual_tokens}
         found |= {"prefill_flops": counted.prefill_flops, "kv_bytes": counted.kv_bytes}
@@ -206,23 +202,17 @@ def comparison(items: Sequence[Item], answers: Mapping[Run, list[str]], run: Run
 
 
 def collect(
-    folder: Path, scenes: int, seed: int, runs: Mapping[Run, float], jobs: int, what: str
-) -> dict[Run, list[str]]:
-    """The answers to scenes under every run, each with its decay."""
-    threads = max(1, os.cpu_count() // jobs)
+    folder: Path, scenes: int, seed: int, runs: Sequence[tuple[Run, Choice]], jobs: int, what: str
+) -> dict[tuple[Run, Choice], list[str]]:
+    """The answers to scenes under every run."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     answers = {}
     with ProcessPoolExecutor(jobs, context, prepare, (folder, scenes, threads, seed)) as pool, Progress() as progress:
-        running = {pool.submit(_answers_under, run, decay): run for run, decay in runs.items()}
+        running = {pool.submit(answers_of, *each): each for each in runs}
         for done in progress.track(as_completed(running), len(running), description=what):
             answers[running[done]] = done.result()
-    return answers
-
-
-def _answers_under(run: Run, decay: float) -> list[str]:
-    if run.addition in (REMOVE, PAPER, RESIZE, CHOSEN, *ADDITIONS):
-        return answers_of(run, decay)
-    return answer_all(remembering(decay)(policy_for(run)))[0]
+    return {each: answers[each] for each in runs}
 
 
 def main():
@@ -235,19 +225,19 @@ def main():
 
     started = time.perf_counter()
     few = min(args.scenes, CHOICE_SCENES)
-    chosen_from = collect(args.model, few, CHOICE_SEED, choice_runs(), args.jobs, "decays")
-    curve = curve_of(held_out_items(few, seed=CHOICE_SEED), chosen_from)
-    decay = choose(curve)
+    tried = collect(args.model, few, CHOICE_SEED, choice_runs(), args.jobs, "choices")
+    means = means_of(held_out_items(few, seed=CHOICE_SEED), tried)
+    choice = choose(means)
     runs = compared_runs()
-    answers = collect(args.model, args.scenes, SEED, dict.fromkeys(runs, decay), args.jobs, "additions")
-    items = held_out_items(args.scenes)
+    given = collect(args.model, args.scenes, SEED, [(run, choice) for run in runs], args.jobs, "additions")
+    answers, items = {run: given[run, choice] for run in runs}, held_out_items(args.scenes)
     results = {
         "measured_on": description(torch.device("cpu")) | {"jobs": args.jobs},
         "items": {kind: sum(item.question.kind == kind for item in items) for kind in KINDS},
-        "choice": {"seed": CHOICE_SEED, "scenes": few, "curve": [{"decay": each, **curve[each]} for each in DECAYS]},
-        "decay": decay,
+        "tried": {"seed": CHOICE_SEED, "scenes": few, "means": [each._asdict() | means[each] for each in CHOICES]},
+        "choice": choice._asdict(),
         "budgets": {str(keep): budget_of(keep) for keep in KEEPS},
-        "runs": [comparison(items, answers, run, decay) for run in runs],
+        "runs": [comparison(items, answers, run, choice) for run in runs],
         "seconds": round(time.perf_counter() - started),
     }
     args.output.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.pages.markdown import table
+from reroute_kernels.rankings import LastQuery, Remembered
 
 from .additions import ADDITIONS, CHOSEN, METHODS, PAPER, REMOVE, RESIZE, TOLERANCE
 from .metrics import cell, measures, signed
@@ -34,7 +35,7 @@ def recommended_table(results: dict) -> list[str]:
 
 
 def _answer(results: dict) -> list[str]:
-    runs, decay = _runs(results), results["decay"]
+    runs, choice = _runs(results), results["choice"]
     pairs = [runs[method, CHOSEN, keep] for method in METHODS for keep in KEEPS]
     counts = {
         (kind, other): _verdict([pair[kind][f"less {other}"] for pair in pairs])
@@ -53,7 +54,8 @@ def _answer(results: dict) -> list[str]:
     )
     difference, kind, method, keep = worst[0]
     box, removed = counts["box", PAPER], counts["box", REMOVE]
-    what = f"`rk.rankings.Remembered(rk.rankings.LastQuery(), decay={decay:g})`" if decay else "the paper's rerouting"
+    ranking = LastQuery(rotary=choice["rotary"])
+    what = repr(Remembered(ranking, choice["decay"]) if choice["decay"] else ranking)
     others = [
         [
             kind,
@@ -63,11 +65,11 @@ def _answer(results: dict) -> list[str]:
         for kind in KINDS
     ]
     return [
-        f"Rerouting with {what}: each decision adds {decay:g} times what the ones before found to the shares of "
-        f"attention that it measures. Of {len(pairs)} pairs of a published method and a budget, boxes are found more "
-        f"often than by the paper's rerouting in {box[0]}, less often in {box[1]}, and in {box[2]} the 95% interval of "
-        f"the paired difference holds 0; against removing, {_counted(removed)}. In points of ACC@0.5, mean over the "
-        f"budgets, the gain over the paper's rerouting is: {', '.join(gains)}.",
+        f"Rerouting with `{what}`. A memory adds `decay` times what the decisions before found to the shares of "
+        f"attention that a decision measures. Of {len(pairs)} pairs of a published method and a budget, boxes are "
+        f"found more often than by the paper's rerouting in {box[0]}, less often in {box[1]}, and in {box[2]} the 95% "
+        f"interval of the paired difference holds 0; against removing, {_counted(removed)}. In points of ACC@0.5, mean "
+        f"over the budgets, the gain over the paper's rerouting is: {', '.join(gains)}.",
         "",
         "Pairs in which the recommended policy is better, worse, undecided:",
         "",
@@ -115,8 +117,7 @@ def _by_addition(results: dict) -> list[str]:
         "What each adds to the paper's rerouting at the same budget: the mean difference over the five budgets, in "
         "points, and in how many of them it is better/worse/undecided. `memory 0.3` is `Remembered(ranking, 0.3)`, "
         "`no position` is `LastQuery(rotary=False)`, `mixed 0.2` is `Mixed(ranking, 0.2)`, "
-        '`align` is `align="stage"`, and `freeze` the action of that name, at the FLOPs of the rerouting that it is '
-        "compared with (its cache saves nothing). The additions, the budgets and the questions were fixed in "
+        '`align` is `align="stage"`. The additions, the budgets and the questions were fixed in '
         "`bench/grounding/additions.py` before the held-out scenes were asked: "
         f"{len(METHODS) * len(KEEPS) * (len(ADDITIONS) + 1) * len(KINDS)} comparisons, of which one in twenty would "
         "look decided by chance.",
@@ -127,17 +128,20 @@ def _by_addition(results: dict) -> list[str]:
 
 
 def _choice(results: dict) -> list[str]:
-    choice = results["choice"]
-    rows = [[f"{point['decay']:g}", *(f"{100 * point[kind]:.1f}" for kind in KINDS)] for point in choice["curve"]]
+    tried = results["tried"]
+    rows = [
+        [f"{each['decay']:g}", "yes" if each["rotary"] else "no", *(f"{100 * each[kind]:.1f}" for kind in KINDS)]
+        for each in tried["means"]
+    ]
     return [
-        "### The decay",
+        "### How it was chosen",
         "",
-        f"Chosen on {choice['scenes']:,} scenes of their own (seed {choice['seed']}): the decay that finds most boxes, "
-        "mean over the three methods and five budgets, of those under which no other kind of question loses more than "
-        f"{100 * TOLERANCE:.0f} point to the paper's rerouting (decay 0). A longer memory keeps what was found; "
-        "questions that need two looks want something else the second time.",
+        f"On {tried['scenes']:,} scenes of their own (seed {tried['seed']}): what finds most boxes, mean over the "
+        "three methods and five budgets, of what costs no other kind of question more than "
+        f"{100 * TOLERANCE:.0f} point against the paper's rerouting (no decay, with position). A longer memory keeps "
+        "what was found; questions that need two looks want something else the second time.",
         "",
-        *table(["decay", *(f"{kind}, {measures(kind)[0]}, %" for kind in KINDS)], rows),
+        *table(["decay", "position", *(f"{kind}, {measures(kind)[0]}, %" for kind in KINDS)], rows),
         "",
     ]
 

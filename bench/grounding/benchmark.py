@@ -41,20 +41,19 @@ TEXT_TOKENS = 7
 _here: dict[str, object] = {}  # of this worker process
 
 
-def prepare(folder: Path, scenes: int, threads: int) -> None:
+def prepare(folder: Path, scenes: int, threads: int, seed: int = SEED) -> None:
     """Load the model and make the scenes, once a worker process."""
     torch.set_num_threads(threads)
-    answerer, items = Answerer(folder), held_out_items(scenes)
+    answerer, items = Answerer(folder), held_out_items(scenes, seed=seed)
     encoded = [
         (places, answerer.encoded(answerer.inputs([items[place] for place in places]))) for places in batches(items)
     ]
     _here.update(answerer=answerer, items=items, encoded=encoded)
 
 
-def answer_all(way: Way) -> tuple[list[str], list[dict[str, float]]]:
-    """The answers to all items, and the result of `follow` for the decisions."""
+def answer_all(policy: rk.Policy | None) -> tuple[list[str], list[dict[str, float]]]:
+    """The answers to all items under a policy, and the result of `follow` for its decisions."""
     answerer, items = _here["answerer"], _here["items"]
-    policy = policy_of(way)
     answers, selected = [""] * len(items), [[] for _ in items]
     routing = rk.models.apply(answerer.model, policy) if policy else None
     try:
@@ -199,7 +198,7 @@ def main():
         Progress() as progress,
     ):
         like = pool.submit(resemblance, min(args.scenes, RESEMBLANCE_SCENES))
-        running = {pool.submit(answer_all, way): way for way in ways()}
+        running = {pool.submit(answer_all, policy_of(way)): way for way in ways()}
         for done in progress.track(as_completed(running), len(running), description="policies"):
             answers[running[done]], stages[running[done]] = done.result()
         resembles = like.result()

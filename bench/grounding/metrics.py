@@ -60,3 +60,18 @@ def interval(values: Sequence[float]) -> Interval:
         (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), vectorized=True
     ).confidence_interval
     return Interval(mean, float(found.low), float(found.high))
+
+
+def pc(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def cell(value: list[float]) -> str:
+    mean, low, high = (100 * each for each in value)
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def signed(value: list[float]) -> str:
+    mean, low, high = (100 * each for each in value)
+    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from bench.pages.markdown import table
 
-from .metrics import MEASURES, measures
+from .additions_report import additions_section
+from .metrics import MEASURES, cell, measures, pc, signed
 from .policies import KEEPS, METHODS
 from .resemblance import TOP
 from .scenes import KINDS
@@ -70,16 +71,17 @@ KIND_TITLES = {
 }
 
 
-def grounding_page(results: dict, docs: Path) -> None:
+def grounding_page(results: dict, additions: dict, docs: Path) -> None:
     """Write the page and its pictures.
 
     Args:
         results: the results of `bench.grounding.benchmark`.
+        additions: those of `bench.grounding.additions`.
         docs: folder to write to.
     """
     draw_resemblance(results, docs / "grounding-resemblance.svg")
     draw_budgets(results, docs / "grounding-budgets.svg")
-    (docs / "grounding.md").write_text("\n".join(page(results)) + "\n")
+    (docs / "grounding.md").write_text("\n".join(page(results, additions)) + "\n")
 
 
 def model_card(results: dict, log: list[dict]) -> str:
@@ -144,7 +146,7 @@ def summary_table(results: dict) -> str:
     )
 
 
-def page(results: dict) -> list[str]:
+def page(results: dict, additions: dict) -> list[str]:
     """The lines of the page."""
     items, measured = results["items"], results["measured_on"]
     return [
@@ -162,6 +164,7 @@ def page(results: dict) -> list[str]:
         f"question each: {', '.join(f'{count:,} {kind}' for kind, count in items.items())}. Brackets hold 95% "
         "bootstrap intervals.",
         "",
+        *additions_section(additions),
         *resemblance_section(results),
         *comparison_section(results),
         *budget_section(results),
@@ -391,21 +394,6 @@ def stage_cell(stages: list[dict], number: int) -> str:
     if stage["overlap"] is None:
         return text
     return f"{text}; {pc(stage['returned'])}; {stage['overlap']:.2f}"
-
-
-def pc(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def cell(value: list[float]) -> str:
-    mean, low, high = (100 * each for each in value)
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def signed(value: list[float]) -> str:
-    mean, low, high = (100 * each for each in value)
-    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def draw_resemblance(results: dict, path: Path) -> None:

@@ -15,6 +15,7 @@ from bench.pages.records import RESULTS, ROOT, gpu_folders, read, read_all
 from bench.pages.refusals import refusals_list
 
 GROUNDING = RESULTS / "grounding" / "results.json"
+ADDITIONS = RESULTS / "grounding" / "additions.json"
 TABLES = (
     ("README.md", "gpus", lambda: gpu_summary(gpu_folders())),
     ("README.md", "grounding", lambda: summary_table(read(GROUNDING))),
@@ -31,7 +32,7 @@ def write_pages() -> None:
     for page, marker, text in TABLES:
         replace_between(ROOT / page, marker, text())
     performance_page(gpu_folders(), ROOT / "docs")
-    grounding_page(read(GROUNDING), ROOT / "docs")
+    grounding_page(read(GROUNDING), read(ADDITIONS), ROOT / "docs")
     model = ROOT / "models" / "tiny_grounding"
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
     (model / "README.md").write_text(model_card(read(GROUNDING), log))
