@@ -1,5 +1,6 @@
 """`pytest` runs the tests, `pytest --benchmark` the benchmarks."""
 
+import gc
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +56,11 @@ class SupportRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"transformers-{versions['transformers']}.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def pytest_collection_finish():
+    """Keep what was imported from the garbage collector, which would look through it again and again."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -339,7 +339,7 @@ def dry_plan(device: torch.device) -> Plan:
 
     llava, qwen = Decoder("tiny", "llava", 4, 32, 4, 2, 64), Decoder("tiny Qwen", "qwen2_5_vl", 4, 64, 4, 2, 64)
     return Plan(
-        clock=Clock(device, seconds=0.01, least=1, graph_calls=1),
+        clock=Clock(device, seconds=0, least=1, graph_calls=1),
         dtype=torch.float32,
         headlines={llava: [Case(24, 1)], qwen: [Case(24, 1)]},
         more={llava: [Case(24, 2, 64)]},

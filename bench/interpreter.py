@@ -16,7 +16,7 @@ def patch_language_once(patch_attribute) -> None:
     from triton.runtime import interpreter
 
     launch, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    patched: set[frozenset[str]] = set()  # in the launch that runs
+    patched: set[str] = set()  # modules, in the launch that runs
 
     def patch_for_launch(executor, *args, **kwargs):
         patched.clear()
@@ -27,10 +27,10 @@ def patch_language_once(patch_attribute) -> None:
 
     def patch_once(function):
         modules = [value for value in function.__globals__.values() if inspect.ismodule(value)]
-        names = frozenset(module.__name__ for module in modules if module in (interpreter.tl, interpreter.tl.core))
-        if names in patched:
+        names = {module.__name__ for module in modules if module in (interpreter.tl, interpreter.tl.core)}
+        if names <= patched:
             return None
-        patched.add(names)
+        patched.update(names)
         return patch(function)
 
     patch_attribute(interpreter.GridExecutor, "__call__", patch_for_launch)

@@ -125,11 +125,12 @@ def test_indices(device, operations, random_tensor, index, fan, monkeypatch):
 def test_search(device, random_tensor, monkeypatch, kept, side):
     """Every position is found, and none besides, whatever the parts that a row is divided into."""
     monkeypatch.setattr(scatter_norm, "FAN", 8)
-    rows = [torch.randperm(256)[: kept - padding].sort().values.tolist() for padding in (0, 1, kept // 2)]
+    length = kept + 16
+    rows = [torch.randperm(length)[: kept - padding].sort().values.tolist() for padding in (0, 1, kept // 2)]
     filler = [[-1] * (kept - len(row)) for row in rows]
     rows = [padding + row if side == "left" else row + padding for row, padding in zip(rows, filler, strict=True)]
     index = torch.tensor(rows, device=device)
-    check(rk.triton, random_tensor(3, 256, 4), index, random_tensor(3, kept, 4), random_tensor(4))
+    check(rk.triton, random_tensor(3, length, 4), index, random_tensor(3, kept, 4), random_tensor(4))
 
 
 def test_a_long_index_is_searched_twice(device, launches, random_tensor):

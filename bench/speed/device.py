@@ -102,7 +102,7 @@ class Clock:
 
     Args:
         device: the device that runs the calls.
-        seconds: approximate time to measure each call for.
+        seconds: approximate time to measure each call for; 0 to make `least` calls and no other.
         least: minimum number of calls.
         graph_calls: how often a short call is captured in one graph.
     """
@@ -119,13 +119,7 @@ class Clock:
 
     def in_turn(self, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
         """Times several calls round by round, so that a disturbance of the machine affects all of them."""
-        for call in calls.values():
-            call()  # compiles, and fills caches
-        self.wait()
-        start = time.perf_counter()
-        for call in calls.values():
-            self.once(call)
-        rounds = max(self.least, min(200, round(self.seconds * len(calls) / (time.perf_counter() - start))))
+        rounds = self._rounds(calls) if self.seconds else self.least
         times: dict[str, list[float]] = {name: [] for name in calls}
         order = list(calls)
         for _ in range(rounds):
@@ -133,6 +127,16 @@ class Clock:
                 times[name].append(self.once(calls[name]))
             order.append(order.pop(0))
         return {name: asdict(Timing.of(values)) for name, values in times.items()}
+
+    def _rounds(self, calls: dict[str, Callable[[], object]]) -> int:
+        """How many rounds take the time to measure for."""
+        for call in calls.values():
+            call()  # compiles, and fills caches
+        self.wait()
+        start = time.perf_counter()
+        for call in calls.values():
+            self.once(call)
+        return max(self.least, min(200, round(self.seconds * len(calls) / (time.perf_counter() - start))))
 
     def once(self, call: Callable[[], object]) -> float:
         """Seconds of one call on an idle device: the host's time for launches counts."""
