@@ -63,6 +63,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("benchmark"):
         first, cases = config.getoption("fuzz_seed"), config.getoption("fuzz_cases")
