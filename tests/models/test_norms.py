@@ -174,20 +174,21 @@ def test_same_with_and_without(name, launches):
 
 
 RANKINGS = [
-    ("qwen2_vl", "reroute", rk.rankings.LastQuery("previous")),
-    ("qwen2_vl", "reroute", rk.rankings.LastQuery(queries=2)),
-    ("qwen2_vl", "reroute", rk.rankings.KeyNorm()),
-    ("qwen2_vl", "remove", rk.rankings.LastQuery()),
-    ("qwen2_vl", "remove", rk.rankings.KeyNorm("previous")),
-    ("qwen3_vl", "reroute", rk.rankings.KeyNorm()),
+    # family, action, ranking, samples: each row of them is a program
+    ("qwen2_vl", "reroute", rk.rankings.LastQuery("previous"), 1),
+    ("qwen2_vl", "reroute", rk.rankings.LastQuery(queries=2), 2),
+    ("qwen2_vl", "reroute", rk.rankings.KeyNorm(), 1),
+    ("qwen2_vl", "remove", rk.rankings.LastQuery(), 1),
+    ("qwen2_vl", "remove", rk.rankings.KeyNorm("previous"), 2),
+    ("qwen3_vl", "reroute", rk.rankings.KeyNorm(), 1),
 ]
 
 
 @pytest_device
-@pytest.mark.parametrize(("name", "action", "ranking"), RANKINGS, ids=str)
-def test_rankings(name, ranking, action, launches):
+@pytest.mark.parametrize(("name", "action", "ranking", "samples"), RANKINGS, ids=str)
+def test_rankings(name, ranking, action, samples, launches):
     case = load(name)
-    inputs = case.batch([case.prompt(1, 6, 15, seed=1), case.prompt(1, 3, 9, seed=2)])
+    inputs = case.batch([case.prompt(1, 6, 15, seed=1), case.prompt(1, 3, 9, seed=2)][:samples])
     names, without = check(case, inputs, rk.Policy(SCHEDULE, action, ranking), launches)
     assert names.count("normalize_rows") == 2
     fewer = without.count("copy_rows_to_full") - names.count("copy_rows_to_full")
