@@ -85,7 +85,7 @@ ADDITIONS: Mapping[str, Callable[[rk.Policy], rk.Policy]] = {
     "mixed 0.2": lambda policy: replace(policy, ranking=Mixed(policy.ranking, 0.2)),
     "align": lambda policy: replace(policy, align="stage"),
 }
-"""What is added to the paper's rerouting, one at a time."""
+"""Additions to the paper's rerouting, one at a time."""
 
 
 def policy_for(run: Run, choice: Choice) -> rk.Policy:
