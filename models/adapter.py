@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from operator import attrgetter
 
+import torch
 from torch import Tensor, nn
 
 from reroute_kernels.attention import Attention
@@ -39,6 +40,17 @@ def visual_token_ids(config) -> list[int]:
     """Ids of the placeholders that image and video features replace."""
     found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return [token_id for token_id in found if token_id is not None]
+
+
+def rotated(rows: Tensor, cos: Tensor, sin: Tensor, style: str) -> Tensor:
+    """Rows (..., D) with their first R channels rotated by tables (..., R); style as in `ops.rank_tokens`."""
+    first, rest = rows.split([cos.shape[-1], rows.shape[-1] - cos.shape[-1]], dim=-1)
+    if style == "interleaved":
+        turned = torch.stack([-first[..., 1::2], first[..., ::2]], dim=-1).flatten(-2)
+    else:
+        left, right = first.chunk(2, dim=-1)
+        turned = torch.cat([-right, left], dim=-1)
+    return torch.cat([first * cos + turned * sin, rest], dim=-1)
 
 
 class Adapter:
@@ -185,6 +197,22 @@ class Adapter:
     def unnormalized_keys(self, attention: Module, states: Tensor) -> Tensor:
         """(B, L, Hkv, D), before the norm of keys, if the layer has one."""
         return attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
+
+    def values(self, attention: Module, states: Tensor) -> Tensor:
+        """(B, L, Hkv, D), as projected, of normalized states (B, L, d)."""
+        return attention.v_proj(states).unflatten(-1, (-1, attention.head_dim))
+
+    def rotated_keys(self, layer: Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, L, Hkv, D), keys as the layer caches them, of normalized states (B, L, d).
+
+        Computed in their dtype, as layers do. A family whose layers do otherwise overrides it.
+
+        Args:
+            layer: of a stage.
+            states: (B, L, d).
+            cos, sin: (B, L, R).
+        """
+        return rotated(self.keys(layer.self_attn, states), cos[:, :, None], sin[:, :, None], self.rotary_style)
 
     def rotary(self, layer: Module, position_embeddings) -> tuple[Tensor, Tensor]:
         """cos and sin as (B or 1, L, R), from the position embeddings that the model hands its layers."""

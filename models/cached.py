@@ -105,8 +105,9 @@ class CachedPrompt:
         """Record of a finished forward on a cache that held `before`, without draft tokens, which can be rejected."""
         prompt = forward.prompt
         lengths, all_valid, positions = [], [], []
-        for stage, kept in enumerate(forward.kept):
-            length, ragged = forward.lengths[stage] - prompt.draft_tokens, forward.is_ragged(stage)
+        for stage in range(len(forward.kept)):
+            kept, ragged = forward.cached(stage)
+            length = kept.shape[1] - prompt.draft_tokens
             kept = kept[:, :length]
             valid, of_stage = (kept >= 0 if ragged else None), kept
             if before:

@@ -25,7 +25,7 @@ from .activated import activated_counts, activated_visual
 from .adapter import Adapter, cache_name, cache_of
 from .answers import Answers
 from .cached import CachedPrompt, CacheState, drop_record, has_record, record_of
-from .checkpointing import recomputes_hooks
+from .checkpointing import recomputes_hooks, recomputes_without_cache
 from .generation import PromptCall, prompt_call
 from .layers import RoutedLayers
 from .prefill import Continuation, Prefill
@@ -272,6 +272,10 @@ class PromptFacts(CallFacts):
     def recomputes_hooks(self) -> bool:
         reduced = () if self.tower is None else self.tower.modules()
         return any(map(recomputes_hooks, (*self.adapter.layers, *reduced)))
+
+    @property
+    def recomputes_without_cache(self) -> bool:
+        return torch.is_grad_enabled() and any(map(recomputes_without_cache, self.adapter.layers))
 
     @property
     def pad_left(self) -> bool:

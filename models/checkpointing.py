@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .modules import Module
+from .modules import Module, uncompiled
 
 _WRAPPED = "_checkpoint_wrapped_module"  # in torch.distributed.algorithms._checkpoint.checkpoint_wrapper
 _COMPOSABLE = "torch.distributed._composable.checkpoint_activation"
@@ -27,6 +27,12 @@ def recomputes_hooks(layer: nn.Module) -> bool:
     """Whether transformers' gradient checkpointing would run this layer's hooks once more in the backward pass."""
     inside = type(layer).__call__ is not nn.Module.__call__
     return inside and layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
+def recomputes_without_cache(layer: Module) -> bool:
+    """Whether transformers' gradient checkpointing would take the cache from the layer's arguments."""
+    inside = checkpointed(uncompiled(layer))
+    return inside.training and getattr(inside, "gradient_checkpointing", False)
 
 
 def runs_first(layer: nn.Module) -> bool:

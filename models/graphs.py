@@ -183,6 +183,10 @@ class DecoderFacts:
         return next((ranking for ranking in rankings if not _is_static(ranking)), None)
 
     @property
+    def freezes(self) -> bool:
+        return self.policy is not None and self.policy.action == "freeze"
+
+    @property
     def head_group(self) -> object:
         return head_group(self.adapter.model)
 

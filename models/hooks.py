@@ -26,6 +26,7 @@ from .answers import Answers, checked
 from .calls import CallReader, by_name
 from .checkpointing import runs_first
 from .experts import asks_for_router_logits, with_tokens, without_padding
+from .frozen import cache_frozen
 from .graphs import CudaGraphs, Graphs, RoutedPrefills
 from .layers import RoutedLayers
 from .modules import Module, uncompiled
@@ -402,6 +403,8 @@ class Routing:
         kwargs["position_embeddings"] = call.position_embeddings
         kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
         kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0])
+        if call.forward.freezes(stage):
+            cache_frozen(self._adapter, layer, call.forward.frozen(), kwargs)
         return (args, kwargs) if decides else None
 
     def _enter_last_unrouted_layer(self, layer: Module, args: tuple, kwargs: dict) -> None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from reroute_kernels.policy import Policy
+from reroute_kernels.routing import on_device
 
 from .adapter import Adapter
 from .masks import FORMATS, attention_mask, is_flash_attention, mask_format
@@ -30,9 +31,9 @@ class RoutedLayers:
         attention: indices of the layers that cache keys.
         pad_left: whether compact rows are left-padded, as sliding-window and recurrent layers require.
         length_is_routed: whether the first layer that caches keys, whose length transformers takes for the number of
-            cached tokens, lies inside a stage.
+            cached tokens, lies inside a stage that does not cache all tokens.
         padding_is_hidden: whether the first full-attention layer, whose cache transformers checks for padding, lies
-            inside a stage.
+            inside such a stage.
         has_states: whether any stage contains recurrent (linear-attention) layers.
         slides: whether any stage contains sliding-window layers.
         model_class: name of the model's class.
@@ -57,8 +58,9 @@ class RoutedLayers:
         self.groups = [numbers.setdefault(pair, len(numbers)) for pair in zip(of_stage, self.kinds, strict=True)]
         self.attention = [layer_idx for layer_idx, kind in enumerate(self.kinds) if kind != "linear_attention"]
         self.pad_left = any(kind != "full_attention" for kind in self.kinds[first:])
-        self.length_is_routed = first <= self.attention[0]
-        self.padding_is_hidden = first == self.kinds.index("full_attention")
+        caches_all = policy.action == "freeze" and policy.reducer is None
+        self.length_is_routed = not caches_all and first <= self.attention[0]
+        self.padding_is_hidden = not caches_all and first == self.kinds.index("full_attention")
         self.has_states = "linear_attention" in self.kinds[first:]
         self.slides = "sliding_attention" in self.kinds[first:]
         self.check_attention()
@@ -102,6 +104,20 @@ class RoutedLayers:
         """The first layer of a stage whose kind of attention is not known here."""
         routed = range(self._policy.stage_layers[0], self.num_layers)
         return next((layer_idx for layer_idx in routed if self.kinds[layer_idx] not in _KINDS), None)
+
+    @property
+    def freezes(self) -> bool:
+        return self._policy.action == "freeze"
+
+    @property
+    def unfrozen_layer(self) -> int | None:
+        """The first layer from the first decision on in which no token can be frozen."""
+        routed = range(self._policy.stage_layers[0], self.num_layers)
+        return next((layer_idx for layer_idx in routed if self.freezes and layer_idx not in self._able), None)
+
+    @property
+    def unfrozen_kind(self) -> str | None:
+        return None if self.unfrozen_layer is None else self.kinds[self.unfrozen_layer]
 
     @property
     def unknown_kind(self) -> str | None:
@@ -182,3 +198,24 @@ class RoutedLayers:
             return attention_mask(form, queries, past, keys, hidden, valid, seen, window)
         keys = getattr(cached, "max_cache_len", past + queries)
         return attention_mask(form, queries, past, keys, hidden, valid)
+
+    def mask_of_places(
+        self, layer_idx: int, cache, places: Tensor, past: int, rows: int, valid: Tensor | None, hidden: Tensor
+    ) -> object:
+        """The attention mask of a layer that caches more tokens than run in it.
+
+        Args:
+            layer_idx: the layer, of full attention.
+            cache: of the call, or None.
+            places: (B, M), where the tokens that run stand among those that are cached; -1 for none.
+            past: P, the keys that the layer has cached before.
+            rows: S, those that it caches in this call.
+            valid: (B, P + S) bool, False at keys that hold no token; None if all do.
+            hidden: the layer's input.
+        """
+        assert self._form is not None  # checked at the start of the call
+        layers = getattr(cache, "layers", ())
+        cached = layers[layer_idx] if layer_idx < len(layers) else None
+        keys = getattr(cached, "max_cache_len", past + rows)
+        places = on_device(hidden.device, places).clamp(min=0)
+        return attention_mask(self._form, places.shape[1], past, keys, hidden, valid, places=places)

@@ -61,6 +61,7 @@ def attention_mask(
     valid: Tensor | None = None,
     positions: Tensor | None = None,
     window: int | None = None,
+    places: Tensor | None = None,
 ):
     """Mask for queries that stand behind `past` keys, each seeing itself and the tokens before it.
 
@@ -72,19 +73,22 @@ def attention_mask(
         valid: (B, past + queries) bool, False at keys that hold no token; None if all do.
         positions: (B or 1, past + queries) int64, positions in the full sequence; needed with a window only.
         window: a query sees keys less than this many positions back; None for all.
+        places: (B, queries) int64, where each query stands among the keys behind the past, which are more than the
+            queries then; any for rows without a token. `valid` has an entry for each key. None: they are the last
+            ones, in order.
 
     Returns:
         (B or 1, 1, queries, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention; (B, keys) for
         flash attention, which is causal by itself. None if none is needed.
 
     Raises:
-        ValueError: flash attention with a window, or with room left in the cache.
+        ValueError: flash attention with a window, or with room left in the cache, or with other places.
     """
     if form == "flash_attention":
-        if window is not None or keys > past + queries:
+        if window is not None or keys > past + queries or places is not None:
             raise ValueError(f"flash attention takes no window and no room in the cache, got {window} and {keys} keys")
         return on_device(like.device, valid)
-    sees_all = valid is None and window is None and keys == past + queries
+    sees_all = valid is None and window is None and keys == past + queries and places is None
     if sees_all and (queries == 1 or (form == "sdpa" and past == 0)):
         return None
     valid, positions = on_device(like.device, valid), on_device(like.device, positions)
@@ -94,17 +98,18 @@ def attention_mask(
         return sample if table.shape[0] > 1 else torch.zeros_like(sample)
 
     def allowed(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = key <= query + past
+        own = past + (query if places is None else places[row(places, sample), query])
+        seen = key <= own
         if window is not None and positions is not None:
             place = row(positions, sample)
-            seen = seen & (positions[place, query + past] - positions[place, key] < window)
+            seen = seen & (positions[place, own] - positions[place, key] < window)
         if valid is not None:
             seen = seen & valid[row(valid, sample), key]
         # A row without a token sees itself, so that no softmax is over nothing.
-        return seen | (key == query + past)
+        return seen | (key == own)
 
     device = like.device
-    batch = next((rows.shape[0] for rows in (valid, positions) if rows is not None and rows.shape[0] > 1), 1)
+    batch = next((rows.shape[0] for rows in (valid, positions, places) if rows is not None and rows.shape[0] > 1), 1)
     if form == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 

@@ -51,6 +51,8 @@ class Prefill:
 
     def _new_mask(self, stage: int, layer_idx: int, hidden: Tensor) -> object:
         forward, past, layers = self.forward, self.past, self._layers
+        if forward.freezes(stage):
+            return self._mask_of_places(stage, layer_idx, hidden)
         kept, ragged = forward.kept[stage], forward.is_ragged(stage)
         # Rows without a token that stand after all others are kept out by causality alone.
         own = kept >= 0 if ragged and forward.pad_left else None
@@ -64,6 +66,17 @@ class Prefill:
         return layers.mask(
             layer_idx, self.cache, queries, before, past.length + total, valid, lambda: positions, hidden
         )
+
+    def _mask_of_places(self, stage: int, layer_idx: int, hidden: Tensor) -> object:
+        """The mask of a layer in which frozen tokens are cached beside those that run."""
+        forward, past = self.forward, self.past
+        cached, ragged = forward.cached(stage)
+        valid = cached >= 0 if ragged else None
+        if past is not None:
+            valid, _ = past.extended(stage, past.seen(stage), cached, ragged)
+        before = 0 if past is None else past.lengths[stage]
+        places, rows = forward.frozen().places, cached.shape[1]
+        return self._layers.mask_of_places(layer_idx, self.cache, places, before, rows, valid, hidden)
 
     def fill(self, cache) -> None:
         """Begin a stage, whose layers fill a cache. Rows left there by a failed call are not mistaken for a prompt."""

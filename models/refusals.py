@@ -113,6 +113,12 @@ LAYER_RULES = (
         "{c.unknown_layer} of this {c.model_class}",
         lambda c: c.unknown_layer is not None,
     ),
+    Refusal(
+        "the action `freeze` where a layer from the first decision on has no full attention",
+        "action 'freeze' needs full attention in all layers from the first decision on, got {c.unfrozen_kind!r} at "
+        "layer {c.unfrozen_layer} of this {c.model_class}",
+        lambda c: c.unfrozen_layer is not None,
+    ),
 )
 ATTENTION_RULES = (
     Refusal(
@@ -127,6 +133,13 @@ ATTENTION_RULES = (
         "attn_implementation must not be flash attention for a text model with sliding windows, got "
         "{c.implementation!r}",
         lambda c: c.slides and c.uses_flash_attention,
+    ),
+    # It takes the last key for the last query's own, and the others in order.
+    Refusal(
+        "flash attention under the action `freeze`",
+        "attn_implementation must not be flash attention under the action 'freeze', whose queries stand apart among "
+        "the keys, got {c.implementation!r}",
+        lambda c: c.freezes and c.uses_flash_attention,
     ),
 )
 
@@ -205,6 +218,19 @@ PROMPT_RULES = (
         "attention_mask must put padding on the left under activated LoRA (alora_invocation_tokens), which counts "
         "tokens from the end of a row, got padding on the right",
         lambda c: c.is_activated and c.prompt.right_padded,
+    ),
+    Refusal(
+        "PEFT's activated LoRA under the action `freeze`",
+        "action must not be 'freeze' under activated LoRA (alora_invocation_tokens), which counts tokens from the end "
+        "of a row, got {c.policy}",
+        lambda c: c.is_activated and c.layers.freezes,
+    ),
+    # Recomputed layers are kept from their cache, in whose place the frozen tokens' keys and values are.
+    Refusal(
+        "transformers' gradient checkpointing under the action `freeze`",
+        "gradient checkpointing must be off under the action 'freeze', got it on: torch's checkpoint_wrapper may be "
+        "put around the layers before apply",
+        lambda c: c.layers.freezes and c.recomputes_without_cache,
     ),
     Refusal(
         "quantized caches, and static ones where layers have sliding windows or recurrent states, under flash "
@@ -439,6 +465,11 @@ GRAPH_MODEL_RULES = (
         "rankings that are not of `reroute_kernels.rankings`, whose shapes may depend on data",
         "cuda_graph needs a ranking of reroute_kernels.rankings, got {c.own_ranking!r}",
         lambda c: c.own_ranking is not None,
+    ),
+    Refusal(
+        "the action `freeze`",
+        "cuda_graph needs the action 'reroute' or 'remove', got {c.policy.action!r}",
+        lambda c: c.freezes,
     ),
     Refusal(
         "heads split over processes",

@@ -122,7 +122,7 @@ def solve(
                 [*before, *(count + more for count, more in zip(together, mores, strict=True)), *after]
                 for mores in product((0, 1), repeat=len(together))
             ]
-            possible = [each for each in raised if max(each) <= most and (action == "reroute" or _descends(each))]
+            possible = [each for each in raised if max(each) <= most and (action != "remove" or _descends(each))]
             counts = max((each for each in possible if reached(each) <= limit), key=reached)
         best = max(best, counts, key=reached)
     return replace(policy_of(best), budget=Budget(kind, limit, reached(best)))

@@ -55,6 +55,11 @@ class Decoder:
         """Entries of the query, key, value and output matrices of a layer."""
         return 2 * self.hidden_size * (self.heads + self.kv_heads) * self.head_dim
 
+    @property
+    def cached_weights(self) -> int:
+        """Entries of the key and value matrices of a layer."""
+        return 2 * self.hidden_size * self.kv_heads * self.head_dim
+
     @classmethod
     def of(cls, config_or_model) -> Decoder:
         """The decoder of a model.
@@ -201,8 +206,10 @@ class StageCost:
     """Visual tokens that run in each layer, and are cached there."""
     tokens: int
     """All tokens that run in each layer, text included."""
+    frozen: int
+    """Visual tokens that do not run, and are cached in each layer: under `freeze` alone."""
     projections: int
-    """FLOPs of the query, key, value and output projections."""
+    """FLOPs of the query, key, value and output projections; of frozen tokens the key and value projections."""
     attention: int
     """FLOPs of queries times keys and of weights times values."""
     mlp: int
@@ -213,6 +220,11 @@ class StageCost:
     """Bytes of the keys and values that the layers cache."""
     visual_kv_bytes: int
     """Bytes of the keys and values of visual tokens."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """All tokens that are cached in each layer: those that run, and frozen ones."""
+        return self.tokens + self.frozen
 
     @property
     def flops(self) -> int:
@@ -298,7 +310,7 @@ class Cost:
         """
         prompt = self.text_tokens + self.visual_tokens
         _check_count("length", length, prompt)
-        keys = sum(stage.layers * (stage.tokens + length - prompt + 1) for stage in self.stages)
+        keys = sum(stage.layers * (stage.cached_tokens + length - prompt + 1) for stage in self.stages)
         per_token = self.decoder.layers * self.decoder.projection_weights + sum(self.decoder.mlp_weights)
         return 2 * self.batch * (per_token + 2 * self.decoder.heads * self.decoder.head_dim * keys)
 
@@ -368,6 +380,8 @@ def cost(
     stages = []
     for span in _spans(policy, decoder.layers, visual_tokens):
         layers, tokens = span.end - span.first, text_tokens + span.visual_tokens
+        cached = tokens + span.frozen
+        weights = tokens * decoder.projection_weights + span.frozen * decoder.cached_weights
         ranked = text_tokens + span.ranked if span.ranked else 0
         stages.append(
             StageCost(
@@ -375,19 +389,20 @@ def cost(
                 layers=layers,
                 visual_tokens=span.visual_tokens,
                 tokens=tokens,
-                projections=2 * batch * layers * tokens * decoder.projection_weights,
-                attention=4 * batch * layers * tokens * tokens * decoder.heads * decoder.head_dim,
+                frozen=span.frozen,
+                projections=2 * batch * layers * weights,
+                attention=4 * batch * layers * tokens * cached * decoder.heads * decoder.head_dim,
                 mlp=2 * batch * tokens * sum(decoder.mlp_weights[span.first : span.end]),
                 ranking=batch * _ranking_flops(span.ranking, decoder, ranked, text_tokens),
-                kv_bytes=layers * tokens * kv_width,
-                visual_kv_bytes=layers * span.visual_tokens * kv_width,
+                kv_bytes=layers * cached * kv_width,
+                visual_kv_bytes=layers * (span.visual_tokens + span.frozen) * kv_width,
             )
         )
     return Cost(decoder, text_tokens, visual_tokens, batch, tuple(stages))
 
 
 def visual_tokens_per_layer(policy: Policy, num_layers: int, visual_tokens: int) -> list[int]:
-    """Visual tokens that run in each decoder layer, which is also how many of them each layer caches.
+    """Visual tokens that run in each decoder layer, which is also how many of them each layer caches, but for `freeze`.
 
     Args:
         policy: the policy.
@@ -438,6 +453,8 @@ class _Span(NamedTuple):
     """Visual tokens that the decision before them ranks."""
     ranking: RankingLike | None = None
     """Of that decision."""
+    frozen: int = 0
+    """Visual tokens that the layers cache and do not run."""
 
 
 def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_Span]:
@@ -451,7 +468,8 @@ def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_
     if policy is not None and schedule:
         counts = policy.selected_counts(visual_tokens, candidates)
         for (first, end), selected, ranking in zip(pairwise(ends), counts, policy.rankings, strict=True):
-            spans.append(_Span(first, end, selected, candidates, ranking))
+            frozen = candidates - selected if policy.action == "freeze" else 0
+            spans.append(_Span(first, end, selected, candidates, ranking, frozen))
             if policy.action == "remove":
                 candidates = selected
     return spans

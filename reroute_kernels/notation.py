@@ -2,8 +2,8 @@
 
 A policy is the name of a preset, `model/method/avg_tokens` or `method/avg_tokens` if the model is known; or a schedule:
 decision layers with their keep ratios, `3:0.25,7:0.25`; or the path of a policy file. Before a schedule may stand
-`remove:`, if tokens that are not selected are removed, or `align-stage:`, if deferred ones are aligned when the next
-decision begins. Stages are joined by `,`, or by `+` if commas separate arguments.
+`remove:`, if tokens that are not selected are removed, `freeze:`, if they are frozen, or `align-stage:`, if deferred
+ones are aligned when the next decision begins. Stages are joined by `,`, or by `+` if commas separate arguments.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def parse_policy(text: str, model: object = None) -> Policy:
 
 def _accepted(model: object) -> str:
     schedule = (
-        "a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes, align-stage:3:0.25 aligns) or a file like policy.json"
+        "a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes, freeze:3:0.25 freezes, align-stage:3:0.25 aligns) or a "
+        "file like policy.json"
     )
     if published_model(model) is not None:
         return f"a preset like reroute-fastv/192, {schedule}"

@@ -15,7 +15,7 @@ from .checks import expect_one_of
 from .rankings import LastQuery, RankingLike
 from .reducers import ReducerLike
 
-ACTIONS = ("reroute", "remove")
+ACTIONS = ("reroute", "remove", "freeze")
 POSITIONS = ("original", "contiguous")
 ALIGNMENTS = (None, "stage")
 
@@ -108,7 +108,9 @@ class Policy:
     Args:
         schedule: stages in ascending order of their decision layers; may be empty if there is a reducer.
         action: `"reroute"` defers tokens that are not selected, so that they are candidates again at the next decision
-            layer (arXiv 2606.12412); `"remove"` drops them for good, as FastV and PyramidDrop do.
+            layer (arXiv 2606.12412); `"remove"` drops them for good, as FastV and PyramidDrop do; `"freeze"` lets them
+            write their keys and values in the layers that they skip, so that text and the tokens that run still read
+            them (ShortV, arXiv 2504.00502), and makes them candidates again.
         ranking: one of `reroute_kernels.rankings`, or an object with such a method `rank`. The default, `LastQuery()`
             or its name `"last_query"`, ranks a token by the attention that the last prompt token pays to it in the
             decision layer, averaged over heads. A stage may have its own.
@@ -125,8 +127,8 @@ class Policy:
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with a reducer or with a
-            ranking by the previous layer there; a name is unknown; or `align` is given under another action than
-            `reroute`.
+            ranking by the previous layer there; a name is unknown; `align` is given under another action than
+            `reroute`, or positions are contiguous under `freeze`.
 
     >>> policy = Policy([Stage(layer=3, keep=0.25), Stage(layer=7, keep=0.1)], action="remove")
     >>> policy.selected_counts(visual_tokens=576)
@@ -149,9 +151,14 @@ class Policy:
         expect_one_of(
             action=(self.action, ACTIONS), positions=(self.positions, POSITIONS), align=(self.align, ALIGNMENTS)
         )
+        if self.action == "freeze" and self.positions != "original":
+            raise ValueError(
+                "positions must be 'original' under the action 'freeze', which leaves every token in its place, got "
+                f"{self.positions!r}"
+            )
         if self.align is not None and self.action != "reroute":
             raise ValueError(
-                f"align must be None under the action {self.action!r}, which defers no tokens, got {self.align!r}"
+                f"align must be None under the action {self.action!r}, under which no token waits, got {self.align!r}"
             )
         if self.schedule and self.schedule[0].layer == 0:
             self._check_first_layer()

@@ -6,7 +6,7 @@ Nothing here knows a model: tensors come in, a ranking is a callable, and the ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -129,6 +129,23 @@ class TokenSequence:
             self.parent.add(addition)
 
 
+@dataclass(frozen=True, eq=False)
+class FrozenTokens:
+    """Tokens that do not run in a stage whose layers cache them; S tokens are cached, M run, F do not.
+
+    hidden: (B, F, d), as they stay throughout the stage; rotary: tensors (B, F, ...); order: (B, S) int64, for each
+    token that is cached its row among the M rows of the compact sequence and then the F of these, -1 at padding;
+    places: (B, M) int64, where the tokens that run stand among those that are cached, -1 at rows without a token.
+    """
+
+    hidden: Tensor
+    rotary: tuple[Tensor, ...]
+    order: Tensor
+    places: Tensor
+    index: Tensor
+    """(B, F) int64, where these stand among those that are cached, -1 at rows without a token."""
+
+
 @torch.no_grad()
 def _normed(norm: Norm, full: Tensor, index: Tensor | None, compact: Tensor | None) -> Tensor:
     weight, eps, one_plus = norm
@@ -177,6 +194,8 @@ class RoutedForward:
         self._scores: Tensor | None = None
         self._memory: Memory | None = None  # of the latest decision that remembers
         self.scored: list[DecisionScores | None] = []
+        self._frozen: FrozenTokens | None = None  # of this stage, once they were asked for
+        self._frozen_in: Tensor | None = None  # hidden states that hold theirs
 
     def _ranking(self, stage: int) -> RankingLike:
         """The ranking of the decision that begins a stage."""
@@ -293,6 +312,7 @@ class RoutedForward:
         if self.policy.action == "remove" and source.parent is not None:
             parent, index = source.parent, kept  # the survivors' own sequence is needed no more
         self._active = TokenSequence(compact, rotary, pool, pinned, visible, last, kept, parent, index)
+        self._frozen = self._frozen_in = None
         return compact
 
     def _pinned(self, source: TokenSequence, stage: int) -> tuple[Tensor, Tensor]:
@@ -329,6 +349,59 @@ class RoutedForward:
     def _drops(self, stage: int) -> bool:
         """Whether tokens that a stage does not run are no candidates of later decisions."""
         return self.policy.action == "remove" or (self._reduces and stage == 0)
+
+    def freezes(self, stage: int) -> bool:
+        """Whether the layers of a stage cache the tokens that do not run there."""
+        return self.policy.action == "freeze" and not (self._reduces and stage == 0)
+
+    def cached(self, stage: int) -> tuple[Tensor, bool]:
+        """The tokens that the layers of a stage cache.
+
+        Returns:
+            (B, S) int64, their positions in the full sequence, -1 at rows that hold no token; and whether there are
+            such rows.
+        """
+        if not self.freezes(stage):
+            return self.kept[stage], self.is_ragged(stage)
+        if self._reduces:
+            return self.kept[0], self.is_ragged(0)
+        prompt, device = self.prompt, self.kept[stage].device
+        positions = torch.arange(prompt.length, device=device).expand(len(prompt.visual_counts), -1)
+        valid = on_device(device, prompt.valid)
+        return positions if valid is None else torch.where(valid, positions, -1), prompt.padded
+
+    def frozen(self) -> FrozenTokens:
+        """The tokens that do not run in this stage, which freezes them."""
+        active = self.active
+        parent, places = active.parent, active.index
+        assert parent is not None
+        assert places is not None
+        found = self._frozen
+        if found is None:
+            found = self._find_frozen(parent, places)
+        elif self._frozen_in is not parent.hidden:  # features were added to it, or it was moved
+            (hidden,) = ops.gather_tokens(on_device(parent.hidden.device, found.index), parent.hidden)
+            found = replace(found, hidden=hidden)
+        self._frozen, self._frozen_in = found, parent.hidden
+        return found
+
+    def _find_frozen(self, parent: TokenSequence, places: Tensor) -> FrozenTokens:
+        stage, device = len(self.kept) - 1, places.device
+        batch, rows = places.shape
+        counts = self.row_lengths[0] if self._reduces else self.prompt.valid_counts
+        most = max(count - ran for count, ran in zip(counts, self.row_lengths[stage], strict=True))
+        cached, ragged = self.cached(stage)
+        size = cached.shape
+        runs = torch.zeros(size, dtype=torch.bool, device=device)
+        runs = ops.scatter_tokens_(runs, places, torch.ones_like(places, dtype=torch.bool))
+        waits = (cached >= 0) & ~runs if ragged else ~runs
+        none, keep = torch.zeros_like(runs), torch.zeros(batch, dtype=torch.int64, device=device)
+        index = ops.select_tokens(torch.zeros(size, dtype=torch.float32, device=device), none, waits, keep, most)
+        order = torch.full(size, -1, dtype=torch.int64, device=device)
+        numbers = torch.arange(rows + most, device=device).expand(batch, -1)
+        order = ops.scatter_tokens_(order, torch.cat([places, index], dim=1), numbers.contiguous())
+        hidden, *rotary = ops.gather_tokens(index, parent.hidden, *parent.rotary)
+        return FrozenTokens(hidden, tuple(rotary), order, places, index)
 
     def _norm(self, hidden: Tensor, projection: Projection) -> Norm | None:
         """The norm before a ranking, if it is to be computed with the write-back; None leaves it to the layer.

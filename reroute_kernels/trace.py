@@ -51,7 +51,7 @@ class StageTrace:
     keep: float | None
     """The share of visual tokens that was asked for; None for the stage of a reducer."""
     tokens: int
-    """M, the tokens that each row of this stage's layers holds and caches."""
+    """M, the tokens that each row of this stage's layers holds and caches; under `freeze` others are cached, too."""
     _kept: Tensor = field(repr=False)
     _visual: Tensor = field(repr=False)
     _offset: int = field(repr=False)

@@ -239,7 +239,11 @@ def test_originals_at_their_own_budget_stay_as_they_are():
             ValueError,
             "shape must not increase under 'remove', got [1, 2]",
         ),
-        ({"avg_tokens": 64, "action": "drop"}, ValueError, "action must be one of 'reroute', 'remove', got 'drop'"),
+        (
+            {"avg_tokens": 64, "action": "drop"},
+            ValueError,
+            "action must be one of 'reroute', 'remove', 'freeze', got 'drop'",
+        ),
         ({"avg_tokens": 64, "visual_tokens": 0}, ValueError, "visual_tokens must be 1 or more, got 0"),
         (
             {"avg_tokens": 64, "rankings": [None, None]},

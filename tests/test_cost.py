@@ -51,6 +51,22 @@ def test_tokens_of_every_layer():
     assert rk.cost.visual_tokens_per_layer(policy, 6, 100) == [100, 100, 50, 28, 28, 28]
 
 
+def test_frozen_tokens_by_hand():
+    """They are projected to keys and values, and cached; queries, the output and the MLP are of the others."""
+    counted = rk.cost(SMALL, Policy([Stage(1, 0.25)], "freeze"), text_tokens=3, visual_tokens=8, dtype="float32")
+    deferred = rk.cost(SMALL, Policy([Stage(1, 0.25)]), text_tokens=3, visual_tokens=8, dtype="float32")
+    unrouted = rk.cost(SMALL, None, text_tokens=3, visual_tokens=8, dtype="float32")
+    first, second = counted.stages
+    assert first == deferred.stages[0]
+    assert (second.visual_tokens, second.tokens, second.frozen, second.cached_tokens) == (2, 5, 6, 11)
+    assert second.projections == 2 * 6 * (5 * (8 + 4 + 4 + 8) + 6 * (4 + 4))
+    assert second.attention == 2 * (2 * 8 * 5 * 11)
+    assert (second.mlp, second.ranking) == (deferred.stages[1].mlp, deferred.stages[1].ranking)
+    assert (counted.kv_bytes, counted.visual_kv_bytes) == (unrouted.kv_bytes, unrouted.visual_kv_bytes)
+    assert counted.decode_flops(15) == unrouted.decode_flops(15)
+    assert counted.average_visual_tokens == deferred.average_visual_tokens == 5
+
+
 def test_an_alignment_has_no_matrix_products():
     policy = Policy([Stage(2, 0.5), Stage(3, 0.29)])
     assert rk.cost("llava-1.5-7b", replace(policy, align="stage")) == rk.cost("llava-1.5-7b", policy)
@@ -107,6 +123,7 @@ def test_a_small_decoder_by_hand():
             layers=1,
             visual_tokens=visual_tokens,
             tokens=tokens,
+            frozen=0,
             projections=10 * tokens * projections,
             attention=10 * 2 * (2 * 8 * tokens * tokens),
             mlp=10 * tokens * 2 * 3 * 6 * width,

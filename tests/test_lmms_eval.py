@@ -46,6 +46,7 @@ VISUAL, LAYERS = 144, 16
 POLICIES = {
     "none": None,
     "2:0.25+6:0.1": rk.Policy([rk.Stage(2, 0.25), rk.Stage(6, 0.1)]),
+    "freeze:2:0.25+6:0.1": rk.Policy([rk.Stage(2, 0.25), rk.Stage(6, 0.1)], "freeze"),
     "remove:2:0.25+6:0.1": rk.Policy([rk.Stage(2, 0.25), rk.Stage(6, 0.1)], "remove"),
 }
 LLAVA = AutoConfig.for_model("llava", text_config={"model_type": "llama", "num_hidden_layers": 32})

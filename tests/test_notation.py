@@ -17,7 +17,9 @@ def config(model_type="llava", layers=32, kinds=None):
     return SimpleNamespace(model_type=model_type, get_text_config=lambda: text)
 
 
-@pytest.mark.parametrize("text", ["3:0.25", "3:0.25,7:0.1", "remove:0:1.0", "remove:2:0.3,5:0.2", "align-stage:2:0.3"])
+@pytest.mark.parametrize(
+    "text", ["3:0.25", "3:0.25,7:0.1", "remove:0:1.0", "remove:2:0.3,5:0.2", "align-stage:2:0.3", "freeze:2:0.3,5:0.2"]
+)
 def test_text_of_a_policy_is_the_inverse(text):
     assert str(rk.Policy.parse(text)) == text
     assert rk.Policy.parse(text.replace(",", "+")) == rk.Policy.parse(text)
@@ -69,7 +71,7 @@ def test_what_is_no_policy_is_refused(text):
         ("3:a", "a stage is a layer and a keep ratio, such as 3:0.25, got '3:a'"),
         ("1:2:3", "a stage is a layer and a keep ratio, such as 3:0.25, got '1:2:3'"),
         ("align-token:3:0.5", "align must be one of None, 'stage', got 'token'"),
-        ("Remove:3:0.5", "action must be one of 'reroute', 'remove', got 'Remove'"),
+        ("Remove:3:0.5", "action must be one of 'reroute', 'remove', 'freeze', got 'Remove'"),
         ("llava-1.5-7b/fastv/many", "avg_tokens must be an integer, got 'many'"),
         ("fastv", "a preset is model/method/avg_tokens"),
     ],

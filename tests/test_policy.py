@@ -121,7 +121,7 @@ def test_policies_are_values():
             ValueError,
             "schedule must have strictly ascending layers, got [3, 3]",
         ),
-        ({"action": "drop"}, ValueError, "action must be one of 'reroute', 'remove', got 'drop'"),
+        ({"action": "drop"}, ValueError, "action must be one of 'reroute', 'remove', 'freeze', got 'drop'"),
         (
             {"ranking": "random"},
             ValueError,
@@ -131,7 +131,13 @@ def test_policies_are_values():
         (
             {"align": "stage", "action": "remove"},
             ValueError,
-            "align must be None under the action 'remove', which defers no tokens, got 'stage'",
+            "align must be None under the action 'remove', under which no token waits, got 'stage'",
+        ),
+        (
+            {"action": "freeze", "positions": "contiguous"},
+            ValueError,
+            "positions must be 'original' under the action 'freeze', which leaves every token in its place, got "
+            "'contiguous'",
         ),
         ({"positions": None}, ValueError, "positions must be one of 'original', 'contiguous', got None"),
     ],
@@ -162,6 +168,7 @@ def test_selected_counts_follow_the_formula(action, keeps, visual_tokens, counts
 def test_a_growing_schedule_grows_only_where_tokens_come_back():
     schedule = [Stage(2, 0.2), Stage(5, 0.6), Stage(9, 0.1), Stage(12, 1.0)]
     assert Policy(schedule, action="reroute").selected_counts(50) == (10, 30, 5, 50)
+    assert Policy(schedule, action="freeze").selected_counts(50) == (10, 30, 5, 50)
     assert Policy(schedule, action="remove").selected_counts(50) == (10, 10, 5, 5)
 
 

@@ -109,7 +109,8 @@ def count_cost(
         typer.Argument(
             metavar="POLICY",
             help="Presets (see the command presets), such as reroute-fastv/192 or llava-1.5-7b/fastv/192, "
-            "schedules, such as 3:0.25,7:0.25 or remove:3:0.25, or files, such as policy.json.",
+            "schedules, such as 3:0.25,7:0.25, remove:3:0.25, freeze:3:0.25 or align-stage:3:0.25,7:0.25, "
+            "or files, such as policy.json.",
         ),
     ] = None,
     text_tokens: TextTokens = 64,
@@ -173,7 +174,7 @@ def solve_schedule(
     shape: Annotated[
         str, typer.Option(help=f"How the stages relate: {', '.join(SHAPES)}, or numbers such as 1,.5,.25.")
     ] = "uniform",
-    action: Annotated[str, typer.Option(help="reroute or remove.")] = "reroute",
+    action: Annotated[str, typer.Option(help="reroute, remove or freeze.")] = "reroute",
     text_tokens: TextTokens = 64,
     visual_tokens: VisualTokens = 576,
     batch: Batch = 1,

@@ -22,6 +22,7 @@ from reroute_kernels.models import ADAPTERS, apply
 from reroute_kernels.models.adapter import cache_of, visual_token_ids
 
 from ..boxes import UNITS, Box, overlap, read_box
+from ..cost import average_visual_tokens
 from ..notation import parse_policy, parse_preset, policy_text
 from ..policy import Policy
 from ..policy_file import names_file
@@ -101,7 +102,7 @@ class Run:
     """Keys cached by the prefill, summed over the layers."""
     kv_bytes: int = 0
     average_visual_tokens: float = 0.0
-    """Visual tokens cached by a layer, averaged over the layers."""
+    """Visual tokens that run in a layer, averaged over the layers."""
     prefill_ms: float = 0.0
     """Median of several prefills."""
     trace: Trace | None = None
@@ -138,7 +139,8 @@ def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ..
     if names_file(text):
         return _with_other_action(text, policy)
     if ":" in text:
-        both = [replace(policy, action="remove", align=None), replace(policy, action="reroute")]
+        other = "reroute" if policy.action == "remove" else policy.action
+        both = [replace(policy, action="remove", align=None), replace(policy, action=other)]
         return tuple((policy_text(each), each) for each in both)
     known = model_of(config)
     name = parse_preset(text, known and known.name)
@@ -280,10 +282,16 @@ def seen_picture(config, processor, inputs, image):
     return Image.fromarray(pixels.permute(1, 2, 0).numpy()), (pixels.shape[1] // patch, pixels.shape[2] // patch)
 
 
+def _names_of_runs(policies: Sequence[Policy]) -> list[str]:
+    usual = ["remove", "reroute"]
+    named = ["freeze" if each.action == "freeze" else name for each, name in zip(policies, usual, strict=True)]
+    return named if len(set(named)) == len(named) else usual
+
+
 def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]:
     """Run the prompt unrouted, with removal and rerouted; prefills are timed in turn, so that all share the noise."""
     model, inputs = subject.model, subject.inputs
-    runs = [Run("unrouted", None), Run("remove", subject.policies[0]), Run("reroute", subject.policies[1])]
+    runs = [Run("unrouted", None), *map(Run, _names_of_runs(subject.policies), subject.policies)]
     visual = len(subject.visual_positions())
     text = inputs["input_ids"].shape[1] - visual
     times: dict[str, list[float]] = {run.name: [] for run in runs}
@@ -293,6 +301,9 @@ def compare(subject: Subject, *, max_new_tokens: int, repeats: int) -> list[Run]
                 if repeat == 0:  # warms up, and gives everything but the time
                     output = model(**inputs, use_cache=True, logits_to_keep=1)
                     measure_cache(run, cache_of(output), text)
+                    if run.policy is not None and run.policy.action == "freeze":
+                        layers = model.config.get_text_config().num_hidden_layers
+                        run.average_visual_tokens = average_visual_tokens(run.policy, layers, visual)
                     run.answer = answer(subject, max_new_tokens)
                     run.box = answered_box(subject, run.answer)
                     run.trace = routing.trace if routing else None
@@ -364,6 +375,8 @@ class StageShare:
     """Tokens that are gone for good."""
     returned: set[int]
     """Tokens that run here and were deferred in the stage before."""
+    freezes: bool = False
+    """Whether the deferred ones are frozen: they are read in the stage."""
 
 
 def stage_shares(trace: Trace, visual_positions: list[int]) -> list[StageShare]:
@@ -374,7 +387,8 @@ def stage_shares(trace: Trace, visual_positions: list[int]) -> list[StageShare]:
     before = left
     for stage in trace.stages:
         ran = {place[position] for position in stage.selected[0].tolist()}
-        deferred = left - ran if trace.policy.action == "reroute" else set()
-        shares.append(StageShare(stage.layer, ran, deferred, everything - ran - deferred, ran - before))
+        deferred = left - ran if trace.policy.action != "remove" else set()
+        freezes = trace.policy.action == "freeze"
+        shares.append(StageShare(stage.layer, ran, deferred, everything - ran - deferred, ran - before, freezes))
         before = ran
     return shares

@@ -72,13 +72,14 @@ def draw(
             title = f"from layer {share.layer}: {len(share.ran)} ran,\n{len(share.returned) or 'none'} came back"
             axis.set_title(title, fontsize=10)
     shares = [share for row in rows for share in row.shares]
+    waiting = " or ".join(sorted({"frozen" if share.freezes else "deferred" for share in shares if share.deferred}))
     legend = [
         (True, Patch(facecolor="white", edgecolor="black", label="ran")),
-        (any(share.deferred for share in shares), Patch(**DEFERRED, label="deferred")),
+        (any(share.deferred for share in shares), Patch(**DEFERRED, label=waiting)),
         (any(share.removed for share in shares), Patch(**REMOVED, label="removed for good")),
         (
             any(share.deferred for share in shares),
-            Patch(facecolor="white", edgecolor=RETURNED, label="came back after being deferred"),
+            Patch(facecolor="white", edgecolor=RETURNED, label=f"came back after being {waiting}"),
         ),
         (any(row.box for row in rows), Patch(fill=False, label="box in the answer", **READ_BOX)),
         (truth is not None, Patch(fill=False, label="true box", **TRUE_BOX)),

@@ -66,7 +66,7 @@ def draw_schedules(costed: Sequence[tuple[str, Policy | None, Cost]]) -> Figure:
             _draw_schedule(axis, *panel, unrouted)
     for axis in panels[:, 0]:
         axis.set_ylabel("visual tokens")
-    _add_legend(figure)
+    _add_legend(figure, any(policy is not None and policy.action == "freeze" for _, policy, _ in shown))
     return figure
 
 
@@ -122,7 +122,7 @@ def draw_trace(trace: Trace, sample: int) -> Figure:
     stages = [(stage.layer, set(stage.selected[sample].tolist())) for stage in trace.stages]
     if not stages or stages[0][0] > 0:
         stages.insert(0, (0, left))
-    back = left if trace.policy.action == "reroute" else set()  # may run in a later stage
+    back = left if trace.policy.action != "remove" else set()  # may run in a later stage
     states = [[run if each in ran else deferred if each in back else removed for each in places] for _, ran in stages]
     figure = Figure(figsize=(8, 0.5 * len(states) + 1.2), layout="constrained")
     axis = figure.subplots()
@@ -131,12 +131,13 @@ def draw_trace(trace: Trace, sample: int) -> Figure:
         axis.imshow(states, aspect="auto", cmap=colors, vmin=0, vmax=2, interpolation="nearest")
     axis.set_yticks(range(len(stages)), [f"layer {layer}" for layer, _ in stages])
     axis.set_xlabel("visual token")
-    _add_legend(figure)
+    _add_legend(figure, trace.policy.action == "freeze")
     return figure
 
 
-def _add_legend(figure: Figure) -> None:
+def _add_legend(figure: Figure, freezes: bool) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=color, label=label) for label, color in _COLORS.items()]
+    labels = {"deferred": "deferred or frozen"} if freezes else {}
+    handles = [Patch(color=color, label=labels.get(label, label)) for label, color in _COLORS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)

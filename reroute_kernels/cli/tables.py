@@ -107,6 +107,7 @@ def stages_tables(cost: Cost, width: int = 80) -> list[Table]:
     figures: list[tuple[str, Callable[[StageCost], str]]] = [
         ("visual tokens", lambda stage: f"{stage.visual_tokens:,}"),
         ("with text", lambda stage: f"{stage.tokens:,}"),
+        *([("frozen", lambda stage: f"{stage.frozen:,}")] if any(stage.frozen for stage in cost.stages) else []),
         (f"prefill, {unit}FLOPs", lambda stage: f"{stage.flops / prefill:,.4g}"),
         *(
             (f"  {part}", lambda stage, part=part: f"{getattr(stage, part) / prefill:,.4g}")
@@ -174,9 +175,10 @@ def runs_table(
     return table
 
 
-def shares_table(shares: Iterable[StageShare]) -> Table:
+def shares_table(shares: Sequence[StageShare]) -> Table:
     """How the demo's tokens were chosen at each decision."""
-    table = Table("reroute, from layer", "visual tokens that ran", "deferred", "picked back", "share of those that ran")
+    action, waiting = ("freeze", "frozen") if any(share.freezes for share in shares) else ("reroute", "deferred")
+    table = Table(f"{action}, from layer", "visual tokens that ran", waiting, "picked back", "share of those that ran")
     for share in shares:
         table.add_row(
             str(share.layer),

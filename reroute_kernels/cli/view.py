@@ -148,7 +148,11 @@ def still(subject: Subject, panes: Sequence[Pane], path: Path, truth: Box | None
     """Save a picture of the stages, a row for each policy."""
     positions = subject.visual_positions()
     rows = [
-        Row(f"{pane.policy.action}: {pane.name.removeprefix('remove:')}", stage_shares(pane.trace, positions), pane.box)
+        Row(
+            f"{pane.policy.action}: {pane.name.removeprefix(f'{pane.policy.action}:')}",
+            stage_shares(pane.trace, positions),
+            pane.box,
+        )
         for pane in panes
     ]
     draw(subject, rows, path, truth)

@@ -57,6 +57,7 @@ class Settings:
         for refused, name, got, accepted in (
             (policy.reducer is not None, "reducer", policy.reducer, "None"),
             (policy.positions != "original", "positions", policy.positions, "'original'"),
+            (policy.action == "freeze", "action", policy.action, "'reroute' or 'remove'"),
             (policy.align is not None, "align", policy.align, "None"),
             (ahead, "ranking", next(iter(ahead), None), "one of the decision layer, layer='this'"),
             (others, "ranking", next(iter(others), None), "LastQuery, in Remembered, Mixed or alone,"),

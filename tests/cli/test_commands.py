@@ -356,7 +356,10 @@ def test_files_that_are_refused(arguments, message, tmp_path, monkeypatch):
         ("cost llava-1.5-7bb/x/y 3:0.5", "model must be .*, got 'llava-1.5-7bb/x/y': no such folder"),
         ("vllm-args llava-1.5-7b 99:0.5", "schedule must stay below layer 32 of this model, got layer 99"),
         ("solve llava-1.5-7b 3 --avg-tokens inf", "avg_tokens must be finite, got inf"),
-        ("solve llava-1.5-7b 3 --flops 9e12 --action drop", "action must be one of 'reroute', 'remove', got 'drop'"),
+        (
+            "solve llava-1.5-7b 3 --flops 9e12 --action drop",
+            "action must be one of 'reroute', 'remove', 'freeze', got 'drop'",
+        ),
     ],
     ids=lambda value: value.replace("llava-1.5-7b ", "").replace(" ", "_"),
 )

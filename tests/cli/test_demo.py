@@ -156,6 +156,8 @@ def test_presets_are_listed(columns, monkeypatch):
         ([], "llava", 16, ["remove:2:0.238,4:0.238,8:0.238,12:0.238", "2:0.238,4:0.238,8:0.238,12:0.238"]),
         ([], "idefics3", 3, ["remove:0:0.3333,1:0.3333,2:0.3333", "0:0.3333,1:0.3333,2:0.3333"]),
         (["remove:3:.5"], "llava", 32, ["remove:3:0.5", "3:0.5"]),
+        (["freeze:3:.5"], "llava", 32, ["remove:3:0.5", "freeze:3:0.5"]),
+        (["align-stage:3:.5"], "llava", 32, ["remove:3:0.5", "align-stage:3:0.5"]),
         (["reroute-pdrop/64"], "llava", 32, ["llava-1.5-7b/pdrop/64", "llava-1.5-7b/reroute-pdrop/64"]),
         (["fastv-original/192"], "llava", 32, ["fastv-original/192", "fastv-original/192, but reroute"]),
         (["3:.5", "fastv/64"], "llava", 32, ["3:.5", "fastv/64"]),
@@ -166,7 +168,8 @@ def test_policies(texts, model_type, layers, names):
     named = demo.parse_policies(texts, SimpleNamespace(model_type=model_type, get_text_config=lambda: text))
     assert [name for name, _ in named] == names
     if len(texts) < 2:
-        assert [policy.action for _, policy in named] == ["remove", "reroute"]
+        other = "freeze" if names[1].startswith("freeze") else "reroute"
+        assert [policy.action for _, policy in named] == ["remove", other]
     for name, policy in named:
         assert max(stage.layer for stage in policy.schedule) < layers
         if "but" not in name:
@@ -193,6 +196,23 @@ def test_stage_shares_tell_what_came_back():
     assert (second.ran, second.deferred, second.returned) == ({1, 2}, {0}, {1})
     assert (third.ran, third.deferred, third.returned) == ({1}, {0, 2}, set())
     assert not first.removed | second.removed | third.removed
+
+
+def test_frozen_tokens_may_come_back():
+    stages = [_Stage(layer, [torch.tensor(positions)]) for layer, positions in ((2, [10, 12]), (5, [11]))]
+    first, second = demo.stage_shares(_Trace(stages, "freeze"), [10, 11, 12])
+    assert first.freezes
+    assert (first.deferred, first.removed, second.deferred, second.returned) == ({1}, set(), {0, 2}, {1})
+    assert not demo.stage_shares(_Trace(stages, "reroute"), [10, 11, 12])[0].freezes
+
+
+def test_names_of_runs():
+    policies = {
+        action: notation.parse_policy(text) for action, text in (("remove", "remove:3:.5"), ("freeze", "freeze:3:.5"))
+    }
+    assert demo._names_of_runs([policies["remove"], policies["freeze"]]) == ["remove", "freeze"]
+    assert demo._names_of_runs([policies["freeze"]] * 2) == ["remove", "reroute"]
+    assert demo._names_of_runs([policies["remove"]] * 2) == ["remove", "reroute"]
 
 
 def test_stage_shares_tell_what_is_gone():

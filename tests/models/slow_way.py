@@ -264,14 +264,17 @@ class SlowWay:
                     select(kwargs["position_embeddings"], cache, past)
                 if self.running is not None:
                     running = self.running
-            kwargs["position_embeddings"] = tuple(table[..., running, :] for table in kwargs["position_embeddings"])
+            # Frozen tokens take part in the layer, and then are what they were.
+            given = torch.arange(length) if self.policy.action == "freeze" else running
+            kwargs["position_embeddings"] = tuple(table[..., given, :] for table in kwargs["position_embeddings"])
             is_routed = bool(self.selected) or self.beside_images
             if self.policy.positions == "contiguous" and is_routed and number >= min(self.stages):
                 kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)))
-            kwargs["attention_mask"] = self._mask(number, kind, past, running, cache)
+            kwargs["attention_mask"] = self._mask(number, kind, past, given, cache)
             kwargs["position_ids"] = None
             before, hidden = hidden, hidden.clone()
-            hidden[:, running] = forward(hidden[:, running], *args, **kwargs)
+            output = forward(hidden[:, given], *args, **kwargs)
+            hidden[:, running] = output[:, running] if len(given) == length else output
             self._note_change(hidden - before)
             return hidden
 

@@ -54,7 +54,7 @@ def of_one_family(family: str, folder: str) -> dict[str, object]:
     calls, parallel = rk.models.calls, rk.models.tensor_parallel
     model = AutoModelForImageTextToText.from_pretrained(GOLDEN / family, dtype=torch.float32, tp_plan="auto").eval()
     inputs, rank = prompts(family), torch.distributed.get_rank()
-    results: dict[str, object] = {action: run(model, inputs, policy(action)) for action in ACTIONS}
+    results: dict[str, object] = {action: run(model, inputs, policy(action)) for action in (*ACTIONS, "freeze")}
     results |= {str(ranking): run(model, inputs, rk.Policy(SCHEDULE, action, ranking)) for action, ranking in RANKINGS}
 
     scores = torch.tensor([[0.0, 1.0, 2.0], [4.0, 3.0, 2.0]])[rank][None]

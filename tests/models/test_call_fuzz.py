@@ -259,8 +259,11 @@ class Sampler:
         for _ in range(0 if ends else self.of({0: 4, 1: 3, 2: 3} if mode == "call" else {0: 2, 1: 1})):
             turns.append(self.later(case, batch, turns))
         # By a draw of its own, so that the other parts of a case stay what they were.
-        aligns = case.action == "reroute" and random.Random(1_000_000 + self.seed).random() < 0.3
-        return replace(case, turns=tuple(turns), aligns=aligns)
+        draw = random.Random(1_000_000 + self.seed).random()
+        aligns = case.action == "reroute" and draw < 0.3
+        freezes = draw > 0.8 and case.positions == "original" and case.model in ("llava", "qwen2_5_vl", "qwen3_vl")
+        action = "freeze" if freezes else case.action
+        return replace(case, turns=tuple(turns), aligns=aligns, action=action)
 
     def stages(self, model: str, after_first: bool) -> tuple[tuple[int, float], ...]:
         kinds = layer_types(decoder_of(load(model, torch.float32, "unrouted")))
@@ -1100,9 +1103,9 @@ def test_cases_do_not_degenerate():
     for name, values in (("mask", MASKS), ("positions", POSITIONS)):
         assert {getattr(turn, name) for turn in turns} == set(values)
         assert {getattr(turn, name) for turn in later} == set(values)
-    for name in ("dtype", "attention"):
+    for name in ("dtype", "attention", "action"):
         assert len({getattr(case, name) for case in cases}) == 3
-    for name in ("action", "positions", "reduces", "keeps_all", "is_plain"):
+    for name in ("positions", "reduces", "aligns", "keeps_all", "is_plain"):
         assert len({getattr(case, name) for case in cases}) == 2
     assert {case.ranking for case in cases} == set(range(len(RANKINGS)))
     assert {number for case in cases for number in case.own} == {None, *range(len(RANKINGS))}

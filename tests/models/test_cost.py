@@ -172,7 +172,7 @@ def test_bytes_that_presets_cache(name):
     assert expected.visual_kv_bytes == expected.kv_bytes - text
 
 
-@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize("action", ["reroute", "remove", "freeze"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name, action):
     model = copy.deepcopy(load(name).model)
@@ -207,7 +207,7 @@ def test_rankings_of_stages(action):
     check_routed(model, rk.Policy(stages, action, LastQuery(queries=2)), visual=40)
 
 
-@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize("action", ["reroute", "remove", "freeze"])
 @pytest.mark.parametrize("schedule", [(), (rk.Stage(3, 0.2), rk.Stage(7, 0.1))])
 @torch.no_grad()
 def test_reducers(schedule, action):

@@ -74,6 +74,28 @@ def test_flex_attention_sees_what_sdpa_sees(valid, queries, past, keys):
             assert seen == expected.expand(2, 1, queries, keys)[sample, 0, query].tolist()
 
 
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True] * 7, [False] * 2 + [True] * 5])], ids=["dense", "ragged"])
+@pytest.mark.parametrize("form", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("keys", [7, 9], ids=["full", "with-room"])
+def test_queries_at_places_of_their_own(form, valid, keys):
+    """Two keys of the past, and five of the call, among which three queries stand."""
+    places = torch.tensor([[0, 2, 4], [1, 4, 0]])
+    mask = attention_mask(form, 3, 2, keys, LIKE, valid, places=places)
+    for sample in range(2):
+        for query in range(3):
+            own = 2 + int(places[sample, query])
+            expected = [
+                key == own or (key < own and (valid is None or bool(valid[sample, key]))) for key in range(keys)
+            ]
+            if form == "flex_attention":
+                seen = [bool(mask.mask_mod(*map(torch.tensor, (sample, 0, query, key)))) for key in range(keys)]
+            else:
+                seen = (mask if form == "sdpa" else mask == 0)[sample, 0, query].tolist()
+            assert seen == expected
+    with pytest.raises(ValueError, match="flash attention takes no"):
+        attention_mask("flash_attention", 3, 2, 7, LIKE, places=places)
+
+
 def test_flash_attention_takes_the_valid_keys():
     assert attention_mask("flash_attention", 5, 0, 5, LIKE) is None
     assert attention_mask("flash_attention", 1, 4, 5, LIKE) is None

@@ -18,7 +18,7 @@ def ranks(family, tmp_path_factory):
     return on_two_ranks(folder, family, str(folder))
 
 
-@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("action", [*ACTIONS, "freeze"])
 def test_equals_one_process(family, model, ranks, action):
     compare(*(rank[action] for rank in ranks), run(model, prompts(family), policy(action)))
 

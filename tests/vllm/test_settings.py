@@ -60,7 +60,12 @@ def test_settings_come_back_from_what_they_write(given):
         ({"preset": "llava-1.5-7b/fastv/64", "action": "remove"}, ValueError, "action must stand beside schedule"),
         ({"schedule": "3"}, ValueError, "schedule must be one like .* got '3'"),
         ({"schedule": "3:1.5"}, ValueError, r"keep must be in \(0, 1\], got 1.5 at layer 3"),
-        (SCHEDULE | {"action": "delete"}, ValueError, "action must be one of 'reroute', 'remove', got 'delete'"),
+        (
+            SCHEDULE | {"action": "delete"},
+            ValueError,
+            "action must be one of 'reroute', 'remove', 'freeze', got 'delete'",
+        ),
+        (SCHEDULE | {"action": "freeze"}, NotImplementedError, "action must be 'reroute' or 'remove' inside vLLM"),
         (SCHEDULE | {"rotary": 0}, TypeError, "rotary must be a bool, got 0"),
         (SCHEDULE | {"decay": -1}, ValueError, "decay must be from 0 to 1, got -1"),
         (SCHEDULE | {"uniform": 2}, ValueError, "uniform must be from 0 to 1, got 2"),
