@@ -172,24 +172,24 @@ def check_memory(memory: Memory | None, shape: tuple[int, ...], device: torch.de
     """
     if memory is None:
         return
-    decay, scores, index = memory
+    decay, scores, places = memory
     if not 0 <= decay < torch.inf:
         raise ValueError(f"memory.decay must be 0 or more, got {decay!r}")
     batch, length = shape
     if scores is not None and (
         scores.ndim != 2
         or scores.shape[0] != batch
-        or (index is None and scores.shape[1] != length)
+        or (places is None and scores.shape[1] != length)
         or scores.dtype != torch.float32
         or scores.device != device
     ):
-        columns = length if index is None else "P"
+        columns = length if places is None else "P"
         raise _refused("memory.scores", scores, f"({batch}, {columns}) float32 on {device}")
-    if index is not None:
+    if places is not None:
         if scores is None:
-            raise ValueError("memory.index must come with memory.scores, got it alone")
-        if index.shape != (batch, length) or index.dtype != torch.int64 or index.device != device:
-            raise _refused("memory.index", index, f"({batch}, {length}) int64 on {device}")
+            raise ValueError("memory.places must come with memory.scores, got them alone")
+        if places.shape != (batch, length) or places.dtype != torch.int64 or places.device != device:
+            raise _refused("memory.places", places, f"({batch}, {length}) int64 on {device}")
 
 
 def check_candidates(

@@ -150,7 +150,7 @@ _register(
     _select,
     _select_fake,
 )
-_MEMORY = "Tensor? remembered, Tensor? remembered_index"
+_MEMORY = "Tensor? remembered, Tensor? remembered_places"
 # `select_tokens` with a memory.
 _register(
     "select_remembered(Tensor scores, Tensor pool, Tensor pinned, Tensor keep, SymInt length, float decay, "
@@ -161,7 +161,7 @@ _register(
 _register("gather_tokens(Tensor index, Tensor[] tensors) -> Tensor[]", _gather, _gather_fake)
 _register(
     f"route_tokens({_RANKING}, Tensor pool, Tensor pinned, Tensor keep, SymInt length, Tensor[] tensors, "
-    "float? decay=None, Tensor? remembered=None, Tensor? remembered_index=None) -> (Tensor, Tensor[], Tensor)",
+    "float? decay=None, Tensor? remembered=None, Tensor? remembered_places=None) -> (Tensor, Tensor[], Tensor)",
     _route,
     _route_fake,
 )

@@ -19,20 +19,22 @@ class Memory(NamedTuple):
     """Factor on what is remembered; 0 or more."""
     scores: Tensor | None = None
     """(B, P) float32, the scores that ranked in the decision before; None at the first one."""
-    index: Tensor | None = None
+    places: Tensor | None = None
     """(B, L) int64, the place of each token in `scores`; one outside 0 ... P - 1, such as -1, has nothing remembered.
     None: every token has the place that it has now, and P is L."""
 
     def operands(self) -> tuple[Tensor | None, Tensor | None]:
         """The fields that hold a tensor."""
-        return self.scores, self.index
+        return self.scores, self.places
 
     def samples(self, part: slice) -> Memory:
         """Memory of some samples of the batch."""
-        scores, index = (None if x is None else x[part] for x in self.operands())
-        return Memory(self.decay, scores, index)
+        scores, places = (None if x is None else x[part] for x in self.operands())
+        return Memory(self.decay, scores, places)
 
     @classmethod
-    def of(cls, decay: float | None = None, scores: Tensor | None = None, index: Tensor | None = None) -> Memory | None:
+    def of(
+        cls, decay: float | None = None, scores: Tensor | None = None, places: Tensor | None = None
+    ) -> Memory | None:
         """From the arguments of the registered operations, where no decay means no memory."""
-        return None if decay is None else cls(decay, scores, index)
+        return None if decay is None else cls(decay, scores, places)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from operator import index as as_integer
 from types import ModuleType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -185,10 +185,32 @@ def _registered_memory(memory: Memory | None) -> tuple[float, Tensor | None, Ten
     decay = memory.decay
     if not isinstance(decay, (Real, torch.SymFloat)) or isinstance(decay, bool):
         raise TypeError(f"memory.decay must be a real number, got {decay!r}")
-    for name, tensor in (("memory.scores", memory.scores), ("memory.index", memory.index)):
+    for name, tensor in (("memory.scores", memory.scores), ("memory.places", memory.places)):
         if tensor is not None:
             expect_tensor(name, tensor)
-    return float(decay), memory.scores, memory.index
+    return float(decay), memory.scores, memory.places
+
+
+@overload
+def select_tokens(
+    scores: Tensor,
+    pool: Tensor,
+    pinned: Tensor,
+    keep: int | Sequence[int] | Tensor,
+    length: int,
+    memory: None = None,
+) -> Tensor: ...
+
+
+@overload
+def select_tokens(
+    scores: Tensor,
+    pool: Tensor,
+    pinned: Tensor,
+    keep: int | Sequence[int] | Tensor,
+    length: int,
+    memory: Memory,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def select_tokens(

@@ -404,7 +404,7 @@ def part_of(ranking: Any, kind: type[Kind]) -> Kind | None:
 def _expect_share(name: str, value: object) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {value!r}")
 
 

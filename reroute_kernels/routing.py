@@ -332,19 +332,19 @@ class RoutedForward:
             return Memory(float(rule.decay))
         return Memory(float(rule.decay), *(on_device(device, each) for each in self._memory.operands()))
 
-    def _remember(self, memory: Memory | None, scores: Tensor, index: Tensor | None) -> None:
-        """Keep scores for the next decision, whose candidates are the survivors at `index`, or all if it is None.
+    def _remember(self, memory: Memory | None, scores: Tensor, places: Tensor | None) -> None:
+        """Keep scores for the next decision, whose candidates are the survivors at `places`, or all if it is None.
 
         Nothing is gathered for it: the next selection looks up what it needs. A decision that does not remember leaves
         what others did.
         """
         if memory is not None:
-            self._memory = Memory(memory.decay, scores, index)
-        elif self._memory is not None and index is not None:
-            before = on_device(index.device, self._memory.index)
+            self._memory = Memory(memory.decay, scores, places)
+        elif self._memory is not None and places is not None:
+            before = on_device(places.device, self._memory.places)
             if before is not None:
-                index = torch.where(index < 0, -1, before.gather(1, index.clamp(min=0)))
-            self._memory = self._memory._replace(index=index)
+                places = torch.where(places < 0, -1, before.gather(1, places.clamp(min=0)))
+            self._memory = self._memory._replace(places=places)
 
     def _drops(self, stage: int) -> bool:
         """Whether tokens that a stage does not run are no candidates of later decisions."""
@@ -473,9 +473,11 @@ class RoutedForward:
             return ops.route_tokens(ranked, *selection, return_scores=True, memory=memory)  # type: ignore[return-value]
         if isinstance(ranked, Attention):
             ranked = self._all_scores(ranked)
-        selected = ops.select_tokens(ranked, pool, pinned, keep, length, memory)
-        index, scores = (selected, ranked) if isinstance(selected, Tensor) else selected
-        return index, ops.gather_tokens(index, *tensors), scores
+        if memory is None:
+            index = ops.select_tokens(ranked, pool, pinned, keep, length)
+        else:
+            index, ranked = ops.select_tokens(ranked, pool, pinned, keep, length, memory)
+        return index, ops.gather_tokens(index, *tensors), ranked
 
     @staticmethod
     def _left_padded(index: Tensor, rows: Sequence[Tensor], lengths: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -39,7 +39,7 @@ def by_hand(scores, pool, memory):
         for token, score in enumerate(row):
             before = 0.0
             if memory.scores is not None:
-                place = token if memory.index is None else int(memory.index[sample, token])
+                place = token if memory.places is None else int(memory.places[sample, token])
                 if 0 <= place < memory.scores.shape[1]:
                     before = float(memory.scores[sample, place])
             ranked[-1].append((score / total if total > 0 else 0.0) + memory.decay * before)
@@ -120,7 +120,7 @@ def test_layouts(device, layout):
     scores = torch.rand(3, 40).to(device)
     pool, pinned = random_flags(device, 3, 40)
     memory, keep = memory_of("other places", scores), torch.tensor([4, 5, 6], device=device)
-    laid_out = Memory(0.3, layout(memory.scores), layout(memory.index))
+    laid_out = Memory(0.3, layout(memory.scores), layout(memory.places))
     dense = Memory(0.3, *(x.clone(memory_format=torch.contiguous_format) for x in laid_out.operands()))
     result = rk.triton.select_tokens(scores, pool, pinned, keep, 20, laid_out)
     expected = rk.ref.select_tokens(scores, pool, pinned, keep, 20, dense)
@@ -262,12 +262,12 @@ REFUSED = [
     (
         Memory(0.3, torch.zeros(2, 9), torch.zeros(2, 9).long()),
         ValueError,
-        "memory.index must be (2, 20) int64 on cpu, got (2, 9) torch.int64",
+        "memory.places must be (2, 20) int64 on cpu, got (2, 9) torch.int64",
     ),
     (
         Memory(0.3, None, torch.zeros(2, 20).long()),
         ValueError,
-        "memory.index must come with memory.scores, got it alone",
+        "memory.places must come with memory.scores, got them alone",
     ),
 ]
 

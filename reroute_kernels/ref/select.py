@@ -32,11 +32,11 @@ def _with_memory(scores: Tensor, pool: Tensor, memory: Memory) -> Tensor:
     if memory.scores is None:
         return shares
     before = memory.scores
-    if memory.index is not None:
+    if memory.places is not None:
         length = before.shape[1]
-        is_known = (memory.index >= 0) & (memory.index < length)
+        is_known = (memory.places >= 0) & (memory.places < length)
         # A column of zeros stands for tokens of which nothing is remembered.
-        before = pad(before, (0, 1)).gather(1, torch.where(is_known, memory.index, length))
+        before = pad(before, (0, 1)).gather(1, torch.where(is_known, memory.places, length))
     return shares + memory.decay * before
 
 

@@ -403,9 +403,8 @@ def select_tokens(
     scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int, memory: Memory | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `reroute_kernels.ops.select_tokens`."""
-    inputs, decay = (scores, pool, pinned, keep), None
-    if memory is not None:
-        inputs, decay = inputs + memory.operands(), memory.decay
+    remembered, decay = ((), None) if memory is None else (memory.operands(), memory.decay)
+    inputs = scores, pool, pinned, keep, *remembered
     key = "select", length, decay, layout(inputs)
     plan = find_plan(key)
     if plan is None:
@@ -463,7 +462,7 @@ def add_selection(
         return index
     if not keep.is_contiguous():
         plan.prepare(first + 2, lambda tensors: tensors[first + 2].contiguous())
-    given = {
+    given: dict[str, Any] = {
         "sources": (scores, Slot(first), Slot(first + 1)),
         "strides": _source_strides(score_strides, pool.stride(), pinned.stride()),
         "keep": Slot(first + 2),

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_name
+from reroute_kernels.rankings import LastQuery, Mixed, Remembered
 from tests.models.prompts import ACTIONS, GOLDEN, PROMPTS, batch, policy, selections
 from tests.models.test_families import make_case
 
@@ -162,7 +163,16 @@ def elsewhere(model):
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("place", [alternating, elsewhere])
 def test_every_operation_is_on_one_device(case, place, action, side):
-    this = rk.Policy(case.policy.schedule, action)
+    check_one_device(case, place, rk.Policy(case.policy.schedule, action), side)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_memory_follows_the_layers(case, action):
+    ranking = Mixed(Remembered(LastQuery(), decay=0.8), uniform=0.3)
+    check_one_device(case, alternating, rk.Policy(case.policy.schedule, action, ranking), "left")
+
+
+def check_one_device(case, place, this, side):
     inputs = case.inputs if case.prompts is None else batch(case.prompts, side)
     expected = run(case.model, inputs, this)
     model = copy.deepcopy(case.model)
