@@ -13,7 +13,9 @@ from reroute_kernels.prompt import Prompt
 from reroute_kernels.routing import RoutedForward
 
 from .adapter import Adapter
+from .frozen import FrozenRows
 from .layers import RoutedLayers
+from .offload import onloaded
 from .projection import LayerProjection
 
 TEXT = 16
@@ -74,4 +76,14 @@ def _decide(adapter: Adapter, policy: Policy, layers: RoutedLayers, prompt: Prom
         if layer_indices.start - 1 in policy.layers_ranking_ahead:
             forward.score(hidden, rotary, projection)
         hidden = forward.decide(hidden, rotary, projection)
+        if forward.freezes(stage):
+            _cache_frozen(adapter, layer, forward, hidden)
     forward.finish(hidden)
+
+
+def _cache_frozen(adapter: Adapter, layer: Any, forward: RoutedForward, hidden: Tensor) -> None:
+    """Make the keys and values of a layer as its attention does, and put those of frozen tokens beside them."""
+    with onloaded(layer, layer.self_attn):
+        states = layer.input_layernorm(hidden)
+        key, value = adapter.keys(layer.self_attn, states), adapter.values(layer.self_attn, states)
+        FrozenRows(adapter, layer, forward.frozen(), None).update(key.transpose(1, 2), value.transpose(1, 2))

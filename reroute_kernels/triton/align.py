@@ -134,9 +134,10 @@ def align_tokens_(full: Tensor, index: Tensor, compact: Tensor, pool: Tensor) ->
 def _plan(full: Tensor, index: Tensor, compact: Tensor, pool: Tensor) -> Plan:
     plan = Plan((full, index, compact, pool))
     source = as_rows(compact)
-    for number, tensor in ((1, index), (3, pool)):
-        if not tensor.is_contiguous():
-            plan.prepare(number, lambda tensors, number=number: tensors[number].contiguous())
+    if not index.is_contiguous():
+        plan.prepare(1, lambda tensors: tensors[1].contiguous())
+    if not pool.is_contiguous():
+        plan.prepare(3, lambda tensors: tensors[3].contiguous())
     if source.data_ptr() != compact.data_ptr():
         source = plan.prepare(2, lambda tensors: as_rows(tensors[2]))
     batch, length, width = full.shape

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
+from reroute_kernels.models.frozen import FrozenRows
 from reroute_kernels.routing import RoutedForward
 from tests.models.families import MODELS, load
 from tests.models.prompts import ACTIONS
@@ -13,15 +14,15 @@ POLICY = rk.Policy([rk.Stage(2, 0.5), rk.Stage(3, 0.25)])
 
 
 @pytest.mark.parametrize("layer", ["this", "previous"])
-@pytest.mark.parametrize("action", ACTIONS)
+@pytest.mark.parametrize("action", [*ACTIONS, "freeze"])
 @pytest.mark.parametrize("family", MODELS)
 def test_every_decision_is_made_and_the_model_stays_as_it_was(family, action, layer, monkeypatch):
     model = load(family).model
     kinds = layer_types(decoder_of(model))
     able = [i for i in range(1, len(kinds)) if {kinds[i], kinds[i - (layer == "previous")]} == {"full_attention"}]
     schedule = [rk.Stage(i, keep) for i, keep in zip(able[:2], (0.5, 0.25), strict=False)]
-    if not schedule:
-        pytest.skip("no layer can rank for the next one")
+    if not schedule or (action == "freeze" and set(kinds[schedule[0].layer :]) != {"full_attention"}):
+        pytest.skip("no layer can rank for the next one, or some cannot freeze")
     policy = rk.Policy(schedule, action, ranking=rk.rankings.LastQuery(layer=layer))
     decided = []
     decide = RoutedForward.decide
@@ -38,6 +39,28 @@ def test_every_decision_is_made_and_the_model_stays_as_it_was(family, action, la
     assert decided == made
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert rk.routing_of(model) is None
+
+
+def test_an_alignment_is_made_ahead(launches):
+    with rk.backend("triton"):
+        rk.warm_up(load("llava").model, "align-stage:1:0.5,3:0.25", [6])
+    assert {"sum_changes", "follow_changes"} <= {name for name, _ in launches}
+
+
+def test_rows_of_frozen_tokens_are_made_ahead(monkeypatch):
+    """Of every stage, in the shapes of a layer's keys and values."""
+    update, made = FrozenRows.update, []
+
+    def counting(rows, key, value):
+        made.append(tuple(each.shape[1:] for each in update(rows, key, value)))
+        return made[-1]
+
+    monkeypatch.setattr(FrozenRows, "update", counting)
+    model = load("llava").model
+    rk.warm_up(model, "freeze:1:0.5,3:0.25", [20])
+    attention = decoder_of(model).layers[1].self_attn
+    heads = attention.k_proj.out_features // attention.head_dim
+    assert made == [((heads, 20, attention.head_dim),) * 2] * 4  # two stages, without padding and with it
 
 
 @pytest.mark.parametrize(
