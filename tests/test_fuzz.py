@@ -178,7 +178,7 @@ def check_memory(case, arguments):
     if case.chance(0.7):
         count = case.size(300)
         places = torch.randint(-3, count + 3, (batch, length), device=case.device)
-        memory = memory._replace(scores=case.laid_out(torch.rand(batch, count, device=case.device)), index=places)
+        memory = memory._replace(scores=case.laid_out(torch.rand(batch, count, device=case.device)), places=places)
     arguments = {**arguments, "scores": scores}
     index, ranked = rk.triton.select_tokens(**arguments, memory=memory)
     torch.testing.assert_close(ranked, rk.ref.select_tokens(**arguments, memory=memory)[1], atol=1e-9, rtol=1e-6)

@@ -46,9 +46,10 @@ def _load_scores(sources, strides, sample, tokens, length):
     scores = sources[0] + sample * (strides[0] // 16) + offsets * strides[3]
     pool = sources[1] + sample * (strides[1] // 16) + offsets * strides[4]
     pinned = sources[2] + sample * (strides[2] // 16) + offsets * strides[5]
+    loaded = tl.load(scores, mask=mask, other=0.0)
     in_pool = tl.load(pool, mask=mask, other=0) != 0
     is_pinned = tl.load(pinned, mask=mask, other=0) != 0
-    return tl.load(scores, mask=mask, other=0.0), in_pool, is_pinned
+    return loaded, in_pool, is_pinned
 
 
 @triton.jit

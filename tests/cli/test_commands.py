@@ -98,6 +98,13 @@ def test_presets(originals):
         assert rebuilt(each["policy"]) == policy
 
 
+def test_a_ranking_within_another_is_told_by_name():
+    ranking = rk.rankings.Mixed(rk.rankings.Remembered(rk.rankings.Random(3)), uniform=0.4)
+    told = output.policy_dict(rk.Policy([rk.Stage(3, 0.25)], ranking=ranking))["ranking"]
+    held = {"name": "Remembered", "ranking": {"name": "Random", "seed": 3}, "decay": 0.3}
+    assert told == {"name": "Mixed", "ranking": held, "uniform": 0.4}
+
+
 def rebuilt(policy):
     rules = {name: policy[name] and dict(policy[name]) for name in ("ranking", "reducer")}
     ranking = getattr(rk.rankings, rules["ranking"].pop("name"))(**rules["ranking"])

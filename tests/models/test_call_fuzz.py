@@ -20,7 +20,7 @@ from torch import Tensor
 
 import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_of
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Remembered, Uniform
 from reroute_kernels.reducers import Nuwa
 from tests.models.families import CLIP, IDS, TEXT, aya_vision, qwen3_5, qwen3_vl, tiny
 from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START
@@ -113,6 +113,9 @@ RANKINGS = (
     KeyNorm("previous"),
     Random(3),
     Uniform(),
+    LastQuery(rotary=False),
+    Remembered(LastQuery(), decay=0.8),
+    Remembered(AllText(rotary=False)),
 )
 
 
