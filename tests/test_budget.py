@@ -261,3 +261,14 @@ def test_originals_at_their_own_budget_stay_as_they_are():
 def test_refuses_and_says_why(arguments, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         rk.solve("llava-1.5-7b", **{"decision_layers": [3]} | arguments)
+
+
+def test_frozen_tokens_cost_projections():
+    """FLOPs rise with the tokens that run; the cache is that of all tokens, whatever runs."""
+    policy = rk.solve("llava-1.5-7b", [3, 7], flops=4e12, action="freeze")
+    assert policy.action == "freeze"
+    assert 0.99 * 4e12 < policy.budget.reached == rk.cost("llava-1.5-7b", policy).prefill_flops <= 4e12
+    everything = rk.cost("llava-1.5-7b", None).kv_bytes
+    with pytest.raises(ValueError, match=f"kv_bytes must be {everything} or more"):
+        rk.solve("llava-1.5-7b", [3, 7], kv_bytes=everything - 1, action="freeze")
+    assert rk.solve("llava-1.5-7b", [3, 7], kv_bytes=everything, action="freeze").schedule[0].keep == 1.0
