@@ -47,6 +47,7 @@ class RoutedLayers:
         self._config = adapter.decoder.config
         self.model_class = type(adapter.model).__name__
         self.kinds = adapter.layer_types
+        self._adapter = adapter
         self._policy = policy
         self._able = [layer_idx for layer_idx, kind in enumerate(self.kinds) if kind == "full_attention"]
         refuse(self, LAYER_RULES)
@@ -118,6 +119,20 @@ class RoutedLayers:
     @property
     def unfrozen_kind(self) -> str | None:
         return None if self.unfrozen_layer is None else self.kinds[self.unfrozen_layer]
+
+    @property
+    def adapter_class(self) -> str:
+        return type(self._adapter).__name__
+
+    @property
+    def caches_otherwise(self) -> bool:
+        """Whether keys and values of frozen tokens may be others than those that the layers themselves would cache."""
+        kind = type(self._adapter)
+        ranks_otherwise = kind.ranking is not Adapter.ranking and kind.rotated_keys is Adapter.rotated_keys
+        projects = kind.values is not Adapter.values or all(
+            hasattr(self._adapter.layers[layer_idx].self_attn, "v_proj") for layer_idx in self._able
+        )
+        return self.freezes and (ranks_otherwise or not projects)
 
     @property
     def unknown_kind(self) -> str | None:

@@ -119,6 +119,13 @@ LAYER_RULES = (
         "layer {c.unfrozen_layer} of this {c.model_class}",
         lambda c: c.unfrozen_layer is not None,
     ),
+    Refusal(
+        "the action `freeze` with an adapter of one's own that overrides `ranking` and not `rotated_keys`, or whose "
+        "layers have no `v_proj` and which does not override `values`",
+        "action 'freeze' needs an adapter that tells how layers cache keys and values (rotated_keys beside its own "
+        "ranking, values where layers have no v_proj), got {c.adapter_class}",
+        lambda c: c.caches_otherwise,
+    ),
 )
 ATTENTION_RULES = (
     Refusal(

@@ -10,6 +10,7 @@ import reroute_kernels as rk
 from reroute_kernels.models import CudaGraphs
 from reroute_kernels.models.adapter import cache_of
 from reroute_kernels.models.checkpointing import recomputes_hooks
+from reroute_kernels.models.layers import RoutedLayers
 from reroute_kernels.rankings import AllText, KeyNorm, LastQuery
 from reroute_kernels.reducers import Nuwa
 from tests.models import static_prefills
@@ -256,6 +257,22 @@ def test_layers_without_full_attention_are_refused(name, kind):
     able = [number for number, each in enumerate(layer_types(decoder_of(model))) if each == "full_attention"]
     with pytest.raises(NotImplementedError, match=f"action 'freeze' needs full attention .*, got '{kind}' at layer"):
         rk.apply(model, frozen(schedule=[rk.Stage(able[0], 0.5)]))
+
+
+def test_adapters_that_do_not_tell_what_is_cached_are_refused():
+    class Unrotated(rk.Adapter):
+        def ranking(self, *args, **kwargs):
+            return super().ranking(*args, **kwargs)._replace(cos=None, sin=None)
+
+    class Told(Unrotated):
+        def rotated_keys(self, layer, states, cos, sin):
+            return self.keys(layer.self_attn, states)
+
+    model = load("llava").model
+    RoutedLayers(Unrotated(model), rk.Policy(SCHEDULE))
+    RoutedLayers(Told(model), frozen())
+    with pytest.raises(NotImplementedError, match=r"tells how layers cache .*, got Unrotated"):
+        RoutedLayers(Unrotated(model), frozen())
 
 
 def test_flash_attention_is_refused(own):
