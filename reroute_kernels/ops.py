@@ -19,8 +19,9 @@ from torch.autograd import forward_ad
 from . import library, ref
 from .attention import Attention, takes_attention
 from .backends import backend, forced_backend, operations_for
-from .checks import REDUCTIONS, ROTARY_STYLES, check_norm, expect_one_of, expect_tensor
+from .checks import REDUCTIONS, ROTARY_STYLES, check_align, check_norm, expect_one_of, expect_tensor
 from .memory import Memory
+from .ref.align import aligned_tokens
 
 
 def _registered(attention: Attention) -> Attention:
@@ -536,6 +537,9 @@ def align_tokens_(full: Tensor, index: Tensor, compact: Tensor, pool: Tensor) ->
     for name, tensor in (("full", full), ("index", index), ("compact", compact), ("pool", pool)):
         expect_tensor(name, tensor)
     _expect_no_negation(full)
+    if _needs_gradient(full, compact) and torch.compiler.is_compiling():
+        check_align(full, index, compact, pool)  # strides may be symbols, which cannot be compared
+        return full.copy_(aligned_tokens(full, index, compact, pool))
     if _differentiated_by_torch() or _needs_gradient(full, compact):
         return ref.align_tokens_(full, index, compact, pool)
     torch.ops.reroute_kernels.align_tokens_(full, index, compact, pool)

@@ -252,7 +252,7 @@ def test_keep_per_sample_as_a_list(arguments):
     assert not torch.equal(index, rk.ops.select_tokens(**values | {"keep": [5, 3]}))
 
 
-RANK, SELECT, GATHER, SCATTER, ROUTE, NORM = NAMES
+RANK, SELECT, GATHER, SCATTER, ROUTE, NORM, ALIGN = NAMES
 ones = partial(torch.ones, device="cuda" if torch.cuda.is_available() else "cpu")
 REFUSED = [
     # operation, arguments in place of good ones, error, its message
@@ -403,6 +403,16 @@ REFUSED = [
     (NORM, {"weight": ones(16, device="meta")}, ValueError, ["weight", "meta", "as full is"]),
     (NORM, {"eps": None}, TypeError, ["eps", "None", "real number"]),
     (NORM, {"eps": ones(1)}, TypeError, ["eps", "tensor", "real number"]),
+    (ALIGN, {"full": None}, TypeError, ["full", "tensor", "NoneType"]),
+    (ALIGN, {"full": ones(2, 20)}, ValueError, ["full", "(2, 20)", "(B, L, d)"]),
+    (ALIGN, {"full": ones(2, 20, 16).long()}, ValueError, ["full", "int64", "float32, float16 or bfloat16"]),
+    (ALIGN, {"full": ones(1, 20, 16).expand(2, 20, 16)}, ValueError, ["full", "(0, 16, 1)", "expanded"]),
+    (ALIGN, {"full": torch.view_as_complex(ones(2, 20, 16, 2)).conj().imag}, ValueError, ["full", "negated", "copy"]),
+    (ALIGN, {"index": ones(2, 3)}, ValueError, ["index", "float32", "(2, M) int64"]),
+    (ALIGN, {"compact": ones(2, 4, 16)}, ValueError, ["compact", "(2, 4, 16)", "(2, 3, 16) torch.float32"]),
+    (ALIGN, {"pool": None}, TypeError, ["pool", "tensor", "NoneType"]),
+    (ALIGN, {"pool": ones(2, 20)}, ValueError, ["pool", "float32", "(2, 20) bool"]),
+    (ALIGN, {"pool": ones(1, 20).bool()}, ValueError, ["pool", "(1, 20)", "(2, 20) bool"]),
 ]
 
 

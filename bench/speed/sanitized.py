@@ -19,15 +19,12 @@ def main() -> None:
                 call()
             past = decision.ranking["key"][:, :70]
             rk.ops.rank_tokens(**decision.ranking, past_key=past, rotary_style="interleaved")
-<<<<<<< ours
             hidden, index = decision.hidden.clone(), decision.index
             rk.ops.align_tokens_(hidden, index, rk.ops.gather_tokens(index, hidden)[0] + 1, decision.selection["pool"])
-=======
             scores, selection = decision.scores.abs(), decision.selection
             _, ranked = rk.ops.select_tokens(scores, **selection, memory=rk.Memory(0.3))
             places = torch.arange(ranked.shape[1], device=device).expand(len(ranked), -1) - 1
             rk.ops.select_tokens(scores, **selection, memory=rk.Memory(0.3, ranked[:, 5:].contiguous(), places))
->>>>>>> theirs
     if device.type == "cuda":
         torch.cuda.synchronize()
 
