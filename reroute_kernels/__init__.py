@@ -8,6 +8,7 @@ from . import ops, rankings, reducers, ref
 from .attention import Attention
 from .backends import backend
 from .budget import solve
+from .calibration import Calibration, calibrate, measure_layers
 from .cost import Cost, cost
 from .memory import Memory
 from .policy import Policy, Stage
@@ -26,6 +27,7 @@ except PackageNotFoundError:  # imported from a source tree that is not installe
 __all__ = [
     "Adapter",
     "Attention",
+    "Calibration",
     "Cost",
     "Memory",
     "Policy",
@@ -35,7 +37,9 @@ __all__ = [
     "Trace",
     "apply",
     "backend",
+    "calibrate",
     "cost",
+    "measure_layers",
     "models",
     "ops",
     "preset",

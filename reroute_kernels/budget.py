@@ -30,6 +30,22 @@ KINDS = tuple(_COSTS)
 _TOGETHER = 10
 
 
+class OverBudget(ValueError):
+    """A budget is below the least that these decision layers cost.
+
+    Attributes:
+        least: the cost of one token at every decision.
+    """
+
+    def __init__(self, kind: str, least: float, limit: float):
+        super().__init__(kind, least, limit)
+        self.least = least
+
+    def __str__(self) -> str:
+        kind, least, limit = self.args
+        return f"{kind} must be {least} or more, which one token at every decision costs, got {limit}"
+
+
 def keep_ratio(selected: int, visual_tokens: int) -> float:
     """A keep ratio that selects exactly `selected` of the visual tokens."""
     return min(1.0, (selected + 0.5) / visual_tokens)
@@ -103,7 +119,7 @@ def solve(
 
     least = reached([1] * len(layers))
     if not least <= limit:
-        raise ValueError(f"{kind} must be {least} or more, which one token at every decision costs, got {limit}")
+        raise OverBudget(kind, least, limit)
 
     def at_scale(scale: Fraction) -> list[int]:
         return [min(most, max(1, int(scale * part))) for part in parts]

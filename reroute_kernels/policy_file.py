@@ -13,14 +13,14 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from reprlib import repr as shortened
 from types import ModuleType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from . import rankings, reducers
 from .budget import KINDS
@@ -31,6 +31,7 @@ VERSION = 1
 """Version of the format; a file of another one is refused."""
 
 FilePath: TypeAlias = "str | os.PathLike[str]"
+Made = TypeVar("Made")
 
 _MODULES = {"ranking": (rankings, rankings.Ranking), "reducer": (reducers, reducers.Reducer)}
 
@@ -107,10 +108,29 @@ def _to_plain(value: Any, name: str, where: str) -> object:
     return number
 
 
+def ranking_to_dict(ranking: object) -> object:
+    """A ranking as plain values, as in a policy's.
+
+    Raises:
+        TypeError: it is none of `reroute_kernels.rankings`.
+    """
+    return _to_plain(ranking, "ranking", "ranking")
+
+
 def save_policy(policy: Policy, path: FilePath) -> None:
     """Write a policy to a file; see `Policy.save`."""
-    name = os.path.realpath(_checked_path(path))
-    text = json.dumps(policy_to_dict(policy), indent=2, allow_nan=False) + "\n"
+    write_json(policy_to_dict(policy), path)
+
+
+def write_json(values: Mapping[str, object], path: FilePath) -> None:
+    """Write plain values to a file, which is replaced once the new one is whole.
+
+    Raises:
+        TypeError, ValueError: `path` is no path, or a value cannot be written; nothing is written.
+        OSError: the file cannot be written; one that was there is as it was.
+    """
+    name = os.path.realpath(checked_path(path))
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
     folder, own = os.path.split(name)
     beside = os.path.join(folder, f".{own}.{secrets.token_hex(4)}")
     try:
@@ -132,13 +152,13 @@ def save_policy(policy: Policy, path: FilePath) -> None:
 
 def policy_from_dict(given: object) -> Policy:
     """The policy of plain values; see `Policy.from_dict`."""
-    values = _mapping(given, "policy")
+    values = mapping_of(given, "policy")
     if "version" not in values:
         raise ValueError(f"policy must hold 'version', got {shortened(values)}")
     version = values.pop("version")
     if type(version) is not int or version != VERSION:
         raise ValueError(f"version must be {VERSION}, the one that this reroute_kernels reads, got {version!r}")
-    _check_keys(values, "policy", Policy)
+    check_keys(values, "policy", Policy)
     stages = values["schedule"]
     if not isinstance(stages, list | tuple):
         raise TypeError(f"schedule must be a list of stages, got {shortened(stages)}")
@@ -154,16 +174,16 @@ def policy_from_dict(given: object) -> Policy:
 
 
 def _stage_of(given: object, where: str) -> Stage:
-    values = _mapping(given, where)
-    _check_keys(values, where, Stage)
+    values = mapping_of(given, where)
+    check_keys(values, where, Stage)
     return _made(Stage, {name: _from_plain(value, name, f"{where}.{name}") for name, value in values.items()}, where)
 
 
 def _budget_of(given: object) -> Budget | None:
     if given is None:
         return None
-    values = _mapping(given, "budget")
-    _check_keys(values, "budget", Budget)
+    values = mapping_of(given, "budget")
+    check_keys(values, "budget", Budget)
     expect_one_of(**{"budget.kind": (values["kind"], KINDS)})
     for name in ("limit", "reached"):
         value = _from_plain(values[name], name, f"budget.{name}")
@@ -185,24 +205,24 @@ def _from_plain(given: Any, name: str, where: str) -> Any:
 
 def _rule_of(given: object, kind: str, where: str) -> object:
     """The ranking or reducer of a mapping."""
-    values, rules = _mapping(given, where), _rules(kind)
+    values, rules = mapping_of(given, where), _rules(kind)
     if "name" not in values:
         raise ValueError(f"{where} must hold 'name', one of {', '.join(rules)}, got {shortened(values)}")
     name = values.pop("name")
     if not isinstance(name, str) or name not in rules:
         raise ValueError(f"{where}.name must be one of {', '.join(map(repr, rules))}, got {shortened(name)}")
-    _check_keys(values, where, rules[name])
+    check_keys(values, where, rules[name])
     return _made(rules[name], {key: _from_plain(value, key, f"{where}.{key}") for key, value in values.items()}, where)
 
 
-def _mapping(given: object, where: str) -> dict[str, Any]:
+def mapping_of(given: object, where: str) -> dict[str, Any]:
     """A copy of a mapping, or an error that tells where another thing came."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{where} must be a mapping, got {shortened(given)}")
     return dict(given)
 
 
-def _check_keys(values: Mapping[str, Any], where: str, kind: type) -> None:
+def check_keys(values: Mapping[str, Any], where: str, kind: type) -> None:
     """Refuse keys that are no arguments of a class, and arguments without a default that are missing."""
     accepted = inspect.signature(kind).parameters
     unknown = next((key for key in values if key not in accepted), None)
@@ -224,19 +244,45 @@ def _made(kind: type, arguments: dict[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
+def ranking_from_dict(given: object) -> Any:
+    """The ranking of plain values, as `ranking_to_dict` gives them.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a key or value is not accepted.
+    """
+    return _rule_of(given, "ranking", "ranking")
+
+
 def load_policy(path: FilePath) -> Policy:
     """Read a policy from a file; see `Policy.load`."""
-    name = _checked_path(path)
+    return read_json(path, "policy", policy_from_dict)
+
+
+def read_json(path: FilePath, kind: str, made_of: Callable[[object], Made]) -> Made:
+    """Read an object from a file of JSON.
+
+    Args:
+        path: of the file.
+        kind: what the file holds, for errors.
+        made_of: makes the object of the plain values.
+
+    Raises:
+        TypeError: `path` is no path.
+        ValueError: the file holds no JSON, or `made_of` refuses it.
+        OSError: the file cannot be read.
+    """
+    name = checked_path(path)
     with open(name, "rb") as file:
         content = file.read()
     try:
         given = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_without_repeats, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name!r} must hold a policy as JSON: {error}") from None
+        raise ValueError(f"{name!r} must hold a {kind} as JSON: {error}") from None
     try:
-        return policy_from_dict(given)
+        return made_of(given)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name!r} must hold a policy: {error}") from None
+        raise ValueError(f"{name!r} must hold a {kind}: {error}") from None
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -251,9 +297,10 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"numbers must be finite, got {constant}")
 
 
-def _checked_path(path: FilePath) -> str:
+def checked_path(path: FilePath, name: str = "path") -> str:
+    """A path as a string, or an error with the name of its argument."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise TypeError(f"path must be a string or a path, got {path!r}")
+        raise TypeError(f"{name} must be a string or a path, got {path!r}")
     return os.fspath(path)
 
 

@@ -401,6 +401,13 @@ def part_of(ranking: Any, kind: type[Kind]) -> Kind | None:
     return ranking
 
 
+def innermost(ranking: Any) -> Any:
+    """The ranking that scores, without those around it."""
+    while isinstance(ranking, _Around):
+        ranking = ranking.ranking
+    return ranking
+
+
 def _expect_share(name: str, value: object) -> None:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")

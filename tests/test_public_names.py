@@ -25,10 +25,10 @@ RANKING = (
 
 
 def test_names():
-    classes = "Adapter Attention Cost Memory Policy Preset Routing Stage Trace"
+    classes = "Adapter Attention Calibration Cost Memory Policy Preset Routing Stage Trace"
     functions = (
-        "apply backend cost models ops preset presets rankings reducers ref remove routing_of solve suggest triton "
-        "warm_up"
+        "apply backend calibrate cost measure_layers models ops preset presets rankings reducers ref remove routing_of "
+        "solve suggest triton warm_up"
     )
     assert rk.__all__ == f"{classes} {functions}".split()
     assert dir(rk) == sorted([*rk.__all__, "__version__"])

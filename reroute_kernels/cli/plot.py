@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..calibration import Calibration
     from ..trace import Trace
 
 PICTURE_FORMATS = (".png", ".jpg", ".pdf", ".svg")
@@ -132,6 +133,33 @@ def draw_trace(trace: Trace, sample: int) -> Figure:
     axis.set_yticks(range(len(stages)), [f"layer {layer}" for layer, _ in stages])
     axis.set_xlabel("visual token")
     _add_legend(figure, trace.policy.action == "freeze")
+    return figure
+
+
+def draw_qualities(calibration: Calibration, policy: Policy | None = None) -> Figure:
+    """The quality of each layer with its interval, and lines at the decision layers of a policy."""
+    from matplotlib.figure import Figure
+
+    layers, means, lows, highs = zip(*calibration.qualities, strict=True)
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
+    color = _COLORS["run"]
+    axis.fill_between(layers, lows, highs, color=_COLORS["deferred"], alpha=0.6, linewidth=0, label="95% interval")
+    axis.plot(layers, means, marker="o", markersize=3, color=color, label="quality")
+    axis.axhline(calibration.unrouted, color="grey", linewidth=1, linestyle=":", label="all tokens")
+    for number, stage in enumerate(() if policy is None else policy.schedule):
+        label = None if number else "decides"
+        axis.axvline(stage.layer, color="black", linewidth=1, linestyle="--", label=label)
+    axis.set_xlim(-0.5, calibration.num_layers - 0.5)
+    axis.set_ylim(0, 1.05 * max(*highs, calibration.unrouted) or 1)
+    axis.set_xlabel("layer that ranks")
+    axis.set_ylabel(calibration.measure)
+    title = (
+        f"{calibration.samples:,} samples, the layer's top {calibration.share:.0%} from layer {calibration.early} on"
+    )
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="best")
     return figure
 
 

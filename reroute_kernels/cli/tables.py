@@ -19,6 +19,7 @@ from .output import next_token_flops, rule_text
 
 if TYPE_CHECKING:
     from ..boxes import Box
+    from ..calibration import Calibration
     from .demo import Run, StageShare
     from .view import Pane
 
@@ -136,6 +137,22 @@ def solution_table(policy: Policy, visual_tokens: int) -> Table:
     for stage, selected in zip(policy.schedule, policy.selected_counts(visual_tokens), strict=True):
         table.add_row(str(stage.layer), f"{stage.keep:g}", f"{selected:,}")
     return table
+
+
+def qualities_table(calibration: Calibration, policy: Policy | None = None) -> Table:
+    """Qualities of the layers that may decide, the decision layers of a policy among them marked."""
+    chosen = {stage.layer for stage in policy.schedule} if policy is not None else set()
+    best = max(each.mean for each in calibration.qualities)
+    table = Table(Column("layer", justify="right"), "quality", "95% interval", Column("", no_wrap=True), "decides")
+    for each in calibration.qualities:
+        bar = "█" * round(_BAR_WIDTH * each.mean / best) if best else ""
+        interval = Text(f"[{each.low:.4g}, {each.high:.4g}]")
+        decides = "yes" if each.layer in chosen else ""
+        table.add_row(str(each.layer), f"{each.mean:.4g}", interval, bar, decides)
+    return table
+
+
+_BAR_WIDTH = 20
 
 
 def runs_table(
