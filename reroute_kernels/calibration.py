@@ -446,15 +446,7 @@ def calibrate(
         "positions": positions,
         "ranking": ranking,
     }
-    plan = _plan_of(model, score, share, early, layers, ranking)
-    alike = [LayerQuality(layer, 1.0, 1.0, 1.0) for layer in plan.layers]
-    of_model: dict[str, Any] = {"num_layers": text_config(model).num_hidden_layers, "decoder": _decoder(model)}
-    trial = Calibration(name_of(model), qualities=alike, early=plan.early, share=plan.share, **of_model)
-    try:
-        trial.policy(decisions, shape, **solved)
-    except OverBudget:
-        if visual_tokens is not None:  # else the samples tell how many there are
-            raise
+    check_plan(model, decisions, shape, score=score, share=share, early=early, layers=layers, **solved)
     found = measure_layers(
         model,
         samples,
@@ -468,6 +460,39 @@ def calibrate(
         progress=progress,
     )
     return found.policy(decisions, shape, **solved)
+
+
+def check_plan(
+    model: nn.Module,
+    decisions: int,
+    shape: str | Sequence[float],
+    *,
+    score: Callable[[nn.Module, Any], Any] | None = None,
+    share: float = SHARE,
+    early: int | None = None,
+    layers: Sequence[int] | None = None,
+    ranking: RankingLike = LAST_QUERY,
+    **solved: Any,
+) -> None:
+    """Refuse arguments of `calibrate`, before anything is measured, as far as they do not depend on the samples.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as in `calibrate`.
+    """
+    plan = _plan_of(model, score, share, early, layers, ranking)
+    alike = Calibration(
+        model=name_of(model),
+        num_layers=text_config(model).num_hidden_layers,
+        qualities=[LayerQuality(layer, 1.0, 1.0, 1.0) for layer in plan.layers],
+        early=plan.early,
+        share=plan.share,
+        decoder=_decoder(model),
+    )
+    try:
+        alike.policy(decisions, shape, ranking=ranking, **solved)
+    except OverBudget:
+        if solved.get("visual_tokens") is not None:  # else the samples tell how many there are
+            raise
 
 
 def _plan_of(

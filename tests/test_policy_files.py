@@ -14,7 +14,7 @@ import pytest
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage, policy_file, rankings, reducers
 from reroute_kernels.policy import Budget
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
 from reroute_kernels.reducers import Nuwa
 
 PLAIN = {"version": 1, "schedule": [{"layer": 3, "keep": 0.25}]}
@@ -27,6 +27,8 @@ RANKINGS = [
     Random(2**70),
     Uniform(),
     Mixed(LastQuery(rotary=False), 1 / 3),
+    Mixed(Remembered(Random(3)), uniform=0.4),
+    Remembered(AllText(), 1 / 7),
 ]
 
 

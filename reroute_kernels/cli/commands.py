@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..budget import SHAPES, solve
+from ..calibration import SHARE, check_plan, measure_layers
 from ..checks import expect_one_of
 from ..cost import DECODERS, average_visual_tokens, cost
 from ..notation import parse_policy, policy_text
@@ -300,6 +301,94 @@ def demo(
         console.print(_TINY, soft_wrap=True, highlight=False)
 
 
+@app.command("calibrate")
+def calibrate_layers(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of a supported model.")],
+    images: Annotated[Path, typer.Option(help="Folder of images.")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Question about an image; put into the model's chat template unless it holds the model's image token. "
+            "May be given several times: the images take turns. Default: Describe the image."
+        ),
+    ] = None,
+    avg_tokens: Annotated[float | None, typer.Option(help="Budget of visual tokens per layer on average.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget of FLOPs of the prefill, such as 2.5e12.")] = None,
+    kv_bytes: Annotated[float | None, typer.Option(help="Budget of bytes in the cache, text included.")] = None,
+    decisions: Annotated[int, typer.Option(min=1, help="Decision layers.")] = 3,
+    shape: Annotated[
+        str, typer.Option(help=f"How the stages relate: {', '.join(SHAPES)}, or numbers such as 1,.5,.25.")
+    ] = "uniform",
+    action: Annotated[str, typer.Option(help="reroute or remove.")] = "reroute",
+    samples: Annotated[int, typer.Option(min=1, help="Images at most; drawn if there are more.")] = 100,
+    share: Annotated[float, typer.Option(help="Share of visual tokens that runs while a layer is measured.")] = SHARE,
+    early: Annotated[
+        int | None, typer.Option(help="Layer from which on it runs. Default: at 3/32 of the depth.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the images that are drawn and of the intervals.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Where to save the policy, such as policy.json.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Where to save the calibration, to solve for other budgets in Python.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to save a picture of the qualities.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="File that keeps what was measured; a repeated command goes on behind it.")
+    ] = None,
+    device: RunDevice = "cpu",
+    dtype: RunType = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Choose decision layers by how well each ranks on your images, and solve for a budget; no labels are needed.
+
+    Example: reroute-kernels calibrate llava-hf/llava-1.5-7b-hf --images photos --avg-tokens 64 --output policy.json
+    """
+    console = _console()
+    with _one_line_errors(), _demonstration(device, dtype) as demonstration:
+        from . import calibrate as calibrating
+
+        for name, path, formats in (
+            ("output", output, (".json",)),
+            ("report", report, (".json",)),
+            ("plot", plot, None),
+        ):
+            if path is not None:
+                _check_output(path, name, formats)
+        drawn = calibrating.images_of(images, samples, seed)
+        budget = {"avg_tokens": avg_tokens, "flops": flops, "kv_bytes": kv_bytes, "dtype": dtype, "action": action}
+        wanted = reading.parse_shape(shape)
+        reading.decoder_of(demonstration.load_config(model), model)
+        with console.status(f"loading {model}"):
+            prompts = calibrating.load_prompts(
+                model, drawn, prompt or ["Describe the image."], device=device, dtype=dtype
+            )
+        check_plan(prompts.network, decisions, wanted, share=share, early=early, **budget)
+        found = measure_layers(prompts.network, prompts, share=share, early=early, seed=seed, resume=resume)
+        if report is not None:
+            found.save(report)
+        policy = found.policy(decisions, wanted, **budget)
+        if output is not None:
+            policy.save(output)
+        if plot is not None:
+            found.plot(policy).savefig(plot, dpi=110)
+    if as_json:
+        _print_json(writing.calibration_dict(found, policy))
+        return
+    console.print(tables.qualities_table(found, policy))
+    console.print(tables.solution_table(policy, found.visual_tokens))
+    for line in (
+        found.summary(),
+        writing.budget_text(policy.budget),
+        f"Medians of the prompts: {found.visual_tokens:,} visual and {found.text_tokens:,} text tokens",
+        f"In the command cost: {policy_text(policy)}",
+        *(
+            f"{name}: {path}"
+            for name, path in (("Policy", output), ("Calibration", report), ("Picture", plot))
+            if path is not None
+        ),
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command()
 def view(
     image: Photo = None,
@@ -385,7 +474,7 @@ def _demonstration(device: str, dtype: str) -> Iterator[ModuleType]:
 
         from . import demo as demonstration
     except ModuleNotFoundError as error:
-        _fail(f"the demo needs {error.name}: {install_command(error)}")
+        _fail(f"the command needs {error.name}: {install_command(error)}")
     try:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise demonstration.DemoError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
@@ -396,7 +485,7 @@ def _demonstration(device: str, dtype: str) -> Iterator[ModuleType]:
             raise demonstration.DemoError(f"device must be one of this machine's, got {device!r}: {message}") from None
         yield demonstration
     except ModuleNotFoundError as error:
-        _fail(f"the demo needs {error.name}: {install_command(error)}")
+        _fail(f"the command needs {error.name}: {install_command(error)}")
     except demonstration.DemoError as error:
         _fail(str(error))
 
@@ -472,7 +561,7 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         _fail(f"a command with these arguments needs {error.name}: {install_command(error)}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         _fail(str(error))
 
 

@@ -192,23 +192,17 @@ def load(
         chat: put the prompt into the model's chat template, which adds the image token; None: if it lacks the token.
         device, dtype: the device and the precision to run in.
     """
-    from transformers import AutoModelForImageTextToText
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     source = str(TINY_CHECKPOINT if model is None else model)
-    config = _config(source)
+    config = load_config(source)
     names, policies = zip(*parse_policies(policies, config), strict=True)
     # The weights come last: they take longest, and nothing that is wrong with the prompt needs them.
-    processor = _processor(source)
-    prompt = _prompt(prompt, processor, source, chat)
+    processor = load_processor(source)
+    prompt = full_prompt(prompt, processor, source, chat)
     try:
         inputs = processor(images=image, text=prompt, return_tensors="pt")
-        network = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
-        network = network.to(device).eval()
     except Exception as error:
         raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
+    network = load_network(source, device, dtype)
     inputs = inputs.to(device)
     picture, grid = seen_picture(network.config, processor, inputs, image)
     subject = Subject(network, processor, dict(inputs), policies, names, picture, grid)
@@ -220,7 +214,22 @@ def load(
     return subject
 
 
-def _config(source: str):
+def load_network(source: str, device: str, dtype: str) -> nn.Module:
+    """The model of a checkpoint, in evaluation mode."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        network = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, dtype), use_safetensors=True)
+        return network.to(device).eval()
+    except Exception as error:
+        raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
+
+
+def load_config(source: str):
+    """The configuration of a checkpoint of a supported type."""
     from transformers import AutoConfig
 
     accepted = f"a checkpoint folder or hub id of a supported type ({', '.join(ADAPTERS)})"
@@ -233,7 +242,8 @@ def _config(source: str):
     return config
 
 
-def _processor(source: str):
+def load_processor(source: str):
+    """The processor of a checkpoint."""
     from transformers import AutoProcessor
 
     try:
@@ -242,7 +252,7 @@ def _processor(source: str):
         raise DemoError(f"model {source} could not be loaded: {first_line(error)}") from None
 
 
-def _prompt(prompt: str, processor, source: str, chat: bool | None) -> str:
+def full_prompt(prompt: str, processor, source: str, chat: bool | None) -> str:
     """The prompt as the processor takes it, with the image token once."""
     if chat is None:
         chat = processor.image_token not in prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from ..calibration import Calibration
 from ..cost import Cost
 from ..notation import policy_text
 from ..policy import Budget, Policy
@@ -61,6 +62,16 @@ def solution_dict(policy: Policy) -> dict[str, object]:
         "budget": policy.budget._asdict() | {"under": policy.budget.under},
         "text": policy_text(policy),
         "python": policy_python(policy),
+    }
+
+
+def calibration_dict(calibration: Calibration, policy: Policy) -> dict[str, object]:
+    """A calibration and the policy that was solved from it, for JSON."""
+    layers = [stage.layer for stage in policy.schedule]
+    return {
+        "calibration": calibration.to_dict(),
+        "objective": calibration.objective(layers),
+        **solution_dict(policy),
     }
 
 

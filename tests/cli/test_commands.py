@@ -1,4 +1,4 @@
-"""The command line, but for `demo` and `view`, which test_demo.py and test_view.py run."""
+"""The command line, but for `demo`, `view` and `calibrate`, which have files of their own."""
 
 import json
 import re
@@ -19,6 +19,7 @@ import reroute_kernels as rk
 from reroute_kernels import notation
 from reroute_kernels.cli import environment, plot
 from reroute_kernels.cli.commands import app
+from reroute_kernels.cli.demo import TINY_CHECKPOINT
 from reroute_kernels.cost import Decoder, visual_tokens_per_layer
 from reroute_kernels.presets import MODELS, ORIGINALS
 from reroute_kernels.roofline import GPUS, decode_seconds, prefill_seconds
@@ -65,7 +66,10 @@ def test_the_example_in_the_help_runs(name, tmp_path, monkeypatch):
     assert f"Example: reroute-kernels {example}" in " ".join(run(name, "--help").output.split())
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 48), "red").save("photo.jpg")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 48), "blue").save("photos/photo.jpg")
     arguments = shlex.split(example) + (["--repeats", "1", "--max-new-tokens", "1"] if name == "demo" else [])
+    arguments = [argument.replace("llava-hf/llava-1.5-7b-hf", str(TINY_CHECKPOINT)) for argument in arguments]
     assert arguments[0] == name
     result = run(*arguments)
     assert result.exit_code == 0, result.output
@@ -76,7 +80,7 @@ def test_the_examples_of_the_pages_run(tmp_path, monkeypatch):
     pages = [(ROOT / name).read_text() for name in ("README.md", "docs/commands.md")]
     found = (re.findall(r"^reroute-kernels (.*?)(?: +#.*)?$", page, flags=re.MULTILINE) for page in pages)
     commands = [command for of_page in found for command in of_page]
-    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view"}
+    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view", "calibrate"}
     monkeypatch.chdir(tmp_path)
     for command in commands:
         result = run(*shlex.split(command))
@@ -96,13 +100,6 @@ def test_presets(originals):
         )
         assert each["policy"] == json.loads(json.dumps(policy.to_dict()))
         assert rebuilt(each["policy"]) == policy
-
-
-def test_a_ranking_within_another_is_told_by_name():
-    ranking = rk.rankings.Mixed(rk.rankings.Remembered(rk.rankings.Random(3)), uniform=0.4)
-    told = output.policy_dict(rk.Policy([rk.Stage(3, 0.25)], ranking=ranking))["ranking"]
-    held = {"name": "Remembered", "ranking": {"name": "Random", "seed": 3}, "decay": 0.3}
-    assert told == {"name": "Mixed", "ranking": held, "uniform": 0.4}
 
 
 def rebuilt(policy):
