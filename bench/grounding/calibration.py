@@ -1,0 +1,277 @@
+"""Choose decision layers by calibration, and compare them with the published ones and with the best of a search.
+
+    python -m bench.grounding.calibration [--scenes N] [--jobs N]
+
+The layers are measured on scenes of their own, once without labels and once by the share of right answers. On other
+scenes every choice of layers on a coarse grid is tried at every budget. The published layers, both calibrated choices
+and the best of the search are then compared on the held-out scenes. Writes calibration.json to bench/results/grounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import nn
+
+import reroute_kernels as rk
+from bench.speed.device import description
+from reroute_kernels.budget import OverBudget
+
+from .answers import SEED, Answerer, Item, batches, held_out_items
+from .benchmark import RESULTS, SCENES, TEXT_TOKENS
+from .checkpoint import FOLDER
+from .metrics import interval, measures, score
+from .policies import KEEPS, VISUAL_TOKENS, Way, decoder, policy_of, scaled
+from .scenes import KINDS
+
+PUBLISHED, AGREEMENT, LABELS, SEARCH = "published", "agreement", "labels", "search"
+CHOICES = (PUBLISHED, AGREEMENT, LABELS, SEARCH)
+"""The published layers; those by calibration without labels and with them; the best of the search."""
+PUBLISHED_LAYERS = tuple(scaled(3, 7, 15, 23))
+DECISIONS = len(PUBLISHED_LAYERS)
+GRID = tuple(range(2, 16, 2))
+"""Layers among which the search chooses: every other one; the published ones are among them."""
+CALIBRATION_SEED, CALIBRATION_SCENES = SEED + 3, 200
+SEARCH_SEED, SEARCH_SCENES = SEED + 4, 400
+
+
+class Run(NamedTuple):
+    """Decision layers at a budget."""
+
+    layers: tuple[int, ...]
+    keep: float
+    """The keep ratio of FastV that sets the budget."""
+
+    @property
+    def policy(self) -> rk.Policy:
+        """Rerouting that keeps as many tokens at each decision, within the budget."""
+        return rk.solve(
+            decoder(),
+            self.layers,
+            avg_tokens=budget_of(self.keep),
+            visual_tokens=VISUAL_TOKENS,
+            text_tokens=TEXT_TOKENS,
+        )
+
+
+def budget_of(keep: float) -> float:
+    """Visual tokens per layer of FastV at a keep ratio."""
+    policy = policy_of(Way("fastv", "remove", keep))
+    return rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS).average_visual_tokens
+
+
+def searched_runs() -> list[Run]:
+    """Every choice of layers on the grid that a budget admits, for all budgets."""
+    runs = [Run(layers, keep) for keep in KEEPS for layers in combinations(GRID, DECISIONS)]
+    return [run for run in runs if _is_admitted(run)]
+
+
+def _is_admitted(run: Run) -> bool:
+    try:
+        return bool(run.policy)
+    except OverBudget:
+        return False
+
+
+def rights(items: Sequence[Item], answers: Sequence[str]) -> list[float]:
+    """The main measure of each answer: 1 if it is right."""
+    return [
+        score(item.question, answer)[measures(item.question.kind)[0]]
+        for item, answer in zip(items, answers, strict=True)
+    ]
+
+
+def share_right(model: nn.Module, sample: tuple[Mapping[str, object], Sequence[Item]]) -> list[float]:
+    """The main measure of each answer in a batch, as `rk.measure_layers` takes it."""
+    inputs, items = sample
+    return rights(items, _answerer().answer(dict(inputs)))
+
+
+# In worker processes
+
+
+class _Place:
+    """Folder of the checkpoint in this process."""
+
+    folder = FOLDER
+
+
+def prepare(folder: Path, threads: int) -> None:
+    """Set up a worker process."""
+    torch.set_num_threads(threads)
+    _Place.folder = folder
+
+
+@cache
+def _answerer() -> Answerer:
+    return Answerer(_Place.folder)
+
+
+@cache
+def _encoded(seed: int, scenes: int) -> list[tuple[list[int], dict[str, object]]]:
+    items = held_out_items(scenes, seed=seed)
+    answerer = _answerer()
+    return [
+        (places, answerer.encoded(answerer.inputs([items[place] for place in places]))) for places in batches(items)
+    ]
+
+
+def calibration(scenes: int, by_labels: bool) -> rk.Calibration:
+    """The qualities of all layers on the scenes of the calibration, by right answers or without labels."""
+    items = held_out_items(scenes, seed=CALIBRATION_SEED)
+    encoded = _encoded(CALIBRATION_SEED, scenes)
+    model = _answerer().model
+    if by_labels:
+        samples = [(inputs, [items[place] for place in places]) for places, inputs in encoded]
+        found = rk.measure_layers(model, samples, score=share_right, progress=False)
+        return replace(found, model=FOLDER.name, measure="right answers")
+    found = rk.measure_layers(model, [inputs for _, inputs in encoded], progress=False)
+    return replace(found, model=FOLDER.name)
+
+
+def answers_under(run: Run, scenes: int, seed: int) -> list[str]:
+    """The answers to scenes under a run."""
+    answers = [""] * scenes
+    with rk.apply(_answerer().model, run.policy):
+        for places, inputs in _encoded(seed, scenes):
+            for place, answer in zip(places, _answerer().answer(inputs), strict=True):
+                answers[place] = answer
+    return answers
+
+
+# Chosen and compared
+
+
+def chosen_layers(
+    calibrations: Mapping[str, rk.Calibration], searched: Mapping[Run, float]
+) -> dict[tuple[str, float], tuple[int, ...]]:
+    """The decision layers of each choice at each budget, by (choice, keep).
+
+    Args:
+        calibrations: by choice.
+        searched: the share of right answers of each run of the search.
+    """
+    found = {}
+    for keep in KEEPS:
+        found[PUBLISHED, keep] = PUBLISHED_LAYERS
+        for choice, each in calibrations.items():
+            policy = each.policy(
+                DECISIONS, avg_tokens=budget_of(keep), visual_tokens=VISUAL_TOKENS, text_tokens=TEXT_TOKENS
+            )
+            found[choice, keep] = tuple(stage.layer for stage in policy.schedule)
+        of_budget = [run for run in searched if run.keep == keep]
+        found[SEARCH, keep] = max(of_budget, key=lambda run: (searched[run], [-layer for layer in run.layers])).layers
+    return found
+
+
+def correlations(calibration: rk.Calibration, searched: Mapping[Run, float]) -> dict[str, float]:
+    """By budget, Spearman's rank correlation of the objective with the share of right answers, over the search."""
+    from scipy.stats import spearmanr
+
+    found = {}
+    for keep in KEEPS:
+        of_budget = [run for run in searched if run.keep == keep]
+        worth = [calibration.objective(run.layers) for run in of_budget]
+        found[str(keep)] = float(spearmanr(worth, [searched[run] for run in of_budget]).statistic)
+    return found
+
+
+def compared(
+    items: Sequence[Item], answers: Mapping[Run, list[str]], choice: str, keep: float, layers: tuple[int, ...]
+) -> dict[str, object]:
+    """Figures of one choice at a budget: its scores, and the paired differences to the published layers."""
+    run = Run(layers, keep)
+    mine, published = (rights(items, answers[each]) for each in (run, Run(PUBLISHED_LAYERS, keep)))
+    found: dict[str, object] = {
+        "choice": choice,
+        "keep": keep,
+        "layers": list(layers),
+        "average_visual_tokens": run.policy.budget.reached,
+    }
+    for kind in ("all", *KINDS):
+        places = [place for place, item in enumerate(items) if kind in ("all", item.question.kind)]
+        if places:
+            apart = [mine[place] - published[place] for place in places]
+            found[kind] = {"score": interval([mine[place] for place in places]), "less published": interval(apart)}
+    return found
+
+
+def measure(folder: Path, scenes: int, jobs: int) -> dict[str, object]:
+    """All results.
+
+    Args:
+        folder: of the checkpoint.
+        scenes: held-out scenes; those of the calibration and of the search are no more than these.
+        jobs: worker processes.
+    """
+    started = time.perf_counter()
+    of_calibration, of_search = min(scenes, CALIBRATION_SCENES), min(scenes, SEARCH_SCENES)
+    context, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
+    with ProcessPoolExecutor(jobs, context, prepare, (folder, threads)) as pool, Progress() as progress:
+        measured = {
+            choice: pool.submit(calibration, of_calibration, choice == LABELS) for choice in (AGREEMENT, LABELS)
+        }
+        tried = _all_answers(pool, progress, searched_runs(), of_search, SEARCH_SEED, "search")
+        calibrations = {choice: each.result() for choice, each in measured.items()}
+        others = held_out_items(of_search, seed=SEARCH_SEED)
+        searched = {run: sum(rights(others, answers)) / of_search for run, answers in tried.items()}
+        layers = chosen_layers(calibrations, searched)
+        runs = list(dict.fromkeys(Run(chosen, keep) for (_, keep), chosen in layers.items()))
+        answers = _all_answers(pool, progress, runs, scenes, SEED, "choices")
+    items = held_out_items(scenes)
+    return {
+        "measured_on": description(torch.device("cpu")) | {"threads": threads, "jobs": jobs},
+        "items": {kind: sum(item.question.kind == kind for item in items) for kind in KINDS},
+        "decisions": DECISIONS,
+        "grid": list(GRID),
+        "budgets": {str(keep): budget_of(keep) for keep in KEEPS},
+        "calibration": {"seed": CALIBRATION_SEED, "scenes": of_calibration},
+        "calibrations": {choice: each.to_dict() for choice, each in calibrations.items()},
+        "correlations": {choice: correlations(each, searched) for choice, each in calibrations.items()},
+        "search": {
+            "seed": SEARCH_SEED,
+            "scenes": of_search,
+            "runs": [{"keep": run.keep, "layers": list(run.layers), "right": searched[run]} for run in searched],
+        },
+        "runs": [compared(items, answers, choice, keep, layers[choice, keep]) for choice, keep in layers],
+        "seconds": round(time.perf_counter() - started),
+    }
+
+
+def _all_answers(
+    pool: ProcessPoolExecutor, progress: Progress, runs: Sequence[Run], scenes: int, seed: int, what: str
+) -> dict[Run, list[str]]:
+    running = {pool.submit(answers_under, run, scenes, seed): run for run in runs}
+    done = progress.track(as_completed(running), len(running), description=what)
+    answers = {running[each]: each.result() for each in done}
+    return {run: answers[run] for run in runs}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the checkpoint")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--scenes", type=int, default=SCENES, help="held-out scenes, one question each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes")
+    args = parser.parse_args()
+
+    results = measure(args.model, args.scenes, args.jobs)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "calibration.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
