@@ -60,8 +60,8 @@ class Calibration:
     >>> found = Calibration("llava", 32, qualities, early=3, share=0.2, decoder=Decoder.of("llava-1.5-7b"))
     >>> found.best_layers(2), round(found.objective([3, 8]), 4)
     ((3, 8), 15.4)
-    >>> print(found.policy(2, avg_tokens=128, visual_tokens=576))
-    3:0.1415,8:0.1415
+    >>> found.policy(2, avg_tokens=128).selected_counts(visual_tokens=576)
+    (82, 81)
     """
 
     model: str
@@ -371,6 +371,7 @@ def measure_layers(
     rows = [[each.unrouted, *each.layers] for each in records]
     values = torch.cat([torch.tensor(row, dtype=torch.float64, device="cpu") for row in rows], dim=1)
     unrouted, *of_layers = _intervals(values, seed)
+    counts = [pair for each in records for pair in zip(each.visual_tokens, each.text_tokens, strict=True) if pair[0]]
     return Calibration(
         model=name_of(model),
         num_layers=text_config(model).num_hidden_layers,
@@ -381,8 +382,8 @@ def measure_layers(
         unrouted=unrouted[0],
         samples=values.shape[1],
         seed=seed,
-        visual_tokens=median_low(count for each in records for count in each.visual_tokens if count),
-        text_tokens=median_low(count for each in records for count in each.text_tokens),
+        visual_tokens=median_low(visual for visual, _ in counts),
+        text_tokens=median_low(text for _, text in counts),
         ranking=plan.ranking,
         decoder=_decoder(model),
     )

@@ -185,7 +185,7 @@ class _Run:
         """(B, V) float64, log-probabilities of the token after each prompt."""
         shorter = {} if "labels" in inputs else {"logits_to_keep": 1}
         logits = self.model(**{**inputs, "use_cache": False, **shorter}).logits
-        return logits[:, -1].double().log_softmax(dim=-1)
+        return logits[:, -1].cpu().double().log_softmax(dim=-1)
 
 
 def _agreement(reference: Tensor, found: Tensor) -> list[float]:

@@ -64,6 +64,7 @@ def test_choices_at_every_budget(runs):
         assert found[choice, 0.5] == each.best_layers(4)
     exact = {run: made_up(9).objective(run.layers) for run in searched}
     assert list(calibration.correlations(made_up(9), exact).values()) == [pytest.approx(1.0)] * len(KEEPS)
+    assert list(calibration.correlations(made_up(9), dict.fromkeys(runs, 0.5)).values()) == [None] * len(KEEPS)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_the_section_tells_every_figure(measured):
         "budgets": {str(keep): calibration.budget_of(keep) for keep in KEEPS},
         "calibration": {"seed": 4, "scenes": 200},
         "calibrations": {choice: each.to_dict() for choice, each in measured.items()},
-        "correlations": {choice: {str(keep): 0.25 for keep in KEEPS} for choice in measured},
+        "correlations": {choice: {str(keep): 0.25 if keep > 0.1 else None for keep in KEEPS} for choice in measured},
         "search": {
             "seed": 5,
             "scenes": 400,

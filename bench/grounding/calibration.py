@@ -177,15 +177,18 @@ def chosen_layers(
     return found
 
 
-def correlations(calibration: rk.Calibration, searched: Mapping[Run, float]) -> dict[str, float]:
-    """By budget, Spearman's rank correlation of the objective with the share of right answers, over the search."""
+def correlations(calibration: rk.Calibration, searched: Mapping[Run, float]) -> dict[str, float | None]:
+    """By budget, Spearman's rank correlation of the objective with the share of right answers, over the search.
+
+    None if all choices answer alike.
+    """
     from scipy.stats import spearmanr
 
     found = {}
     for keep in KEEPS:
         of_budget = [run for run in searched if run.keep == keep]
-        worth = [calibration.objective(run.layers) for run in of_budget]
-        found[str(keep)] = float(spearmanr(worth, [searched[run] for run in of_budget]).statistic)
+        worth, right = zip(*((calibration.objective(run.layers), searched[run]) for run in of_budget), strict=True)
+        found[str(keep)] = float(spearmanr(worth, right).statistic) if len(set(right)) > 1 else None
     return found
 
 

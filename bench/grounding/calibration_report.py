@@ -101,7 +101,7 @@ def _search(results: dict) -> list[str]:
                 f"{100 * shares[len(shares) // 2]:.1f}",
                 f"{100 * shares[-1]:.1f}",
                 f"{100 * published:.1f}",
-                *(f"{correlations[choice][str(keep)]:.2f}" for choice in (AGREEMENT, LABELS)),
+                *(_correlation(correlations[choice][str(keep)]) for choice in (AGREEMENT, LABELS)),
             ]
         )
     header = ["visual tokens per layer", "choices", "best", "median", "worst", "published"]
@@ -152,6 +152,10 @@ def _counted(apart: list[list[float]]) -> str:
     better, worse = sum(low > 0 for _, low, _ in apart), sum(high < 0 for _, _, high in apart)
     mean = 100 * sum(mean for mean, _, _ in apart) / len(apart)
     return f"{better} better, {worse} worse, {len(apart) - better - worse} undecided, {mean:+.1f} points on average"
+
+
+def _correlation(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
 
 
 def _cell(value: list[float]) -> str:

@@ -13,6 +13,7 @@ from reroute_kernels.cli import demo
 MODULES = (
     "backends",
     "budget",
+    "calibration",
     "cost",
     "models",
     "models.graphs",
@@ -25,6 +26,7 @@ MODULES = (
 )
 EXPLAINED = (
     *(getattr(rk.ops, name) for name in rk.ref.__all__),
+    *(rk.Calibration, rk.calibrate, rk.measure_layers),
     *(rk.Policy, rk.apply, rk.backend, rk.cost, rk.preset, rk.presets, rk.solve, rk.suggest, rk.models.unrouted),
     *(rk.rankings.LastQuery, rk.reducers.Nuwa),
 )
