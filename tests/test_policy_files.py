@@ -196,7 +196,7 @@ def keyed(**values):
         (keyed(version="1"), ValueError, "version must be 1, the one that this reroute_kernels reads, got '1'"),
         (keyed(version=True), ValueError, "version must be 1, the one that this reroute_kernels reads, got True"),
         (keyed(layers=3), ValueError, r"policy must hold schedule, action, .*align only, got 'layers'"),
-        (keyed(action="drop"), ValueError, "action must be one of 'reroute', 'remove', got 'drop'"),
+        (keyed(action="drop"), ValueError, "action must be one of 'reroute', 'remove', 'freeze', got 'drop'"),
         (keyed(action=["remove"]), TypeError, "action must be a number, string, boolean or None, got ['remove']"),
         (keyed(positions=None), ValueError, "positions must be one of 'original', 'contiguous', got None"),
         (keyed(schedule={}), TypeError, "schedule must be a list of stages, got {}"),
