@@ -29,6 +29,10 @@ class Prompt:
         extra_counts: their values, by name, and the counts of tokens that a reducer dropped.
     """
 
+    end: Tensor | None
+    last: Tensor | None
+    visible: Tensor | None
+
     def __init__(
         self,
         visual: Tensor,
