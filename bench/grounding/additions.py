@@ -11,19 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import reroute_kernels as rk
@@ -31,10 +26,10 @@ from bench.speed.device import description
 from reroute_kernels.rankings import LastQuery, Mixed, Remembered
 
 from .answers import SEED, Item, held_out_items
-from .benchmark import RESULTS, SCENES, TEXT_TOKENS, _here, answer_all, prepare
-from .checkpoint import FOLDER
+from .benchmark import TEXT_TOKENS, _here, answer_all, prepare
 from .metrics import interval, measures, score
 from .policies import KEEPS, VISUAL_TOKENS, Way, decoder, policy_of
+from .processes import command_line, run_all, threads_of, workers
 from .scenes import GRID, KINDS
 
 METHODS = ("fastv", "pdrop", "nuwa")
@@ -202,34 +197,23 @@ def comparison(items: Sequence[Item], answers: Mapping[Run, list[str]], run: Run
 
 
 def collect(
-    folder: Path, scenes: int, seed: int, runs: Sequence[tuple[Run, Choice]], jobs: int, what: str
+    args: argparse.Namespace, scenes: int, seed: int, runs: Sequence[tuple[Run, Choice]], what: str
 ) -> dict[tuple[Run, Choice], list[str]]:
     """The answers to scenes under every run."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    context = multiprocessing.get_context("spawn")
-    answers = {}
-    with ProcessPoolExecutor(jobs, context, prepare, (folder, scenes, threads, seed)) as pool, Progress() as progress:
-        running = {pool.submit(answers_of, *each): each for each in runs}
-        for done in progress.track(as_completed(running), len(running), description=what):
-            answers[running[done]] = done.result()
-    return {each: answers[each] for each in runs}
+    with workers(args.jobs, prepare, args.model, scenes, threads_of(args.jobs), seed) as (pool, progress):
+        return run_all(pool, progress, answers_of, {each: each for each in runs}, what)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the checkpoint")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--scenes", type=int, default=SCENES, help="held-out scenes, one question each")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes")
-    args = parser.parse_args()
+    args = command_line(__doc__)
 
     started = time.perf_counter()
     few = min(args.scenes, CHOICE_SCENES)
-    tried = collect(args.model, few, CHOICE_SEED, choice_runs(), args.jobs, "choices")
+    tried = collect(args, few, CHOICE_SEED, choice_runs(), "choices")
     means = means_of(held_out_items(few, seed=CHOICE_SEED), tried)
     choice = choose(means)
     runs = compared_runs()
-    given = collect(args.model, args.scenes, SEED, [(run, choice) for run in runs], args.jobs, "additions")
+    given = collect(args, args.scenes, SEED, [(run, choice) for run in runs], "additions")
     answers, items = {run: given[run, choice] for run in runs}, held_out_items(args.scenes)
     results = {
         "measured_on": description(torch.device("cpu")) | {"jobs": args.jobs},

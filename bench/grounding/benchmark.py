@@ -7,33 +7,26 @@ Writes results.json and results.csv to bench/results/grounding, and the example 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import Progress
 
 import reroute_kernels as rk
 from bench.speed.device import description
 
 from .answers import SEED, Answerer, Item, batches, held_out_items
-from .checkpoint import FOLDER
 from .example import write_example
 from .metrics import interval, measures, score
 from .policies import VISUAL_TOKENS, Way, decoder, policy_of, ways
+from .processes import command_line, run_all, threads_of, workers
 from .resemblance import coverage, without_layers
 from .scenes import KINDS
 
-RESULTS = Path(__file__).parents[1] / "results" / "grounding"
-SCENES = 2400
 RESEMBLANCE_SCENES = 800
 TEXT_TOKENS = 7
 """Text tokens of the prompt that is costed: one before the image, and the six words that ask for a box."""
@@ -182,28 +175,16 @@ def rows(results: dict) -> list[dict[str, object]]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the checkpoint")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--scenes", type=int, default=SCENES, help="held-out scenes, one question each")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes")
-    args = parser.parse_args()
+    args = command_line(__doc__)
 
     started = time.perf_counter()
-    threads = max(1, os.cpu_count() // args.jobs)
-    context = multiprocessing.get_context("spawn")
-    answers, stages = {}, {}
-    with (
-        ProcessPoolExecutor(args.jobs, context, prepare, (args.model, args.scenes, threads)) as pool,
-        Progress() as progress,
-    ):
+    threads = threads_of(args.jobs)
+    with workers(args.jobs, prepare, args.model, args.scenes, threads) as (pool, progress):
         like = pool.submit(resemblance, min(args.scenes, RESEMBLANCE_SCENES))
-        running = {pool.submit(answer_all, policy_of(way)): way for way in ways()}
-        for done in progress.track(as_completed(running), len(running), description="policies"):
-            answers[running[done]], stages[running[done]] = done.result()
+        found = run_all(pool, progress, answer_all, {way: (policy_of(way),) for way in ways()}, "policies")
         resembles = like.result()
     items = held_out_items(args.scenes)
-    answers = {way: answers[way] for way in ways()}
+    answers, stages = ({way: found[way][part] for way in found} for part in range(2))
     results = {
         "measured_on": description(torch.device("cpu")) | {"threads": threads, "jobs": args.jobs},
         "seed": SEED,

@@ -9,13 +9,9 @@ and the best of the search are then compared on the held-out scenes. Writes cali
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
@@ -23,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.progress import Progress
 from torch import nn
 
 import reroute_kernels as rk
@@ -31,10 +26,11 @@ from bench.speed.device import description
 from reroute_kernels.budget import OverBudget
 
 from .answers import SEED, Answerer, Item, batches, held_out_items
-from .benchmark import RESULTS, SCENES, TEXT_TOKENS
+from .benchmark import TEXT_TOKENS
 from .checkpoint import FOLDER
 from .metrics import interval, measures, score
 from .policies import KEEPS, VISUAL_TOKENS, Way, decoder, policy_of, scaled
+from .processes import command_line, run_all, threads_of, workers
 from .scenes import KINDS
 
 PUBLISHED, AGREEMENT, LABELS, SEARCH = "published", "agreement", "labels", "search"
@@ -222,18 +218,20 @@ def measure(folder: Path, scenes: int, jobs: int) -> dict[str, object]:
     """
     started = time.perf_counter()
     of_calibration, of_search = min(scenes, CALIBRATION_SCENES), min(scenes, SEARCH_SCENES)
-    context, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // jobs)
-    with ProcessPoolExecutor(jobs, context, prepare, (folder, threads)) as pool, Progress() as progress:
+    threads = threads_of(jobs)
+    with workers(jobs, prepare, folder, threads) as (pool, progress):
         measured = {
             choice: pool.submit(calibration, of_calibration, choice == LABELS) for choice in (AGREEMENT, LABELS)
         }
-        tried = _all_answers(pool, progress, searched_runs(), of_search, SEARCH_SEED, "search")
+        tried = run_all(
+            pool, progress, answers_under, {run: (run, of_search, SEARCH_SEED) for run in searched_runs()}, "search"
+        )
         calibrations = {choice: each.result() for choice, each in measured.items()}
         others = held_out_items(of_search, seed=SEARCH_SEED)
         searched = {run: sum(rights(others, answers)) / of_search for run, answers in tried.items()}
         layers = chosen_layers(calibrations, searched)
         runs = list(dict.fromkeys(Run(chosen, keep) for (_, keep), chosen in layers.items()))
-        answers = _all_answers(pool, progress, runs, scenes, SEED, "choices")
+        answers = run_all(pool, progress, answers_under, {run: (run, scenes, SEED) for run in runs}, "choices")
     items = held_out_items(scenes)
     return {
         "measured_on": description(torch.device("cpu")) | {"threads": threads, "jobs": jobs},
@@ -254,23 +252,8 @@ def measure(folder: Path, scenes: int, jobs: int) -> dict[str, object]:
     }
 
 
-def _all_answers(
-    pool: ProcessPoolExecutor, progress: Progress, runs: Sequence[Run], scenes: int, seed: int, what: str
-) -> dict[Run, list[str]]:
-    running = {pool.submit(answers_under, run, scenes, seed): run for run in runs}
-    done = progress.track(as_completed(running), len(running), description=what)
-    answers = {running[each]: each.result() for each in done}
-    return {run: answers[run] for run in runs}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=FOLDER, help="folder of the checkpoint")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--scenes", type=int, default=SCENES, help="held-out scenes, one question each")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="worker processes")
-    args = parser.parse_args()
-
+    args = command_line(__doc__)
     results = measure(args.model, args.scenes, args.jobs)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "calibration.json").write_text(json.dumps(results, indent=1) + "\n")

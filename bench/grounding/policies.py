@@ -13,11 +13,12 @@ from typing import NamedTuple
 import reroute_kernels as rk
 from reroute_kernels.budget import keep_ratio, solve_like
 from reroute_kernels.cost import Decoder, average_visual_tokens
-from reroute_kernels.policy import ACTIONS, Policy, Stage
+from reroute_kernels.policy import Policy, Stage
 
 from .checkpoint import CONFIG
 from .scenes import GRID
 
+ACTIONS = ("reroute", "remove")
 VISUAL_TOKENS = GRID**2
 KEEPS = (0.5, 0.25, 0.12, 0.06, 0.02)
 """Keep ratios of FastV that set the budgets; 1 is the model without routing."""
