@@ -108,7 +108,10 @@ class Prompt:
         # A sample without any token takes no part in this prompt: it is padded on neither side.
         self.right_padded = bool((has_tokens & (end < self.length - 1)).any())
         self.has_empty_rows = min(self.valid_counts) == 0
-        self.visual, self.pool, self.pinned = torch.from_numpy(np.stack([is_visual, pool, pinned])).to(device)
+        # Each in memory of its own: kernels are compiled for addresses that are multiples of 16.
+        self.visual, self.pool, self.pinned = (
+            torch.from_numpy(tokens).to(device) for tokens in (is_visual, pool, pinned)
+        )
         self.end = torch.from_numpy(end).to(device) if self.padded else None
         # The token that ranks, and the tokens it sees: the prompt without draft tokens and answers.
         self.last = torch.from_numpy(last).to(device) if self.padded or self.ranks_within else None

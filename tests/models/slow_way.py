@@ -206,6 +206,7 @@ class SlowWay:
         if self.routes:
             self.total = self.total_before or int(visual.sum())
             self.selected, self.scores, self.running, self.inputs, self.change = [], [], None, {}, 0.0
+            self.memory = {}
 
     def _around(self, number, layer, forward):
         @torch.no_grad()
@@ -238,10 +239,11 @@ class SlowWay:
                 cached_keys(cache, ranks) if past else None,
                 self._seen(cache, ranks, past),
             )
-            scores = with_memory(scores, places, decay, self.scores[-1] if self.scores else {})
+            scores = with_memory(scores, places, decay, self.memory)
             sure = at_even_distances(pool, math.trunc(uniform * count))
             chosen = [places[row] for row in best_of(pool, scores, sure)[:count]]
             self.scores.append({places[row]: score for row, score in scores.items()})
+            self.memory |= {} if decay is None else self.scores[-1]
             if self.policy.action == "remove":
                 self.current = chosen
             self.selected.append([self.past + place for place in sorted(chosen)])
@@ -287,7 +289,8 @@ class SlowWay:
 
     def _aligned(self, number, hidden):
         """Where a decision ranks or begins, waiting tokens receive what the layers since added to those that ran."""
-        ahead = getattr(self.policy.ranking, "layer", "this") == "previous" and number + 1 in self.stages
+        later = self.stages.get(number + 1)
+        ahead = later is not None and getattr(later.ranking or self.policy.ranking, "layer", "this") == "previous"
         if self.policy.align is None or self.running is None or not (ahead or number in self.stages):
             return hidden
         waiting = [place for place in self.visual_places if place not in self.chosen]
