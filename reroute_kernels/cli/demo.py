@@ -139,9 +139,7 @@ def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ..
     if names_file(text):
         return _with_other_action(text, policy)
     if ":" in text:
-        other = "reroute" if policy.action == "remove" else policy.action
-        both = [replace(policy, action="remove", align=None), replace(policy, action=other)]
-        return tuple((policy_text(each), each) for each in both)
+        return tuple((policy_text(each), each) for each in _with_removal(policy))
     known = model_of(config)
     name = parse_preset(text, known and known.name)
     baseline = name.method.removeprefix("reroute-").removesuffix("-stagewise")
@@ -155,9 +153,14 @@ def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ..
 def _with_other_action(text: str, policy: Policy) -> tuple[tuple[str, Policy], ...]:
     """A policy and the same with the other action, with names."""
     return tuple(
-        (text if action == policy.action else f"{text}, but {action}", replace(policy, action=action))
-        for action in ("remove", "reroute")
+        (text if each.action == policy.action else f"{text}, but {each.action}", each) for each in _with_removal(policy)
     )
+
+
+def _with_removal(policy: Policy) -> tuple[Policy, Policy]:
+    """The same under `remove`, and under the policy's own action, or `reroute` if that is `remove`."""
+    other = "reroute" if policy.action == "remove" else policy.action
+    return replace(policy, action="remove", align=None), replace(policy, action=other)
 
 
 def open_image(path: Path | None):

@@ -186,6 +186,10 @@ def test_policies_in_files(tmp_path):
     assert (first, removes) == (path, policy)
     assert (second, reroutes) == (f"{path}, but reroute", dataclasses.replace(policy, action="reroute"))
     assert demo.parse_policies([path, "3:.5"], config)[0] == (path, policy)
+    for policy in (rk.Policy([rk.Stage(3, 0.5)], align="stage"), rk.Policy([rk.Stage(3, 0.5)], "freeze")):
+        policy.save(path)
+        removal = rk.Policy(policy.schedule, "remove")
+        assert demo.parse_policies([path], config) == ((f"{path}, but remove", removal), (path, policy))
 
 
 def test_stage_shares_tell_what_came_back():
