@@ -68,6 +68,7 @@ def solve(
     positions: str = "original",
     reducer: ReducerLike | None = None,
     rankings: Sequence[RankingLike | None] | None = None,
+    align: str | None = None,
 ) -> Policy:
     """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
 
@@ -83,7 +84,7 @@ def solve(
         flops: budget of FLOPs of the prefill, without the LM head.
         kv_bytes: budget of bytes that the prompt leaves in the cache, text included.
         visual_tokens, text_tokens, batch, dtype: of the prompt that is costed, as in `reroute_kernels.cost`.
-        action, ranking, positions, reducer: as in `Policy`.
+        action, ranking, positions, reducer, align: as in `Policy`.
         rankings: one for each decision layer, as in `Stage`: None is `ranking`.
 
     Returns:
@@ -112,7 +113,7 @@ def solve(
     def policy_of(counts: Sequence[int]) -> Policy:
         keeps = [keep_ratio(count, visual_tokens) for count in counts]
         stages = list(map(Stage, layers, keeps, of_stages))
-        return Policy(stages, action, ranking, positions, reducer)
+        return Policy(stages, action, ranking, positions, reducer, align=align)
 
     def reached(counts: Sequence[int]) -> float:
         return getattr(cost(decoder, policy_of(counts), text_tokens, visual_tokens, batch, dtype), _COSTS[kind])
@@ -146,7 +147,7 @@ def solve(
 
 def solve_like(config, policy: Policy, **budget) -> Policy:
     """A policy like another one, with its keep ratios as the shape; budget and prompt as in `solve`."""
-    solved = solve(
+    return solve(
         config,
         [stage.layer for stage in policy.schedule],
         [stage.keep for stage in policy.schedule],
@@ -155,9 +156,9 @@ def solve_like(config, policy: Policy, **budget) -> Policy:
         positions=policy.positions,
         reducer=policy.reducer,
         rankings=[stage.ranking for stage in policy.schedule],
+        align=policy.align,
         **budget,
     )
-    return replace(solved, align=policy.align)  # which costs no matrix products
 
 
 def _the_budget(**given: float | None) -> tuple[str, float]:

@@ -215,7 +215,7 @@ class StageCost:
     mlp: int
     """FLOPs."""
     ranking: int
-    """FLOPs of the decision that begins the stage."""
+    """FLOPs of the decision that begins the stage; with those of its proxies, if it has any."""
     kv_bytes: int
     """Bytes of the keys and values that the layers cache."""
     visual_kv_bytes: int
@@ -393,7 +393,11 @@ def cost(
                 projections=2 * batch * layers * weights,
                 attention=4 * batch * layers * tokens * cached * decoder.heads * decoder.head_dim,
                 mlp=2 * batch * tokens * sum(decoder.mlp_weights[span.first : span.end]),
-                ranking=batch * _ranking_flops(span.ranking, decoder, ranked, text_tokens),
+                ranking=batch
+                * (
+                    _ranking_flops(span.ranking, decoder, ranked, text_tokens)
+                    + _alignment_flops(decoder, span.proxies, ranked)
+                ),
                 kv_bytes=layers * cached * kv_width,
                 visual_kv_bytes=layers * (span.visual_tokens + span.frozen) * kv_width,
             )
@@ -455,6 +459,8 @@ class _Span(NamedTuple):
     """Of that decision."""
     frozen: int = 0
     """Visual tokens that the layers cache and do not run."""
+    proxies: int = 0
+    """Visual tokens that run in place of deferred ones."""
 
 
 def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_Span]:
@@ -467,9 +473,10 @@ def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_
     spans = [_Span(0, ends[0], candidates)] if ends[0] else []
     if policy is not None and schedule:
         counts = policy.selected_counts(visual_tokens, candidates)
-        for (first, end), selected, ranking in zip(pairwise(ends), counts, policy.rankings, strict=True):
+        stages = zip(pairwise(ends), counts, policy.rankings, policy.proxy_counts(counts, candidates), strict=True)
+        for (first, end), selected, ranking, proxies in stages:
             frozen = candidates - selected if policy.action == "freeze" else 0
-            spans.append(_Span(first, end, selected, candidates, ranking, frozen))
+            spans.append(_Span(first, end, selected, candidates, ranking, frozen, proxies))
             if policy.action == "remove":
                 candidates = selected
     return spans
@@ -479,6 +486,11 @@ def _ranking_flops(ranking: RankingLike | None, decoder: Decoder, tokens: int, t
     if ranking is None or not tokens:
         return 0
     return _method(ranking, "ranking", "flops")(decoder, tokens, text_tokens)
+
+
+def _alignment_flops(decoder: Decoder, proxies: int, tokens: int) -> int:
+    """FLOPs of a sample: similarities to the leaders, means of their groups, and what these receive later."""
+    return 3 * 2 * proxies * tokens * decoder.hidden_size
 
 
 def _method(owner: object, name: str, method: str):

@@ -2,8 +2,9 @@
 
 A policy is the name of a preset, `model/method/avg_tokens` or `method/avg_tokens` if the model is known; or a schedule:
 decision layers with their keep ratios, `3:0.25,7:0.25`; or the path of a policy file. Before a schedule may stand
-`remove:`, if tokens that are not selected are removed, `freeze:`, if they are frozen, or `align-stage:`, if deferred
-ones are aligned when the next decision begins. Stages are joined by `,`, or by `+` if commas separate arguments.
+`remove:`, if tokens that are not selected are removed, `freeze:`, if they are frozen, `align-stage:` or `align-proxy:`,
+if deferred ones are aligned when the next decision begins. Stages are joined by `,`, or by `+` if commas separate
+arguments.
 """
 
 from __future__ import annotations

@@ -12,12 +12,14 @@ from operator import index as as_integer
 from typing import Any, NamedTuple
 
 from .checks import expect_one_of
-from .rankings import LastQuery, RankingLike
+from .rankings import LastQuery, Mixed, RankingLike, part_of
 from .reducers import ReducerLike
 
 ACTIONS = ("reroute", "remove", "freeze")
 POSITIONS = ("original", "contiguous")
-ALIGNMENTS = (None, "stage")
+ALIGNMENTS = (None, "stage", "proxy")
+PROXIES = 8
+"""One in so many of the tokens that a stage runs is a proxy under `align="proxy"`."""
 
 LAST_QUERY = LastQuery()
 """The default ranking."""
@@ -122,7 +124,10 @@ class Policy:
         budget: the budget that the schedule was solved for, if it was. Does not take part in comparisons.
         align: what becomes of the hidden states of deferred tokens. None: they stay as they are. `"stage"`, under
             `reroute` alone: when the next decision begins, each receives the mean change that the layers since the last
-            one made to the candidates of its sample that ran. After the last stage nothing is added.
+            one made to the candidates of its sample that ran. `"proxy"`, as in SwiftVLM (arXiv 2602.03134): one in 8 of
+            the tokens that a stage runs is the mean of a group of deferred ones of similar hidden states, in the place
+            of one of them, and each of the group receives the change that the layers made to it. After the last stage
+            nothing is added, and the last stage has no such means.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -324,3 +329,31 @@ class Policy:
             if self.action == "remove":
                 pool = counts[-1]
         return tuple(counts)
+
+    def even_counts(self, selected: Sequence[int]) -> tuple[int, ...]:
+        """How many of the K tokens of each stage are selected at even distances, whatever their scores.
+
+        Args:
+            selected: K of each stage, as `selected_counts` gives them.
+        """
+        mixed = [part_of(ranking, Mixed) for ranking in self.rankings]
+        return tuple(0 if each is None else each.count(count) for each, count in zip(mixed, selected, strict=True))
+
+    def proxy_counts(self, selected: Sequence[int], candidates: int) -> tuple[int, ...]:
+        """How many of the K tokens of each stage run in place of deferred ones, under `align="proxy"`.
+
+        Args:
+            selected: K of each stage, as `selected_counts` gives them.
+            candidates: how many tokens may be selected at each decision.
+
+        >>> policy = Policy([Stage(3, 0.25), Stage(7, 0.25)], align="proxy")
+        >>> policy.proxy_counts(policy.selected_counts(576), 576)
+        (18, 0)
+        """
+        if self.align != "proxy":
+            return (0,) * len(selected)
+        even = self.even_counts(selected)
+        counts = [
+            min(count // PROXIES, candidates - count, count - even[stage]) for stage, count in enumerate(selected)
+        ]
+        return (*counts[:-1], *(0 for _ in counts[-1:]))

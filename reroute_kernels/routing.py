@@ -17,7 +17,8 @@ from .attention import Attention
 from .backends import active_backend
 from .memory import Memory
 from .policy import Policy
-from .rankings import Candidates, Mixed, Norm, Projection, RankingLike, Remembered, evenly, part_of
+from .proxies import Proxies, flags_of, leaders, start_proxies
+from .rankings import Candidates, Norm, Projection, RankingLike, Remembered, evenly, part_of
 from .trace import DecisionScores
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class TokenSequence:
     hidden: (B, L, d); rotary: tensors (B, L, ...); pool, pinned: (B, L) bool; visible: (B, L) bool, the tokens that the
     ranking token sees, or None if it sees all; last: (B,) position of each sample's ranking token in the row, or None
     if it is the last of the row; kept: (B, L) positions in the full sequence, or None if this is the full sequence;
-    parent: the sequence that the hidden states go back to; index: (B, L) positions there; owned: whether no one else
-    holds `hidden`.
+    parent: the sequence that the hidden states go back to; index: (B, L) positions there; proxies: the rows that run in
+    place of groups of the parent's tokens, if any; owned: whether no one else holds `hidden`.
     """
 
     hidden: Tensor
@@ -67,6 +68,7 @@ class TokenSequence:
     kept: Tensor | None = None
     parent: TokenSequence | None = None
     index: Tensor | None = None
+    proxies: Proxies | None = None
     owned: bool = False
     _device: torch.device | None = None  # to which everything was moved
 
@@ -91,6 +93,8 @@ class TokenSequence:
         self.pool, self.pinned = on_device(device, self.pool), on_device(device, self.pinned)
         self.visible, self.last = on_device(device, self.visible), on_device(device, self.last)
         self.kept, self.index = on_device(device, self.kept), on_device(device, self.index)
+        if self.proxies is not None:
+            self.proxies.move(device)
         if self.parent is not None:
             self.parent.move(device)
 
@@ -99,7 +103,8 @@ class TokenSequence:
 
         Args:
             norm: of the parent's hidden states, to be computed with it; None without one.
-            aligns: whether the other candidates follow the mean change of those that are written.
+            aligns: whether the other candidates follow: their proxies, or else the mean change of those that are
+                written.
 
         Returns:
             The parent, and (B, L, d), the norm of its hidden states, or None without one.
@@ -109,6 +114,11 @@ class TokenSequence:
         assert index is not None
         if not parent.owned:
             parent.hidden, parent.owned = parent.hidden.clone(), True
+        if self.proxies is not None:
+            parent.hidden = ops.scatter_tokens_(parent.hidden, self.proxies.without(index), self.hidden)
+            if aligns:
+                parent.hidden = self.proxies.follow(parent.hidden, self.hidden)
+            return parent, parent.normed(norm)
         if aligns:
             parent.hidden = ops.align_tokens_(parent.hidden, index, self.hidden, parent.pool)
             return parent, parent.normed(norm)
@@ -123,10 +133,17 @@ class TokenSequence:
 
     def add(self, addition: Tensor) -> None:
         """Add (B, L, d) of the full sequence to the hidden states, parents included."""
-        own = addition if self.kept is None else ops.gather_tokens(self.kept, addition)[0]
+        own = self._of_own(addition)
+        if self.proxies is not None:
+            assert self.parent is not None
+            own = self.proxies.added(self.parent._of_own(addition), own)
         self.hidden, self.owned = self.hidden + own, True
         if self.parent is not None:
             self.parent.add(addition)
+
+    def _of_own(self, tensor: Tensor) -> Tensor:
+        """The rows of these tokens in (B, L, d) of the full sequence."""
+        return tensor if self.kept is None else ops.gather_tokens(self.kept, tensor)[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +202,10 @@ class RoutedForward:
         self.lengths = [max(rows) for rows in self.row_lengths]
         ends = [[max(rows)] * len(rows) if pad_left else rows for rows in self.row_lengths]
         lasts = [[end - 1 - after for end, after in zip(rows, prompt.unranked_counts, strict=True)] for rows in ends]
-        self._even_counts = [self._evenly_selected(stage) for stage in range(len(self.selected_counts))]
-        self._keep, self.rows, self._last, self._even = torch.tensor(
-            [self.selected_counts, self.row_lengths, lasts, self._even_counts], device=prompt.visual.device
+        self._even_counts, self._proxy_counts = self._counts_apart()
+        self._keep, self.rows, self._last, self._even, self._proxies = torch.tensor(
+            [self.selected_counts, self.row_lengths, lasts, self._even_counts, self._proxy_counts],
+            device=prompt.visual.device,
         )
         self.kept: list[Tensor] = []
         self._active: TokenSequence | None = None  # the tokens of this stage
@@ -201,11 +219,15 @@ class RoutedForward:
         """The ranking of the decision that begins a stage."""
         return self._rankings[stage - self._reduces]
 
-    def _evenly_selected(self, stage: int) -> list[int]:
-        """For each sample how many tokens a stage selects at even distances, whatever their scores."""
-        counts = self.selected_counts[stage]
-        mixed = None if self._reduces and stage == 0 else part_of(self._ranking(stage), Mixed)
-        return [0 if mixed is None else mixed.count(count) for count in counts]
+    def _counts_apart(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """[stage][sample], how many tokens are selected at even distances, and how many are proxies."""
+        policy, before = self.policy, (0,) * self._reduces
+        even, proxies = [], []
+        for counts, candidates in zip(zip(*self.selected_counts, strict=True), self.prompt.pool_counts, strict=True):
+            decided = counts[self._reduces :]
+            even.append(before + policy.even_counts(decided))
+            proxies.append(before + policy.proxy_counts(decided, candidates))
+        return list(zip(*even, strict=True)), list(zip(*proxies, strict=True))
 
     @property
     def active(self) -> TokenSequence:
@@ -277,9 +299,12 @@ class RoutedForward:
             ranked = self._rank(source, projection, states)
         pinned, keep = self._pinned(source, stage)
         memory = None if reduces else self._remembered(stage, hidden.device)
+        led: Tensor | None = None
+        if any(self._proxy_counts[stage]):
+            ranked, pinned, keep, led = self._lead(ranked, memory, source, pinned, keep)
         index, rows, scores = self._route(
             ranked,
-            memory,
+            memory if led is None else None,
             pool=source.pool,
             pinned=pinned,
             keep=keep,
@@ -287,11 +312,14 @@ class RoutedForward:
             tensors=(source.hidden, *source.rotary, *carried),
         )
         self.scored.append(None if reduces else DecisionScores(scores, source.pool, source.kept))
-        ragged = self.is_ragged(stage)
-        if ragged and self.pad_left:
+        if self.is_ragged(stage) and self.pad_left:
             index, rows = self._left_padded(index, rows, on_device(index.device, self.rows[stage]))
         self._remember(memory, scores, index if for_good else None)
         compact, carried = rows[0], rows[1 + len(source.rotary) :]
+        proxies: Proxies | None = None
+        if led is not None:
+            most = max(self._proxy_counts[stage])
+            compact, proxies = start_proxies(compact, index, source.hidden, source.pool, led, most)
         # One operation made all rows, so all have gradients; but layers are handed cos and sin without, as ever.
         rotary = tuple(
             row if table.requires_grad else row.detach() for row, table in zip(rows[1:], source.rotary, strict=False)
@@ -299,21 +327,24 @@ class RoutedForward:
         pool, pinned = carried[:2] if for_good else (source.pool, source.pinned)
         kept = index if source.kept is None else torch.where(index < 0, index, carried[-1])
         self.kept.append(kept)
-        visible: Tensor | None = None
-        last: Tensor | None = None
-        if self.prompt.ranks_within:
-            last = on_device(kept.device, self._last[stage])
-            visible = torch.arange(compact.shape[1], device=compact.device) <= last[:, None]
-            if ragged and self.pad_left:
-                visible = visible & (kept >= 0)
-        elif ragged:
-            last, visible = None if self.pad_left else on_device(kept.device, self._last[stage]), kept >= 0
+        visible, last = self._seen_by_last(stage, kept)
         parent = source
         if self.policy.action == "remove" and source.parent is not None:
             parent, index = source.parent, kept  # the survivors' own sequence is needed no more
-        self._active = TokenSequence(compact, rotary, pool, pinned, visible, last, kept, parent, index)
+        self._active = TokenSequence(compact, rotary, pool, pinned, visible, last, kept, parent, index, proxies)
         self._frozen = self._frozen_in = None
         return compact
+
+    def _seen_by_last(self, stage: int, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """`visible` and `last` of the tokens of a stage, as in `TokenSequence`."""
+        ragged = self.is_ragged(stage)
+        if self.prompt.ranks_within:
+            last = on_device(kept.device, self._last[stage])
+            visible = torch.arange(kept.shape[1], device=kept.device) <= last[:, None]
+            return visible & (kept >= 0) if ragged and self.pad_left else visible, last
+        if ragged:
+            return kept >= 0, None if self.pad_left else on_device(kept.device, self._last[stage])
+        return None, None
 
     def _pinned(self, source: TokenSequence, stage: int) -> tuple[Tensor, Tensor]:
         """(B, L) bool, tokens that a stage runs whatever their score, and (B,), how many it selects by score."""
@@ -322,6 +353,26 @@ class RoutedForward:
             return source.pinned, keep
         even = on_device(source.hidden.device, self._even[stage])
         return source.pinned | evenly(source.pool, even), keep - even
+
+    def _lead(
+        self, ranked: Attention | Tensor, memory: Memory | None, source: TokenSequence, pinned: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Select the tokens of a stage whose last ones are proxies, by their leaders.
+
+        Returns:
+            (B, L) float32, the scores, with what was remembered; (B, L) bool, the tokens that run; (B,) zeros, how many
+            are left to be selected; and (B, L) bool, the leaders among them.
+        """
+        stage = len(self.kept)
+        count = on_device(keep.device, self._proxies[stage])
+        length = self.lengths[stage]
+        scores = self._all_scores(ranked) if isinstance(ranked, Attention) else ranked
+        if memory is None:
+            index = ops.select_tokens(scores, source.pool, pinned, keep - count, length)
+        else:
+            index, scores = ops.select_tokens(scores, source.pool, pinned, keep - count, length, memory)
+        led = leaders(index, source.pool, count)
+        return scores, flags_of(index, scores.shape[1]) | led, torch.zeros_like(keep), led
 
     def _remembered(self, stage: int, device: torch.device) -> Memory | None:
         """Scores that a decision remembers, and how much of them counts; None if it does not remember."""
@@ -503,7 +554,7 @@ class RoutedForward:
             return full, full.normed(norm)
         active.take(hidden)
         if not self._drops(len(self.kept) - 1):
-            return active.write_back(norm, aligns=self.policy.align == "stage")
+            return active.write_back(norm, aligns=self.policy.align is not None)
         if self.policy.action == "remove":  # the tokens that a reducer left are written back once, at the end
             active.write_back()
         return active, active.normed(norm)

@@ -18,7 +18,7 @@ def config(model_type="llava", layers=32, kinds=None):
 
 
 @pytest.mark.parametrize(
-    "text", ["3:0.25", "3:0.25,7:0.1", "remove:0:1.0", "remove:2:0.3,5:0.2", "align-stage:2:0.3", "freeze:2:0.3,5:0.2"]
+    "text", ["3:0.25", "3:0.25,7:0.1", "remove:0:1.0", "remove:2:0.3,5:0.2", "align-proxy:2:0.3", "freeze:2:0.3,5:0.2"]
 )
 def test_text_of_a_policy_is_the_inverse(text):
     assert str(rk.Policy.parse(text)) == text
@@ -70,7 +70,7 @@ def test_what_is_no_policy_is_refused(text):
         ("3:0.5,", "a stage is a layer and a keep ratio, such as 3:0.25, got ''"),
         ("3:a", "a stage is a layer and a keep ratio, such as 3:0.25, got '3:a'"),
         ("1:2:3", "a stage is a layer and a keep ratio, such as 3:0.25, got '1:2:3'"),
-        ("align-token:3:0.5", "align must be one of None, 'stage', got 'token'"),
+        ("align-token:3:0.5", "align must be one of None, 'stage', 'proxy', got 'token'"),
         ("Remove:3:0.5", "action must be one of 'reroute', 'remove', 'freeze', got 'Remove'"),
         ("llava-1.5-7b/fastv/many", "avg_tokens must be an integer, got 'many'"),
         ("fastv", "a preset is model/method/avg_tokens"),

@@ -127,7 +127,7 @@ def test_policies_are_values():
             ValueError,
             "ranking must be 'last_query' or an object such as those of reroute_kernels.rankings, got 'random'",
         ),
-        ({"align": "token"}, ValueError, "align must be one of None, 'stage', got 'token'"),
+        ({"align": "token"}, ValueError, "align must be one of None, 'stage', 'proxy', got 'token'"),
         (
             {"align": "stage", "action": "remove"},
             ValueError,

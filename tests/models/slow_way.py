@@ -147,6 +147,14 @@ def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables,
     return {place: float(scores[place]) for place in pool}
 
 
+class Proxy:
+    """The mean of a group of waiting tokens, which runs in their place; all copies of the sample are alike."""
+
+    def __init__(self, group, tokens):
+        self.group = group
+        self.state = self.start = tokens.float().mean(dim=1).to(tokens.dtype)
+
+
 class SlowWay:
     """Routes every call of the model while the `with` block runs. All rows of a batch must be the same sample.
 
@@ -206,7 +214,7 @@ class SlowWay:
         if self.routes:
             self.total = self.total_before or int(visual.sum())
             self.selected, self.scores, self.running, self.inputs, self.change = [], [], None, {}, 0.0
-            self.memory = {}
+            self.memory, self.proxies, self.output = {}, {}, None
 
     def _around(self, number, layer, forward):
         @torch.no_grad()
@@ -241,7 +249,11 @@ class SlowWay:
             )
             scores = with_memory(scores, places, decay, self.memory)
             sure = at_even_distances(pool, math.trunc(uniform * count))
-            chosen = [places[row] for row in best_of(pool, scores, sure)[:count]]
+            proxies = self._proxies_of(number, count, len(pool), len(sure))
+            best = best_of(pool, scores, sure)
+            waiting = sorted(best[count - proxies :])
+            led = sorted(at_even_distances(waiting, proxies))
+            chosen = [places[row] for row in [*best[: count - proxies], *led]]
             self.scores.append({places[row]: score for row, score in scores.items()})
             self.memory |= {} if decay is None else self.scores[-1]
             if self.policy.action == "remove":
@@ -250,6 +262,7 @@ class SlowWay:
             self.chosen = chosen
             deferred = set(self.visual_places) - set(chosen)
             self.running = torch.tensor([place for place in range(length) if place not in deferred])
+            self._begin_proxies([places[row] for row in led], [places[row] for row in waiting], self.full)
 
         def slow(hidden, *args, **kwargs):
             cache = cache_of(kwargs)
@@ -258,7 +271,7 @@ class SlowWay:
             past = int(cache.get_seq_length(number)) if counts else 0
             running = torch.arange(length)
             if self.routes:
-                hidden = self._aligned(number, hidden)
+                self.full = hidden = self._aligned(number, self._added(hidden))
                 self.inputs[number] = hidden[:1]
                 if self.running is None and number == min(self.stages):
                     self.visual_places = list(self.current)
@@ -274,13 +287,47 @@ class SlowWay:
                 kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)))
             kwargs["attention_mask"] = self._mask(number, kind, past, given, cache)
             kwargs["position_ids"] = None
-            before, hidden = hidden, hidden.clone()
+            before, hidden = hidden, self._with_proxies(hidden)
             output = forward(hidden[:, given], *args, **kwargs)
             hidden[:, running] = output[:, running] if len(given) == length else output
             self._note_change(hidden - before)
+            self._take_proxies(hidden, before)
             return hidden
 
         return slow
+
+    def _proxies_of(self, number, count, candidates, sure):
+        if self.policy.align != "proxy" or number == max(self.stages):
+            return 0
+        return min(count // 8, candidates - count, count - sure)
+
+    def _with_proxies(self, hidden):
+        """A copy with the proxies in the places of their leaders."""
+        hidden = hidden.clone()
+        for place, proxy in self.proxies.items() if self.routes else ():
+            hidden[:, place] = proxy.state
+        return hidden
+
+    def _take_proxies(self, hidden, before):
+        """Take the proxies out of the hidden states that a layer left, and put the leaders back."""
+        for place, proxy in self.proxies.items() if self.routes else ():
+            proxy.state, hidden[:, place] = hidden[:, place].clone(), before[:, place]
+        self.output = hidden
+
+    def _begin_proxies(self, led, waiting, hidden):
+        """A proxy for each leader: the mean of the waiting tokens that are closest to it."""
+        groups = {place: [place] for place in led}
+        for place in set(waiting) - set(led) if led else ():
+            own, heads = hidden[0, place].float(), hidden[0, led].float()
+            groups[led[int(torch.cosine_similarity(own, heads, dim=-1).argmax())]].append(place)
+        self.proxies = {place: Proxy(group, hidden[:, group]) for place, group in groups.items()}
+
+    def _added(self, hidden):
+        """Hidden states with what the model added between layers, which proxies receive as the mean of their groups."""
+        for proxy in self.proxies.values() if self.output is not None else ():
+            addition = (hidden - self.output)[:, proxy.group].float().mean(dim=1)
+            proxy.state, proxy.start = proxy.state + addition, proxy.start + addition
+        return hidden
 
     def _note_change(self, change):
         """Count what a layer did to the visual tokens that ran."""
@@ -293,8 +340,14 @@ class SlowWay:
         ahead = later is not None and getattr(later.ranking or self.policy.ranking, "layer", "this") == "previous"
         if self.policy.align is None or self.running is None or not (ahead or number in self.stages):
             return hidden
+        hidden = hidden.clone()
+        if self.policy.align == "proxy":
+            for proxy in self.proxies.values():
+                hidden[:, proxy.group] += (proxy.state - proxy.start)[:, None]
+                proxy.start = proxy.state
+            return hidden
         waiting = [place for place in self.visual_places if place not in self.chosen]
-        hidden, change, self.change = hidden.clone(), self.change, 0.0
+        change, self.change = self.change, 0.0
         hidden[:, waiting] = (hidden[:, waiting].float() + change).to(hidden.dtype)
         return hidden
 

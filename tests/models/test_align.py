@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed
 from tests.models.families import load
 from tests.models.prompts import offset, selections
 from tests.models.slow_way import SlowWay
 
 SCHEDULE = (rk.Stage(1, 0.4), rk.Stage(3, 0.3), rk.Stage(4, 0.2))
+PROXIES = (rk.Stage(1, 0.7), rk.Stage(3, 0.6), rk.Stage(4, 0.5))
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl"]
 
@@ -43,6 +44,15 @@ def check(model, inputs, policy):
     return output.logits
 
 
+@pytest.mark.parametrize("ranking", [LastQuery(), LastQuery("previous"), Mixed(LastQuery(), 0.9)], ids=repr)
+def test_proxies_equal_the_slow_way(family, ranking):
+    inputs = family.batch([family.prompt(2, 8, 15, seed=1)])
+    policy = aligned(align="proxy", schedule=PROXIES, ranking=ranking)
+    logits = check(family.model, inputs, policy)
+    with rk.apply(family.model, replace(policy, align=None)), torch.no_grad():
+        assert (family.model(**inputs).logits - logits).abs().max() > 1e-2
+
+
 RANKINGS = [LastQuery(), LastQuery("previous"), AllText(), KeyNorm("previous")]
 
 
@@ -64,11 +74,12 @@ def test_it_matters(family, inputs):
         assert (family.model(**inputs).logits - logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("align", ["stage", "proxy"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_a_padded_batch_equals_its_samples(family, side):
+def test_a_padded_batch_equals_its_samples(family, side, align):
     prompts = [family.prompt(1, 6, 15, seed=1), family.prompt(2, 4, 9, seed=2), family.prompt(0, 4, 30, seed=3)]
-    with rk.apply(family.model, aligned()) as routing:
+    with rk.apply(family.model, aligned(align=align, schedule=SCHEDULE if align == "stage" else PROXIES)) as routing:
         together = family.model(**family.batch(prompts, side)).logits
         trace = routing.trace
         for row, prompt in enumerate(prompts):
@@ -109,9 +120,9 @@ def test_a_later_turn_and_another_policy(family, inputs):
         family.model(**turn, past_key_values=cache)
 
 
-def test_gradients_reach_the_tokens_that_ran(family, inputs):
+def test_gradients_reach_the_tokens_that_ran(family):
     """Once through the rows that are written back, and once through what they add to others."""
-    embeds = {}
+    embeds, inputs = {}, family.batch([family.prompt(2, 8, 15, seed=1)])
 
     def keep(module, args, output):
         embeds["of"] = output
@@ -119,16 +130,17 @@ def test_gradients_reach_the_tokens_that_ran(family, inputs):
 
     weight = family.model.get_input_embeddings().weight
     grads = []
-    for align in (None, "stage"):
+    for align in (None, "stage", "proxy"):
         handle = family.model.get_input_embeddings().register_forward_hook(keep)
-        with rk.apply(family.model, aligned(align=align)):
+        with rk.apply(family.model, aligned(align=align, schedule=PROXIES)):
             family.model(**inputs).logits[0, -1].logsumexp(0).backward()
         handle.remove()
         grads.append(embeds["of"].grad.clone())
     weight.grad = None
     family.model.zero_grad(set_to_none=True)
     assert all(grad.isfinite().all() for grad in grads)
-    assert not torch.allclose(*grads)
+    assert not torch.allclose(grads[0], grads[1])
+    assert not torch.allclose(grads[0], grads[2])
 
 
 @torch.no_grad()

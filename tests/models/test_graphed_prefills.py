@@ -99,9 +99,10 @@ def check(model, inputs, this, runs, **options):
 
 
 @pytest.mark.parametrize("case", ["llava", "qwen3_vl"], indirect=True)
-def test_aligned(case, runs):
+@pytest.mark.parametrize("align", ["stage", "proxy"])
+def test_aligned(case, runs, align):
     inputs = case.batch([case.prompt(1, 6, 15, seed=1), case.prompt(2, 4, 9, seed=2)])
-    check(case.model, inputs, rk.Policy(STAGES, align="stage"), runs)
+    check(case.model, inputs, rk.Policy(STAGES, align=align), runs)
 
 
 @pytest.mark.parametrize("case", FAMILIES, indirect=True)

@@ -1,0 +1,142 @@
+"""Proxies: tokens that run through a stage in place of groups of deferred ones, which then follow their change.
+
+The alignment of SwiftVLM (arXiv 2602.03134). There a merged token joins the sequence beside those that were selected;
+here it takes the row of its group's leader, so that positions, masks and caches stay what they are without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from . import ops
+from .precision import full_precision
+from .rankings import evenly
+
+
+@dataclass(eq=False)
+class Proxies:
+    """The proxies of one stage; M rows run in it, up to G of them are proxies, P tokens are in the parent sequence.
+
+    rows: (B, G) int64, the rows of the compact sequence in which they run, -1 where a sample has fewer; groups:
+    (B, G, P) bool, the deferred tokens for which each stands; start: (B, G, d), what each was when its change was last
+    added.
+    """
+
+    rows: Tensor
+    groups: Tensor
+    start: Tensor
+
+    def move(self, device: torch.device) -> None:
+        """Bring everything to a device."""
+        self.rows, self.groups, self.start = (x.to(device) for x in (self.rows, self.groups, self.start))
+
+    def added(self, addition: Tensor, own: Tensor) -> Tensor:
+        """Have the proxies receive the mean of what is added to their groups.
+
+        Args:
+            addition: (B, P, d), what is added to the parent's tokens.
+            own: (B, M, d), what is added to the compact rows.
+
+        Returns:
+            (B, M, d), the latter with other rows for the proxies.
+        """
+        means = _means(self.groups, addition)
+        self.start = self.start + means
+        return _with_rows(own, self.rows, means)
+
+    def follow(self, hidden: Tensor, compact: Tensor) -> Tensor:
+        """Add the change of each proxy to the tokens for which it stands.
+
+        Args:
+            hidden: (B, P, d) of the parent.
+            compact: (B, M, d), as the stage left them.
+
+        Returns:
+            (B, P, d). The sums are made in float32.
+        """
+        (now,) = ops.gather_tokens(self.rows, compact)
+        change = now.float() - self.start.float()
+        self.start = now
+        with full_precision(hidden.device):
+            received = self.groups.float().transpose(1, 2) @ change
+        waits = self.groups.any(dim=1)[:, :, None]
+        return torch.where(waits, (hidden.float() + received).to(hidden.dtype), hidden)
+
+    def without(self, index: Tensor) -> Tensor:
+        """(B, M) positions in the parent, -1 in the rows of proxies, which are not written back."""
+        return index.masked_fill(flags_of(self.rows, index.shape[1]), -1)
+
+
+def leaders(selected: Tensor, pool: Tensor, count: Tensor) -> Tensor:
+    """Deferred candidates at even distances, one for each group.
+
+    Args:
+        selected: (B, S) int64, positions that run for themselves, -1 at rows without a token.
+        pool: (B, P) bool, the candidates.
+        count: (B,) int64, groups of each sample.
+
+    Returns:
+        (B, P) bool.
+    """
+    return evenly(pool & ~flags_of(selected, pool.shape[1]), count)
+
+
+def start_proxies(compact: Tensor, index: Tensor, hidden: Tensor, pool: Tensor, led: Tensor, most: int):
+    """Group the deferred candidates by cosine similarity to the leaders, and put the means of the groups in their rows.
+
+    A leader is in its own group; of equally similar leaders the first one counts.
+
+    Args:
+        compact: (B, M, d), the tokens that were gathered to run.
+        index: (B, M) int64, their positions, -1 at rows without a token.
+        hidden: (B, P, d) of the parent.
+        pool: (B, P) bool, the candidates.
+        led: (B, P) bool, the leaders, which are among the positions.
+        most: G, the most leaders of a sample.
+
+    Returns:
+        (B, M, d), the compact rows with those of proxies; and the proxies.
+    """
+    batch, length = index.shape
+    runs = flags_of(index, pool.shape[1])
+    none = torch.zeros_like(pool)
+    counted = torch.zeros(batch, dtype=torch.int64, device=pool.device)
+    scores = torch.zeros(pool.shape, dtype=torch.float32, device=pool.device)
+    places = ops.select_tokens(scores, none, led, counted, most)
+    rows_led = led.gather(1, index.clamp(min=0)) & (index >= 0)
+    rows = ops.select_tokens(scores.new_zeros(batch, length), torch.zeros_like(rows_led), rows_led, counted, most)
+    with torch.no_grad():
+        unit = normalize(hidden.detach().float(), dim=-1)
+        (heads,) = ops.gather_tokens(places, unit)
+        with full_precision(hidden.device):
+            similarity = heads @ unit.transpose(1, 2)  # [B, G, P]
+        similarity = similarity.masked_fill((places < 0)[:, :, None], -torch.inf)
+        nearest = similarity.argmax(dim=1, keepdim=True)
+        numbers = torch.arange(most, device=pool.device)[:, None]
+        own = places[:, :, None] == torch.arange(pool.shape[1], device=pool.device)
+        groups = torch.where(led[:, None], own, (nearest == numbers) & (pool & ~runs)[:, None])
+        groups = groups & (places >= 0)[:, :, None]
+    start = _means(groups, hidden)
+    return _with_rows(compact, rows, start), Proxies(rows, groups, start)
+
+
+def _means(groups: Tensor, tokens: Tensor) -> Tensor:
+    """(B, G, d), the means of groups (B, G, P) of tokens (B, P, d)."""
+    with full_precision(tokens.device):
+        total = groups.float() @ tokens.float()
+    return (total / groups.sum(dim=2).clamp(min=1)[:, :, None]).to(tokens.dtype)
+
+
+def _with_rows(compact: Tensor, rows: Tensor, other: Tensor) -> Tensor:
+    """A copy of compact rows (B, M, d) with others (B, G, d) at `rows`."""
+    return ops.scatter_tokens_(compact.clone(), rows, other)
+
+
+def flags_of(index: Tensor, length: int) -> Tensor:
+    """(B, length) bool, true at the positions (B, S) that hold a token."""
+    flags = torch.zeros(len(index), length, dtype=torch.bool, device=index.device)
+    return ops.scatter_tokens_(flags, index, torch.ones_like(index, dtype=torch.bool))
