@@ -285,6 +285,45 @@ def check_align(full: Tensor, index: Tensor, compact: Tensor, pool: Tensor) -> N
     check_flags("pool", pool, tuple(full.shape[:2]), full.device)
 
 
+def check_diverse(features: Tensor, weights: Tensor | None, keep: int, lengths: Tensor | None) -> None:
+    """Refuse tensors and counts that `select_diverse` does not accept.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+    _check_greedy(features, keep, lengths)
+    if weights is not None:
+        _check_per_token("weights", weights, features)
+
+
+def check_dpp(features: Tensor, relevance: Tensor, keep: int, lengths: Tensor | None) -> None:
+    """Refuse tensors and counts that `select_dpp` does not accept.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+    _check_greedy(features, keep, lengths)
+    _check_per_token("relevance", relevance, features)
+
+
+def _check_greedy(features: Tensor, keep: int, lengths: Tensor | None) -> None:
+    if features.ndim != 3 or features.dtype not in FLOATING:
+        raise _refused("features", features, "(T, N, d) float32, float16 or bfloat16")
+    if keep < 0:
+        raise ValueError(f"keep must be 0 or more, got {keep}")
+    rows, device = features.shape[0], features.device
+    if lengths is not None and (
+        lengths.shape != (rows,) or lengths.dtype not in (torch.int32, torch.int64) or lengths.device != device
+    ):
+        raise _refused("lengths", lengths, f"({rows},) int32 or int64 on {device}")
+
+
+def _check_per_token(name: str, values: Tensor, features: Tensor) -> None:
+    shape, device = tuple(features.shape[:2]), features.device
+    if values.shape != shape or values.dtype != torch.float32 or values.device != device:
+        raise _refused(name, values, f"{shape} float32 on {device}")
+
+
 def check_written(full: Tensor) -> None:
     """Refuse a tensor that cannot be written row by row: one that holds an element twice, as expanded views do.
 

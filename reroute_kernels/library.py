@@ -53,6 +53,24 @@ def _select_remembered_fake(scores, pool, pinned, keep, length, *memory):
     return _select_fake(scores, pool, pinned, keep, length), scores.new_empty(scores.shape)
 
 
+def _diverse(features, weights, keep, lengths):
+    return operations_for(features.device).select_diverse(features, weights, keep=keep, lengths=lengths)
+
+
+def _diverse_fake(features, weights, keep, lengths):
+    checks.check_diverse(features, weights, keep, lengths)
+    return features.new_empty((features.shape[0], keep), dtype=torch.int64)
+
+
+def _dpp(features, relevance, keep, lengths):
+    return operations_for(features.device).select_dpp(features, relevance, keep=keep, lengths=lengths)
+
+
+def _dpp_fake(features, relevance, keep, lengths):
+    checks.check_dpp(features, relevance, keep, lengths)
+    return features.new_empty((features.shape[0], keep), dtype=torch.int64)
+
+
 def _gather(index, tensors):
     return list(operations_for(index.device).gather_tokens(index, *tensors))
 
@@ -158,6 +176,12 @@ _register(
     _select_remembered,
     _select_remembered_fake,
 )
+_register(
+    "select_diverse(Tensor features, Tensor? weights, SymInt keep, Tensor? lengths) -> Tensor",
+    _diverse,
+    _diverse_fake,
+)
+_register("select_dpp(Tensor features, Tensor relevance, SymInt keep, Tensor? lengths) -> Tensor", _dpp, _dpp_fake)
 _register("gather_tokens(Tensor index, Tensor[] tensors) -> Tensor[]", _gather, _gather_fake)
 _register(
     f"route_tokens({_RANKING}, Tensor pool, Tensor pinned, Tensor keep, SymInt length, Tensor[] tensors, "

@@ -163,11 +163,11 @@ def _counts(keep: object, batch: int, device: torch.device) -> Tensor:
     return torch.tensor([min(k, 2**63 - 1) for k in counts], dtype=torch.int64, device=device)
 
 
-def _expect_length(length: object) -> None:
+def _expect_length(length: object, name: str = "length") -> None:
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
-        raise TypeError(f"length must be an integer, got {length!r}")
+        raise TypeError(f"{name} must be an integer, got {length!r}")
     if not 0 <= length < 2**63:
-        raise ValueError(f"length must be 0 or more, and below 2**63, got {length}")
+        raise ValueError(f"{name} must be 0 or more, and below 2**63, got {length}")
 
 
 def _operands_of(memory: object) -> tuple[Tensor | None, ...]:
@@ -269,6 +269,92 @@ def select_tokens(
         return torch.ops.reroute_kernels.select_remembered(
             scores, pool, pinned, keep, length, *_registered_memory(memory)
         )
+
+
+def select_diverse(
+    features: Tensor, weights: Tensor | None = None, *, keep: int, lengths: Tensor | None = None
+) -> Tensor:
+    """Pick tokens of each row one after the other, each as far from those before as can be: greedy max-min selection.
+
+    The entry of token j for token i is (1 - cos(i, j)) * weights[j], in float32. First comes the token of the largest
+    second smallest entry, over all i, itself included with an entry of 0: that of its nearest neighbour, for weights
+    of 0 or more. Then, each time, the token whose smallest entry for those picked so far is the largest. Ties go to
+    the smaller place. This is the selection of DivPrune (arXiv 2503.02175), and with weights of FlashVID (arXiv
+    2602.08024). All picks are one launch, after one for the nearest neighbours.
+
+    A token of zeros has the cosine 0 to all others. Tokens whose norm or weight is not finite in float32 come last, by
+    place, and count for no other. Memory grows with N, not with its square.
+
+    Args:
+        features: (T, N, d), tokens of T frames or images; float32, float16 or bfloat16.
+        weights: (T, N) float32, of either sign. None: ones.
+        keep: tokens to pick in each row.
+        lengths: (T,) int32 or int64, number of tokens of each row that count, the first ones; a negative one counts as
+            0. None: all N count.
+
+    Returns:
+        (T, keep) int64, the picked tokens: ascending places, then -1 in rows that have fewer. Not differentiable.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a shape, dtype, device or number is not accepted.
+
+    >>> features = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]]])
+    >>> select_diverse(features, keep=3)
+    tensor([[0, 2, 3]])
+    """
+    if _is_count(keep) and (operations := _direct((features,), (weights, lengths))) is not None:
+        return operations.select_diverse(features, weights, keep=keep, lengths=lengths)
+    _expect_greedy(features, keep, weights=weights, lengths=lengths)
+    with torch.no_grad():
+        return torch.ops.reroute_kernels.select_diverse(features, weights, keep, lengths)
+
+
+def select_dpp(features: Tensor, relevance: Tensor, *, keep: int, lengths: Tensor | None = None) -> Tensor:
+    """Pick tokens of each row one after the other, relevant and unlike each other: greedy MAP of a DPP.
+
+    The determinantal point process has the kernel diag(r) S diag(r), of the relevance r and the cosines S. Each pick
+    is the token that adds most to the determinant of the picked ones: r squared, times its squared distance from
+    their span if all vectors have length 1. Ties go to the smaller place. This is the selection of CDPruner (arXiv
+    2506.10967), in one launch, after one that measures the features; besides them it takes memory for T * keep * N
+    floats.
+
+    Nothing divides by what rounding leaves: a token whose squared distance from the span is at most 1e-5 adds nothing,
+    neither now nor later. So a row whose rank is lower than `keep` ends with such tokens, and with those of relevance
+    0, by place. A token of zeros has the cosine 0 to all others. Tokens whose norm or relevance is not finite in
+    float32 come last, by place, and count for no other.
+
+    Args:
+        features: (T, N, d), tokens of T images; float32, float16 or bfloat16.
+        relevance: (T, N) float32; its sign has no effect.
+        keep, lengths: as in `select_diverse`.
+
+    Returns:
+        (T, keep) int64, the picked tokens: ascending places, then -1 in rows that have fewer. Not differentiable.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a shape, dtype, device or number is not accepted.
+
+    >>> features = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]])
+    >>> select_dpp(features, torch.tensor([[1.0, 0.9, 0.5]]), keep=2)
+    tensor([[0, 2]])
+    """
+    if _is_count(keep) and (operations := _direct((features, relevance), (lengths,))) is not None:
+        return operations.select_dpp(features, relevance, keep=keep, lengths=lengths)
+    expect_tensor("relevance", relevance)
+    _expect_greedy(features, keep, lengths=lengths)
+    with torch.no_grad():
+        return torch.ops.reroute_kernels.select_dpp(features, relevance, keep, lengths)
+
+
+def _expect_greedy(features: object, keep: object, **optional: object) -> None:
+    """Refuse arguments of a greedy selection that are of the wrong type."""
+    expect_tensor("features", features)
+    _expect_length(keep, "keep")
+    for name, tensor in optional.items():
+        if tensor is not None:
+            expect_tensor(name, tensor)
 
 
 def _expect_tensors(tensors: Sequence[object]) -> None:

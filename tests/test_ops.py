@@ -16,6 +16,8 @@ NAMES = [
     "route_tokens",
     "scatter_norm_tokens_",
     "align_tokens_",
+    "select_diverse",
+    "select_dpp",
 ]
 
 
@@ -45,6 +47,8 @@ def arguments(device):
         "keep": torch.tensor([3, 5], device=device),
         "length": 12,
     }
+    tokens = {"features": torch.randn(2, 20, 16, device=device)}
+    count = {"keep": 6, "lengths": torch.tensor([20, 4], device=device)}
     rows = [torch.randn(2, 20, 16, device=device), torch.arange(40, device=device).view(2, 20)]
     return {
         "rank_tokens": ranking,
@@ -70,6 +74,8 @@ def arguments(device):
             "eps": 1e-6,
             "one_plus": True,
         },
+        "select_diverse": {**tokens, "weights": torch.rand(2, 20, device=device), **count},
+        "select_dpp": {**tokens, "relevance": torch.rand(2, 20, device=device), **count},
     }
 
 
@@ -252,7 +258,7 @@ def test_keep_per_sample_as_a_list(arguments):
     assert not torch.equal(index, rk.ops.select_tokens(**values | {"keep": [5, 3]}))
 
 
-RANK, SELECT, GATHER, SCATTER, ROUTE, NORM, ALIGN = NAMES
+RANK, SELECT, GATHER, SCATTER, ROUTE, NORM, ALIGN, *_ = NAMES
 ones = partial(torch.ones, device="cuda" if torch.cuda.is_available() else "cpu")
 REFUSED = [
     # operation, arguments in place of good ones, error, its message

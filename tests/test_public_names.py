@@ -14,6 +14,8 @@ OPERATIONS = [
     "route_tokens",
     "scatter_norm_tokens_",
     "scatter_tokens_",
+    "select_diverse",
+    "select_dpp",
     "select_tokens",
 ]
 RANKING = (
@@ -59,15 +61,16 @@ def test_signatures():
         "scatter_norm_tokens_": "(full: Tensor, index: Tensor | None, compact: Tensor | None, weight: Tensor, "
         "eps: float, *, one_plus: bool = False) -> Tensor",
         "scatter_tokens_": "(full: Tensor, index: Tensor, compact: Tensor) -> Tensor",
+        "select_diverse": "(features: Tensor, weights: Tensor | None = None, *, keep: int, "
+        "lengths: Tensor | None = None) -> Tensor",
+        "select_dpp": "(features: Tensor, relevance: Tensor, *, keep: int, lengths: Tensor | None = None) -> Tensor",
         "select_tokens": "(scores: Tensor, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, "
         "length: int, memory: Memory | None = None) -> Tensor | tuple[Tensor, Tensor]",
     }
 
 
 @pytest.mark.parametrize("module", [rk.ref, rk.triton], ids=["ref", "triton"])
-@pytest.mark.parametrize(
-    "name", ["align_tokens_", "gather_tokens", "rank_tokens", "scatter_norm_tokens_", "scatter_tokens_"]
-)
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("select_tokens", "route_tokens")])
 def test_backends_have_the_same_signatures(module, name):
     assert inspect.signature(getattr(module, name)) == inspect.signature(getattr(rk.ops, name))
 

@@ -2,6 +2,8 @@
 
 from ..decision import in_steps, route_tokens_by
 from .align import align_tokens_
+from .diverse import select_diverse
+from .dpp import select_dpp
 from .gather import gather_tokens
 from .rank import rank_tokens
 from .scatter import scatter_tokens_
@@ -17,5 +19,7 @@ __all__ = [
     "route_tokens",
     "scatter_norm_tokens_",
     "scatter_tokens_",
+    "select_diverse",
+    "select_dpp",
     "select_tokens",
 ]

@@ -41,24 +41,28 @@ def _with_memory(scores: Tensor, pool: Tensor, memory: Memory) -> Tensor:
 
 
 def _selected(scores: Tensor, pool: Tensor, pinned: Tensor, keep: Tensor, length: int) -> Tensor:
-    batch, total = scores.shape
+    total = scores.shape[1]
     if total == 0:
-        return torch.full((batch, length), -1, device=scores.device)
-    positions = torch.arange(total, device=scores.device)
+        return listed(pinned, length)
     candidates = pool & ~pinned
 
     # A candidate is selected if its place in the order, which no two share, is that of the K-th or before.
-    order = _order(scores, candidates)
+    order = order_of(scores, candidates)
     last = order.sort(dim=1, descending=True).values.gather(1, (keep[:, None].long() - 1).clamp(0, total - 1))
-    kept = pinned | (candidates & (order >= last) & (keep[:, None] > 0))
+    return listed(pinned | (candidates & (order >= last) & (keep[:, None] > 0)), length)
 
+
+def listed(kept: Tensor, length: int) -> Tensor:
+    """(B, M) int64, the first `length` positions of each row of `kept` (B, L) bool, then -1."""
+    batch, total = kept.shape
     # Tokens beyond the last column go to one that is cut off.
     place = (kept.cumsum(dim=1) - 1).masked_fill_(~kept, length).clamp_(max=length)
-    index = torch.full((batch, length + 1), -1, device=scores.device)
+    index = torch.full((batch, length + 1), -1, device=kept.device)
+    positions = torch.arange(total, device=kept.device)
     return index.scatter_(1, place, positions.expand(batch, total))[:, :length].contiguous()
 
 
-def _order(scores: Tensor, candidates: Tensor) -> Tensor:
+def order_of(scores: Tensor, candidates: Tensor) -> Tensor:
     """(B, L) int64, larger for what is selected first: by score, then by the smaller position; others come last.
 
     A NaN ranks below every number. The bits of a float32 are in its order, for negative ones but the sign in reverse.

@@ -1,5 +1,6 @@
 """The operations as Triton kernels, for CUDA and ROCm devices, or for the CPU under Triton's interpreter."""
 
+from ..ref import select_diverse, select_dpp
 from .align import align_tokens_
 from .gather import gather_tokens
 from .rank import rank_tokens
@@ -15,5 +16,7 @@ __all__ = [
     "route_tokens",
     "scatter_norm_tokens_",
     "scatter_tokens_",
+    "select_diverse",
+    "select_dpp",
     "select_tokens",
 ]
