@@ -50,7 +50,6 @@ class ReducedVision(ABC):
         reducer: the reducer.
 
     Attributes:
-        kept_all: whether the reducer ever left all tokens of some image.
         fixed_arguments: arguments of the model, by name, with the values that they must have if they are given.
 
     Raises:
@@ -58,17 +57,22 @@ class ReducedVision(ABC):
     """
 
     def __init__(self, adapter, reducer: ReducerLike):
-        self.kept_all = False
         self.fixed_arguments: dict[str, object] = {}
         self._adapter = adapter
         self._reducer = reducer
         self._number = next(_numbers)
         self._state = threading.local()  # of the images that are encoded; one call per thread
+        self._kept_all: bool | Tensor = False  # not read from the device until a call asks
 
     @property
     @abstractmethod
     def tower(self) -> Module:
         """The module that encodes images."""
+
+    @property
+    def kept_all(self) -> bool:
+        """Whether the reducer ever left all tokens of some image."""
+        return bool(self._kept_all)
 
     @abstractmethod
     def _install(self, add: Callable[[object], None]) -> None:
@@ -135,6 +139,23 @@ class ReducedVision(ABC):
     def _reduced(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
         """(T, N, d), the features with those of the survivors replaced; and (T, N) bool, the dropped tokens."""
         features = image.features
+        shape = features.shape
+        index, made = self._chosen(image)
+        if index.ndim == 1:  # over all tokens, as if they were of one image
+            index, made, features = index[None], made[None], features.flatten(0, 1)[None]
+        rows = index[:, :, None].expand(-1, -1, shape[2])
+        dropped = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device).scatter(1, index, False)
+        dropped = dropped.view(shape[:2])
+        self._kept_all = self._kept_all | (~dropped).all(dim=1).any()
+        return features.scatter(1, rows, made).view(shape), dropped
+
+    def _chosen(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
+        """The reducer's choice: (T, K) int64 and (T, K, d), or (M,) and (M, d).
+
+        Raises:
+            TypeError: it gives something else.
+        """
+        features = image.features
         count, tokens, channels = features.shape
         index, made = self._reducer.reduce(image)
         accepted = (
@@ -143,18 +164,18 @@ class ReducedVision(ABC):
             and index.dtype == torch.int64
             and made.dtype == features.dtype
             and made.shape == (*index.shape, channels)
-            and index.shape[0] == count
-            and 1 <= index.shape[1] <= tokens
+            and (
+                (index.ndim == 2 and index.shape[0] == count and 1 <= index.shape[1] <= tokens)
+                or (index.ndim == 1 and 1 <= index.shape[0] <= count * tokens)
+            )
         )
         if not accepted:
             raise TypeError(
                 f"reducer must give ({count}, K) int64 tokens, K from 1 to {tokens}, and ({count}, K, {channels}) "
-                f"{features.dtype} features, got {_described(index)} and {_described(made)} from {self._reducer!r}"
+                f"{features.dtype} features, or (M,) int64 tokens over all {count} x {tokens}, M from 1, and "
+                f"(M, {channels}) features; got {_described(index)} and {_described(made)} from {self._reducer!r}"
             )
-        rows = index[:, :, None].expand(-1, -1, channels)
-        dropped = torch.ones(count, tokens, dtype=torch.bool, device=features.device).scatter(1, index, False)
-        self.kept_all |= index.shape[1] == tokens
-        return features.scatter(1, rows, made), dropped
+        return index, made
 
     def _note_output(self, layer: Module, args: tuple, output: Tensor | tuple) -> None:
         outputs = getattr(self._state, "outputs", None)

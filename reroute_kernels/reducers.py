@@ -2,6 +2,9 @@
 
 A reducer is any object with a method `reduce(image)`, which gives the tokens that stay, and their features. Dropped
 tokens never enter the language model; the others are the pool of all decisions. `survivors` is needed to cost it.
+
+Equally many tokens of each of T images are given as (T, K); frames of a video that keep different numbers of tokens as
+one flat index over all T x N.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ class VisionFeatures:
     """Rows and columns of the N tokens."""
     _saliency: Callable[[], Tensor] = field(repr=False)
     _similarity_features: Callable[[], Tensor] = field(repr=False)
+    is_video: bool = False
+    """Whether the T are the frames of one video, in order; else they are images or tiles."""
 
     @cached_property
     def saliency(self) -> Tensor:
@@ -54,7 +59,11 @@ class ReducerLike(Protocol):
     """Anything that reduces: `Policy.reducer` needs no base class."""
 
     def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
-        """(T, K) int64, the tokens that stay, and (T, K, d), their features."""
+        """The tokens that stay, each once, and their features in the dtype of `image.features`.
+
+        (T, K) int64 and (T, K, d); or, where images or frames keep different numbers of tokens, (M,) int64, ascending
+        over T x N, and (M, d), with at least one token in all.
+        """
 
 
 class Reducer(ABC):
@@ -66,7 +75,7 @@ class Reducer(ABC):
 
         Returns:
             (T, K) int64, the tokens that stay, each once, and (T, K, d), their features in the dtype of
-            `image.features`.
+            `image.features`; or (M,) int64, ascending over T x N, and (M, d).
         """
 
     @abstractmethod

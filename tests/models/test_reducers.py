@@ -278,12 +278,44 @@ def test_keeping_everything_changes_nothing(model, inputs):
     assert len(routing.trace.reduction.selected[0]) == int((inputs["input_ids"] == IMAGE).sum())
 
 
+class Uneven:
+    """Leaves one token of the first image or frame, two of the second, and so on, and gives them as one flat index."""
+
+    def reduce(self, image):
+        count, tokens, _ = image.features.shape
+        ordinals = torch.arange(tokens).expand(count, -1)
+        index = (ordinals <= torch.arange(count)[:, None]).flatten().nonzero().flatten()
+        return index, -image.features.flatten(0, 1)[index]
+
+
+@torch.no_grad()
+def test_different_numbers_of_tokens(prompt, model, family):
+    """Flat choices of images that come together stay with their images, in a padded batch, too."""
+    together = batch([prompt(2, 4, 9, seed=1), prompt(1, 7, 12, seed=2)])
+    policy = rk.Policy((rk.Stage(3, 0.5), rk.Stage(8, 0.5)), reducer=Uneven())
+    with rk.apply(model, policy) as routing:
+        logits = model(**together).logits
+        survivors = [each.tolist() for each in routing.trace.reduction.selected]
+        answer = model.generate(**together, **GREEDY)
+    images = [(row == IMAGE).nonzero().flatten().tolist() for row in together["input_ids"]]
+    if family == "llava":  # the three images come as one tensor
+        first, second = images[0][:196], images[0][196:]
+        assert survivors == [first[:1] + second[:2], images[1][:3]]
+    else:
+        assert survivors == [[images[0][0], images[0][24]], images[1][:1]]
+    assert logits.isfinite().all()
+    assert answer.shape == (2, together["input_ids"].shape[1] + STEPS)
+
+
 # Refusals
 
 
 @pytest.mark.parametrize(
     ("made", "got"),
     [
+        (lambda image: (torch.zeros(0, dtype=torch.int64), image.features[0, :0]), r"\(0,\) torch.int64 and \(0, "),
+        (lambda image: (torch.zeros(3, dtype=torch.int64), image.features[0, :2]), r"\(3,\) torch.int64 and \(2, "),
+        (lambda image: (torch.tensor(1), image.features[0, 1]), r"\(\) torch.int64 and \("),
         (lambda image: (torch.zeros(1, 2), image.features[:, :2]), r"\(1, 2\) torch.float32 and"),
         (
             lambda image: (torch.zeros(1, 2, dtype=torch.int64), image.features[:, :3]),
