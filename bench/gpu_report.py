@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("test_rank", "test_select", "test_gather", "test_scatter", "test_route", "test_ops", "test_fuzz", "test_gpu")
-TESTS += ("test_scatter_norm", "test_align", "test_work", "test_reducers")
+TESTS += ("test_scatter_norm", "test_align", "test_saliency", "test_merge", "test_work", "test_reducers")
 TESTS += ("models/test_golden", "models/test_generate", "models/test_batches")
 SECONDS = 560  # after which no further section begins
 SECTION_SECONDS = 150  # after which a section makes no further row

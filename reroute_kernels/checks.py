@@ -15,6 +15,7 @@ from .attention import Attention
 from .memory import Memory
 
 REDUCTIONS = ("mean", "max")
+QUERY_REDUCTIONS = ("mean", "sum")
 ROTARY_STYLES = ("rotate_half", "interleaved")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 COPYABLE = (
@@ -76,6 +77,43 @@ def check_ranking(attention: Attention) -> None:
     _check_rotary(attention)
     _check_visibility(attention)
     _check_past(attention)
+
+
+def check_saliency(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, query_reduction: str) -> None:
+    """Refuse tensors and names that `column_saliency` does not accept.
+
+    Raises:
+        ValueError: a shape, dtype, device or name does not fit.
+    """
+    expect_one_of(query_reduction=(query_reduction, QUERY_REDUCTIONS))
+    _check_query_and_key(query, key)
+    if cu_seqlens is None:
+        return
+    if (
+        cu_seqlens.ndim != 1
+        or cu_seqlens.shape[0] < 2
+        or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        or cu_seqlens.device != key.device
+    ):
+        raise _refused("cu_seqlens", cu_seqlens, f"(S + 1,) int32 or int64 of S blocks, 1 or more, on {key.device}")
+    if query.shape[1] != key.shape[1]:
+        accepted = f"(B, L, Hq, D) with L = {key.shape[1]}, as key has, where cu_seqlens is given"
+        raise _refused("query", query, accepted)
+
+
+def check_merge(features: Tensor, assignment: Tensor, groups: int) -> None:
+    """Refuse what `merge_tokens` does not accept.
+
+    Raises:
+        ValueError: a shape, dtype, device or number does not fit.
+    """
+    if features.ndim != 3 or features.dtype not in FLOATING:
+        raise _refused("features", features, "(T, N, d) float32, float16 or bfloat16")
+    shape = tuple(features.shape[:2])
+    if assignment.shape != shape or assignment.dtype != torch.int64 or assignment.device != features.device:
+        raise _refused("assignment", assignment, f"{shape} int64 on {features.device}")
+    if groups < 0:
+        raise ValueError(f"groups must be 0 or more, got {groups}")
 
 
 def _check_query_and_key(query: Tensor, key: Tensor) -> None:

@@ -158,6 +158,26 @@ def _norm_fake(full, weight, eps, one_plus):
     return full.new_empty(full.shape)
 
 
+def _saliency(query, key, cu_seqlens, scale, query_reduction):
+    operations = operations_for(key.device)
+    return operations.column_saliency(query, key, cu_seqlens, scale=scale, query_reduction=query_reduction)
+
+
+def _saliency_fake(query, key, cu_seqlens, scale, query_reduction):
+    checks.check_saliency(query, key, cu_seqlens, query_reduction)
+    return key.new_empty(key.shape[:2], dtype=torch.float32)
+
+
+def _merge(features, assignment, groups):
+    return operations_for(features.device).merge_tokens(features, assignment, groups)
+
+
+def _merge_fake(features, assignment, groups):
+    checks.check_merge(features, assignment, groups)
+    shape = features.shape[0], groups
+    return features.new_empty((*shape, features.shape[2])), assignment.new_empty(shape)
+
+
 _RANKING = (
     "Tensor query, Tensor key, Tensor? cos, Tensor? sin, Tensor? key_mask, Tensor? query_index, Tensor? past_key, "
     "Tensor? past_mask, float scale, str query_reduction, str head_reduction, str rotary_style"
@@ -197,6 +217,12 @@ _register(
     _scatter_norm,
     _scatter_norm_fake,
 )
+_register(
+    "column_saliency(Tensor query, Tensor key, Tensor? cu_seqlens, float scale, str query_reduction) -> Tensor",
+    _saliency,
+    _saliency_fake,
+)
+_register("merge_tokens(Tensor features, Tensor assignment, SymInt groups) -> (Tensor, Tensor)", _merge, _merge_fake)
 # `scatter_norm_tokens_` without an index: a schema tells the compiler which tensors are written to.
 _register("norm_tokens(Tensor full, Tensor weight, float eps, bool one_plus) -> Tensor", _norm, _norm_fake)
 

@@ -19,7 +19,15 @@ from torch.autograd import forward_ad
 from . import library, ref
 from .attention import Attention, takes_attention
 from .backends import backend, forced_backend, operations_for
-from .checks import REDUCTIONS, ROTARY_STYLES, check_align, check_norm, expect_one_of, expect_tensor
+from .checks import (
+    QUERY_REDUCTIONS,
+    REDUCTIONS,
+    ROTARY_STYLES,
+    check_align,
+    check_norm,
+    expect_one_of,
+    expect_tensor,
+)
 from .memory import Memory
 from .ref.align import aligned_tokens
 
@@ -35,12 +43,15 @@ def _registered(attention: Attention) -> Attention:
         head_reduction=(attention.head_reduction, REDUCTIONS),
         rotary_style=(attention.rotary_style, ROTARY_STYLES),
     )
-    scale, query = attention.scale, attention.query
+    return attention._replace(scale=_registered_scale(attention.scale, attention.query))
+
+
+def _registered_scale(scale: object, query: Tensor) -> float:
     if scale is None:
-        scale = (query.shape[-1] or 1) ** -0.5 if query.ndim else 1.0
-    elif not isinstance(scale, (Real, torch.SymFloat)):
+        return (query.shape[-1] or 1) ** -0.5 if query.ndim else 1.0
+    if not isinstance(scale, (Real, torch.SymFloat)):
         raise TypeError(f"scale must be a real number or None, got {scale!r}")
-    return attention._replace(scale=float(scale))
+    return float(scale)
 
 
 def _direct(tensors: Iterable[object], optional: Iterable[object] = ()) -> ModuleType | None:
@@ -144,6 +155,59 @@ def rank_tokens(
         return operations.rank_tokens(attention)
     with torch.no_grad():
         return torch.ops.reroute_kernels.rank_tokens(*_registered(attention))
+
+
+def column_saliency(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    query_reduction: str = "mean",
+) -> Tensor:
+    """Sum what every token receives of an attention in both directions, without the matrix of the attention.
+
+    For each key the mean over heads, and the mean or the sum over queries, of softmax(query @ key * scale), in float32:
+    the saliency that reducers take from vision towers. It takes two launches, which compute the logits twice.
+
+    Args:
+        query: (B, Q, Hq, D), as attention uses them, so rotated if it rotates; float32, float16 or bfloat16. All
+            queries of a tower, or some: its class token alone, say.
+        key: (B, L, Hkv, D), same dtype as `query`, rotated likewise; Hq is a multiple of Hkv, and query heads
+            h * Hq / Hkv and following share key head h.
+        cu_seqlens: (S + 1,) int32 or int64, ascending bounds of S blocks within the L tokens, the same in every sample:
+            frames, images or windows. Then Q is L, and a query sees the keys of its own block; tokens outside of all
+            blocks receive 0. None: every query sees every key.
+        scale: factor on the logits. None: D ** -0.5.
+        query_reduction: `"mean"`, over the queries that see a key, or `"sum"`.
+
+    Returns:
+        (B, L) float32. A logit of -inf receives 0; a NaN spreads over its block. Not differentiable. Besides it, memory
+        for 2 * B * Hq * Q floats is used; on the reference also for a part of the matrix, of a fixed size.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a shape, dtype, device or name is not accepted.
+
+    >>> query, key = torch.ones(1, 4, 2, 8), torch.zeros(1, 4, 2, 8)
+    >>> key[:, 1] = 10.0  # the token that all attend to
+    >>> column_saliency(query, key)
+    tensor([[0., 1., 0., 0.]])
+    >>> column_saliency(query, key, torch.tensor([0, 2, 4]))
+    tensor([[0.0000, 1.0000, 0.5000, 0.5000]])
+    """
+    if type(query_reduction) is str and (scale is None or type(scale) is float):
+        operations = _direct((query, key), (cu_seqlens,))
+        if operations is not None:
+            return operations.column_saliency(query, key, cu_seqlens, scale=scale, query_reduction=query_reduction)
+    for name, tensor in (("query", query), ("key", key), ("cu_seqlens", cu_seqlens)):
+        if tensor is not None or name != "cu_seqlens":
+            expect_tensor(name, tensor)
+    expect_one_of(query_reduction=(query_reduction, QUERY_REDUCTIONS))
+    with torch.no_grad():
+        return torch.ops.reroute_kernels.column_saliency(
+            query, key, cu_seqlens, _registered_scale(scale, query), query_reduction
+        )
 
 
 def _counts(keep: object, batch: int, device: torch.device) -> Tensor:
@@ -581,6 +645,66 @@ def scatter_tokens_(full: Tensor, index: Tensor, compact: Tensor) -> Tensor:
         expect_tensor(name, tensor)
     _expect_no_negation(full)
     return _scatter_(full, index, compact)
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, assignment, groups):
+        means, counts = torch.ops.reroute_kernels.merge_tokens(features, assignment, groups)
+        ctx.save_for_backward(assignment, counts)
+        ctx.mark_non_differentiable(counts)
+        return means, counts
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        assignment, counts = ctx.saved_tensors
+        groups = counts.shape[1]
+        if groups == 0:
+            return gradient.new_zeros(*assignment.shape, gradient.shape[2]), None, None
+        is_member = ((assignment >= 0) & (assignment < groups))[:, :, None]
+        share = gradient.float() / counts.clamp(min=1)[:, :, None]
+        rows = assignment.clamp(0, groups - 1)[:, :, None].expand(-1, -1, gradient.shape[2])
+        return torch.where(is_member, share.gather(1, rows), 0.0).to(gradient.dtype), None, None
+
+
+def merge_tokens(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Average the tokens of each group, in one launch.
+
+    Sums are taken in float32, in the same order at every call. Differentiable in `features`. In forward mode, and under
+    transforms of `torch.func`, the reference runs.
+
+    Args:
+        features: (T, N, d), float32, float16 or bfloat16.
+        assignment: (T, N) int64, the group of each token among those of its own row. Tokens with a number outside
+            0 ... G - 1, such as -1, belong to none.
+        groups: G, the groups of a row.
+
+    Returns:
+        (T, G, d) contiguous, dtype of `features`: the means, zeros for a group without tokens; and (T, G) int64, the
+        tokens of each group.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a shape, dtype, device or number is not accepted.
+
+    >>> features = torch.tensor([[[1.0], [3.0], [5.0], [7.0]]])
+    >>> means, counts = merge_tokens(features, torch.tensor([[0, 0, -1, 2]]), groups=3)
+    >>> means[0, :, 0], counts
+    (tensor([2., 0., 7.]), tensor([[2, 0, 1]]))
+    """
+    if _is_count(groups) and (operations := _direct((features, assignment))) is not None:
+        return operations.merge_tokens(features, assignment, groups)
+    expect_tensor("features", features)
+    expect_tensor("assignment", assignment)
+    if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)):
+        raise TypeError(f"groups must be an integer, got {groups!r}")
+    if not 0 <= groups < 2**63:
+        raise ValueError(f"groups must be 0 or more, and below 2**63, got {groups}")
+    if _differentiated_by_torch():
+        return ref.merge_tokens(features, assignment, groups)
+    if _needs_gradient(features):
+        return _Merge.apply(features, assignment, groups)
+    return torch.ops.reroute_kernels.merge_tokens(features, assignment, groups)
 
 
 def _expect_no_negation(full: Tensor) -> None:

@@ -90,6 +90,18 @@ def align(width, dtype, kept=200):
     kernels.align_tokens_(full, index, compact, pool)
 
 
+def saliency(heads, head_dim, dtype, *, length=576, queries=None, kv_heads=None, blocks=0):
+    cu_seqlens = torch.empty(blocks + 1, dtype=torch.int32) if blocks else None
+    query = torch.empty(1, queries or length, heads, head_dim, dtype=dtype)
+    key = torch.empty(1, length, kv_heads or heads, head_dim, dtype=dtype)
+    kernels.column_saliency(query, key, cu_seqlens)
+
+
+def merge(width, dtype, length=196, groups=18):
+    assignment = torch.empty(32, length, dtype=torch.int64)
+    kernels.merge_tokens(torch.empty(32, length, width, dtype=dtype), assignment, groups)
+
+
 MAXIMA = {"query_reduction": "max", "head_reduction": "max"}
 CASES = {
     "llava-1.5-7b float32": lambda: rank(32, 32, 128, 128, torch.float32),
@@ -136,6 +148,14 @@ CASES = {
     "norm 4095 bfloat16": lambda: scatter_norm(4095, torch.bfloat16),
     "llava alignment 4096 bfloat16": lambda: align(4096, torch.bfloat16),
     "long qwen alignment 3584 bfloat16": lambda: align(3584, torch.bfloat16, kept=4096),
+    "clip class token float16": lambda: saliency(16, 64, torch.float16, length=577, queries=1),
+    "siglip saliency bfloat16": lambda: saliency(16, 72, torch.bfloat16, length=729),
+    "qwen tower saliency bfloat16": lambda: saliency(16, 80, torch.bfloat16, length=4096, blocks=64),
+    "qwen tower saliency float32": lambda: saliency(16, 80, torch.float32, length=4096, blocks=64),
+    "grouped saliency 128 float32": lambda: saliency(16, 128, torch.float32, kv_heads=4),
+    "merge 3584 bfloat16": lambda: merge(3584, torch.bfloat16),
+    "merge 1024 float32": lambda: merge(1024, torch.float32, length=16384),
+    "merge 1023 float16": lambda: merge(1023, torch.float16),
     "alignment 4096 float32": lambda: align(4096, torch.float32),
     "alignment 4095 bfloat16": lambda: align(4095, torch.bfloat16),
 }

@@ -43,6 +43,8 @@ ACCEPTED = {
         "compact": zeros(2, 3, 4),
         "pool": flags(2, 20),
     },
+    "column_saliency": {"query": zeros(2, 20, 4, 16), "key": zeros(2, 20, 2, 16), "cu_seqlens": positions(3)},
+    "merge_tokens": {"features": zeros(2, 20, 4), "assignment": positions(2, 20), "groups": 3},
     "scatter_norm_tokens_": {
         "full": zeros(2, 20, 4),
         "index": positions(2, 3) - 1,
@@ -96,6 +98,20 @@ REFUSED = [
     ("align_tokens_", "compact", zeros(2, 3, 4).half()),
     ("align_tokens_", "pool", zeros(2, 20)),
     ("align_tokens_", "pool", flags(2, 3)),
+    ("column_saliency", "query", zeros(2, 20, 4, 8)),
+    ("column_saliency", "query", zeros(2, 19, 4, 16)),
+    ("column_saliency", "query", zeros(2, 20, 3, 16)),
+    ("column_saliency", "key", zeros(2, 20, 2, 16).half()),
+    ("column_saliency", "key", zeros(1, 20, 2, 16)),
+    ("column_saliency", "cu_seqlens", positions(1)),
+    ("column_saliency", "cu_seqlens", positions(3, 1)),
+    ("column_saliency", "cu_seqlens", zeros(3)),
+    ("column_saliency", "query_reduction", "max"),
+    ("merge_tokens", "features", zeros(2, 20)),
+    ("merge_tokens", "features", zeros(2, 20, 4).double()),
+    ("merge_tokens", "assignment", positions(2, 19)),
+    ("merge_tokens", "assignment", positions(2, 20).int()),
+    ("merge_tokens", "groups", -1),
     ("scatter_norm_tokens_", "index", positions(4, 3)),
     ("scatter_norm_tokens_", "full", zeros(2, 20, 5)),
     ("scatter_norm_tokens_", "full", zeros(1, 20, 4)),
@@ -115,6 +131,9 @@ def registered(name, arguments):
         ranking = [values.pop(each) for each in RANKING]
         names = [values.pop(each, default) for each, default in NAMES.items()]
         return getattr(torch.ops.reroute_kernels, name)(*ranking, 1.0, *names, *values.values())
+    if name == "column_saliency":
+        reduction = values.pop("query_reduction", "mean")
+        return torch.ops.reroute_kernels.column_saliency(*values.values(), 1.0, reduction)
     return getattr(torch.ops.reroute_kernels, name)(*values.values())
 
 
@@ -175,9 +194,10 @@ def test_refused_where_shapes_are_asked_for(name, argument, value):
 def test_tensors_are_checked_once(name, monkeypatch, device):
     """Tensors are checked right before memory is touched and only there: twice would cost the host twice."""
     counted = []
-    for check in ("check_ranking", "check_selection", "check_gather", "check_scatter", "check_norm", "check_align"):
+    names = "ranking selection gather scatter norm align saliency merge"
+    for check in (f"check_{each}" for each in names.split()):
         for module in (rk.ref, rk.triton):
-            for part in ("rank", "select", "gather", "scatter", "scatter_norm", "align"):
+            for part in ("rank", "select", "gather", "scatter", "scatter_norm", "align", "saliency", "merge"):
                 target = f"{module.__name__}.{part}.{check}"
                 original = getattr(checks, check)
 
@@ -204,6 +224,8 @@ def test_tensors_are_checked_once(name, monkeypatch, device):
         "route_tokens": ["check_ranking", "check_selection", "check_gather"],
         "scatter_norm_tokens_": ["check_norm", "check_scatter"],
         "align_tokens_": ["check_align"],
+        "column_saliency": ["check_saliency"],
+        "merge_tokens": ["check_merge"],
     }
     assert counted == expected[name]
 

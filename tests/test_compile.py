@@ -21,11 +21,14 @@ KERNELS = [
     "copy_rows_to_full",
     "count_digits",
     "follow_changes",
+    "merge_rows",
     "normalize_rows",
     "reduce_attention",
     "select_and_compact",
     "select_in_passes",
+    "softmax_statistics",
     "sum_changes",
+    "sum_columns",
 ]
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 RECORDS = Path(__file__).parents[1] / "bench" / "results" / "compile"

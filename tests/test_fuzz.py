@@ -262,7 +262,44 @@ def check_align(case):
     torch.testing.assert_close(full, aligned, atol=atol, rtol=rtol)
 
 
+def check_saliency(case):
+    batch, length = case.random.randint(0, 2), case.size(70)
+    kv_heads = case.random.choice([1, 1, 2])
+    heads, head_dim = kv_heads * case.random.choice([1, 2]), case.random.choice([1, 8, 24, 64, 72])
+    dtype = case.random.choice([torch.float32, *HALVES])
+    bounds = None
+    queries = case.size(70, smallest=1)
+    if length and case.chance(0.6):
+        queries = length
+        bounds = torch.randint(-2, length + 3, (case.size(9, smallest=2),), device=case.device).sort().values
+    query, key = (
+        case.laid_out(torch.randn(batch, tokens, each, head_dim).to(case.device, dtype))
+        for tokens, each in ((queries, heads), (length, kv_heads))
+    )
+    options = {
+        "scale": case.random.choice([None, 0.0, -0.1, 0.3]),
+        "query_reduction": case.random.choice(["mean", "sum"]),
+    }
+    actual, expected = (each.column_saliency(query, key, bounds, **options) for each in (rk.triton, rk.ref))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+def check_merge(case):
+    samples, length, groups = case.random.randint(0, 3), case.size(70), case.size(40)
+    dtype = case.random.choice([torch.float32, torch.float16])  # Triton's interpreter rounds others its own way
+    features = case.laid_out(torch.randn(samples, length, case.size(300)).to(case.device, dtype))
+    assignment = case.laid_out(torch.randint(-3, groups + 3, (samples, length), device=case.device))
+    (means, counts), (expected, expected_counts) = (
+        each.merge_tokens(features, assignment, groups) for each in (rk.triton, rk.ref)
+    )
+    # Sums in another order may round either way.
+    atol, rtol = (1e-5, 1e-6) if dtype == torch.float32 else (1e-7, 2e-3)
+    torch.testing.assert_close(means, expected, atol=atol, rtol=rtol)
+    assert torch.equal(counts, expected_counts)
+
+
 CHECKS = [check_rank, check_select, check_gather, check_scatter, check_route, check_scatter_norm, check_align]
+CHECKS += [check_saliency, check_merge]
 
 
 def pytest_generate_tests(metafunc):

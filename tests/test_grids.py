@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from reroute_kernels.triton import launch, rank, select
+from reroute_kernels.triton import launch, rank, saliency, select
 
 
 @pytest.fixture
 def few_programs(monkeypatch):
     """As if a grid held two programs along its second and third axis."""
-    for module in (launch, rank, select):
+    for module in (launch, rank, saliency, select):
         monkeypatch.setattr(module, "MAX_PROGRAMS", 2)
 
 
@@ -45,6 +45,16 @@ def test_selection_in_parts(device, few_programs, launches, batch, total):
     keep = torch.arange(batch, device=device)
     given = (scores, ~pinned, pinned, keep, int(pinned.sum(1).max()) + batch)
     assert torch.equal(rk.triton.select_tokens(*given), rk.ref.select_tokens(*given))
+    assert all(size <= 2 for _, grid in launches for size in grid[1:])
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_saliency_in_parts(device, few_programs, launches, batch):
+    given = torch.randn(batch, 20, 2, 16, device=device), torch.randn(batch, 20, 2, 16, device=device)
+    bounds = torch.tensor([0, 7, 20], device=device)
+    expected = rk.ref.column_saliency(*given, bounds)
+    torch.testing.assert_close(rk.triton.column_saliency(*given, bounds), expected, atol=1e-5, rtol=0)
+    assert len(launches) == 2 * -(-batch // 2)
     assert all(size <= 2 for _, grid in launches for size in grid[1:])
 
 

@@ -154,6 +154,23 @@ def test_an_alignment_touches_its_tensors_alone(device, accesses, monkeypatch, f
     assert accesses.masks == {np.dtype(bool)}
 
 
+@pytest.mark.parametrize("bounds", [None, [0, 7, 7, 30], [-(2**63), 3, 2**40]])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_saliency_touches_its_tensors_alone(device, accesses, bounds):
+    query, key = torch.randn(2, 30, 4, 10, device=device), torch.randn(2, 30, 2, 10, device=device)
+    bounds = None if bounds is None else torch.tensor(bounds, device=device)
+    rk.triton.column_saliency(query, key, bounds)
+    assert accesses.count > 0
+    assert accesses.masks == {np.dtype(bool)}
+
+
+def test_a_merge_touches_its_tensors_alone(device, accesses):
+    assignment = torch.tensor([[0, 2, 3, -2, 2**40], [-(2**63), -1, 1, 1, 2**63 - 1]], device=device)
+    rk.triton.merge_tokens(torch.randn(2, 5, 33, device=device), assignment, 3)
+    assert accesses.count > 0
+    assert accesses.masks == {np.dtype(bool)}
+
+
 def test_the_check_sees_what_lies_outside(device, accesses):
     inside = torch.zeros(8, device=device)
     accesses.launched((inside[:4],))

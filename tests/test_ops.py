@@ -18,6 +18,8 @@ NAMES = [
     "align_tokens_",
     "select_diverse",
     "select_dpp",
+    "column_saliency",
+    "merge_tokens",
 ]
 
 
@@ -66,6 +68,16 @@ def arguments(device):
             "compact": torch.randn(2, 3, 16, device=device),
             "pool": (~flags).expand(2, 20),
         },
+        "column_saliency": {
+            "query": torch.randn(2, 20, 4, 16, device=device),
+            "key": torch.randn(2, 20, 2, 16, device=device),
+            "cu_seqlens": torch.tensor([0, 7, 20], device=device),
+        },
+        "merge_tokens": {
+            "features": torch.randn(2, 20, 16, device=device),
+            "assignment": torch.arange(-3, 37, device=device).view(2, 20) % 7,
+            "groups": 5,
+        },
         "scatter_norm_tokens_": {
             "full": torch.randn(2, 20, 16, device=device),
             "index": torch.tensor([[0, 4, 19], [2, 3, -1]], device=device),
@@ -95,6 +107,8 @@ def call(operations, name, arguments):
     if name == "route_tokens":
         index, compact = result
         return (index, *compact)
+    if name == "merge_tokens":
+        return result
     return (result, arguments["full"]) if name == "scatter_norm_tokens_" else (result,)
 
 
@@ -103,7 +117,7 @@ def test_wrapper_equals_every_backend(arguments, backend, name):
     results = call(rk.ops, name, arguments[name])
     for module in (getattr(rk, backend), rk.ref):
         for actual, expected in zip(results, call(module, name, arguments[name]), strict=True):
-            exact = name not in ("rank_tokens", "scatter_norm_tokens_", "align_tokens_")
+            exact = name in ("select_tokens", "gather_tokens", "scatter_tokens_")
             torch.testing.assert_close(actual, expected, atol=0 if exact else 1e-5, rtol=0)
 
 
@@ -126,6 +140,9 @@ def test_is_registered(name):
 def registered_arguments(name, arguments, optional):
     """As `torch.ops.reroute_kernels` takes them, which has no defaults."""
     values = arguments[name]
+    if name == "column_saliency":
+        query, key, cu_seqlens = values.values()
+        return query, key, cu_seqlens if optional else None, 0.25, "sum" if optional else "mean"
     if name not in ("rank_tokens", "route_tokens"):
         return tuple(values.values())
     query, key, *rest = [values[each] for each in arguments["rank_tokens"]]
@@ -258,7 +275,7 @@ def test_keep_per_sample_as_a_list(arguments):
     assert not torch.equal(index, rk.ops.select_tokens(**values | {"keep": [5, 3]}))
 
 
-RANK, SELECT, GATHER, SCATTER, ROUTE, NORM, ALIGN, *_ = NAMES
+RANK, SELECT, GATHER, SCATTER, ROUTE, NORM, ALIGN, DIVERSE, DPP, SALIENCY, MERGE = NAMES
 ones = partial(torch.ones, device="cuda" if torch.cuda.is_available() else "cpu")
 REFUSED = [
     # operation, arguments in place of good ones, error, its message
@@ -342,6 +359,17 @@ REFUSED = [
     (SELECT, {"length": 2**63}, ValueError, ["length", "9223372036854775808", "below 2**63"]),
     (SELECT, {"length": 3.0}, TypeError, ["length", "3.0", "integer"]),
     (SELECT, {"length": True}, TypeError, ["length", "True", "integer"]),
+    (SALIENCY, {"query": [1.0]}, TypeError, ["query", "tensor", "list"]),
+    (SALIENCY, {"key": ones(2, 20, 3, 16)}, ValueError, ["query", "multiple", "3"]),
+    (SALIENCY, {"cu_seqlens": [0, 20]}, TypeError, ["cu_seqlens", "tensor", "list"]),
+    (SALIENCY, {"cu_seqlens": ones(3)}, ValueError, ["cu_seqlens", "int32 or int64", "torch.float32"]),
+    (SALIENCY, {"scale": "small"}, TypeError, ["scale", "number", "'small'"]),
+    (SALIENCY, {"query_reduction": "max"}, ValueError, ["query_reduction", "'mean', 'sum'", "'max'"]),
+    (MERGE, {"features": None}, TypeError, ["features", "tensor", "NoneType"]),
+    (MERGE, {"assignment": ones(2, 20)}, ValueError, ["assignment", "(2, 20) int64", "torch.float32"]),
+    (MERGE, {"groups": 2.0}, TypeError, ["groups", "integer", "2.0"]),
+    (MERGE, {"groups": True}, TypeError, ["groups", "integer", "True"]),
+    (MERGE, {"groups": -1}, ValueError, ["groups", "0 or more", "-1"]),
     (GATHER, {"tensors": []}, ValueError, ["tensors", "at least one", "none"]),
     (GATHER, {"tensors": [None]}, TypeError, ["tensors[0]", "tensor", "NoneType"]),
     (GATHER, {"tensors": [ones(2, 20), 3]}, TypeError, ["tensors[1]", "tensor", "int"]),

@@ -9,7 +9,9 @@ import reroute_kernels as rk
 
 OPERATIONS = [
     "align_tokens_",
+    "column_saliency",
     "gather_tokens",
+    "merge_tokens",
     "rank_tokens",
     "route_tokens",
     "scatter_norm_tokens_",
@@ -53,7 +55,10 @@ def test_signatures():
     signatures = {name: str(inspect.signature(getattr(rk.ops, name))).replace("'", "") for name in OPERATIONS}
     assert signatures == {
         "align_tokens_": "(full: Tensor, index: Tensor, compact: Tensor, pool: Tensor) -> Tensor",
+        "column_saliency": "(query: Tensor, key: Tensor, cu_seqlens: Tensor | None = None, *, "
+        "scale: float | None = None, query_reduction: str = mean) -> Tensor",
         "gather_tokens": "(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]",
+        "merge_tokens": "(features: Tensor, assignment: Tensor, groups: int) -> tuple[Tensor, Tensor]",
         "rank_tokens": f"({RANKING}) -> Tensor",
         "route_tokens": f"({RANKING}, pool: Tensor, pinned: Tensor, keep: int | Sequence[int] | Tensor, length: int, "
         "tensors: Sequence[Tensor] = (), return_scores: bool = False, memory: Memory | None = None) -> "

@@ -143,6 +143,18 @@ def test_an_alignment_is_two_launches_and_nothing_else(device, work):
     assert work(lambda: rk.ops.align_tokens_(full, index, compact, pool)) == (["sum_changes", "follow_changes"], {})
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_saliency_is_two_launches_and_nothing_else(device, work, packed):
+    query, key = torch.randn(2, 40, 4, 16, device=device), torch.randn(2, 40, 2, 16, device=device)
+    bounds = torch.tensor([0, 7, 40], device=device) if packed else None
+    assert work(lambda: rk.ops.column_saliency(query, key, bounds)) == (["softmax_statistics", "sum_columns"], {})
+
+
+def test_a_merge_is_one_launch_and_nothing_else(device, work):
+    features, assignment = torch.randn(2, 30, 8, device=device), torch.arange(60, device=device).view(2, 30) % 7
+    assert work(lambda: rk.ops.merge_tokens(features, assignment, 5)) == (["merge_rows"], {})
+
+
 def test_the_count_sees_transfers_and_other_work(device, work):
     numbers = torch.ones(3, device=device)
     if HAS_GPU:

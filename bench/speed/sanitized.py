@@ -21,6 +21,10 @@ def main() -> None:
             rk.ops.rank_tokens(**decision.ranking, past_key=past, rotary_style="interleaved")
             hidden, index = decision.hidden.clone(), decision.index
             rk.ops.align_tokens_(hidden, index, rk.ops.gather_tokens(index, hidden)[0] + 1, decision.selection["pool"])
+            states = decision.ranking["key"][:, :200]
+            rk.ops.column_saliency(states, states)
+            rk.ops.column_saliency(states, states, torch.tensor([0, 70, 200], device=device))
+            rk.ops.merge_tokens(hidden, torch.arange(hidden.shape[1], device=device).expand(len(hidden), -1) % 9 - 1, 8)
             scores, selection = decision.scores.abs(), decision.selection
             _, ranked = rk.ops.select_tokens(scores, **selection, memory=rk.Memory(0.3))
             places = torch.arange(ranked.shape[1], device=device).expand(len(ranked), -1) - 1

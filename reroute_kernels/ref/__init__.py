@@ -5,7 +5,9 @@ from .align import align_tokens_
 from .diverse import select_diverse
 from .dpp import select_dpp
 from .gather import gather_tokens
+from .merge import merge_tokens
 from .rank import rank_tokens
+from .saliency import column_saliency
 from .scatter import scatter_tokens_
 from .scatter_norm import scatter_norm_tokens_
 from .select import select_tokens
@@ -14,7 +16,9 @@ route_tokens = route_tokens_by(in_steps(rank_tokens, select_tokens, gather_token
 
 __all__ = [
     "align_tokens_",
+    "column_saliency",
     "gather_tokens",
+    "merge_tokens",
     "rank_tokens",
     "route_tokens",
     "scatter_norm_tokens_",
