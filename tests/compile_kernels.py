@@ -102,6 +102,16 @@ def merge(width, dtype, length=196, groups=18):
     kernels.merge_tokens(torch.empty(32, length, width, dtype=dtype), assignment, groups)
 
 
+def diverse(rows, total, width, dtype, keep, weighted=True):
+    weights = torch.empty(rows, total) if weighted else None
+    lengths = torch.empty(rows, dtype=torch.int64) if weighted else None
+    kernels.select_diverse(torch.empty(rows, total, width, dtype=dtype), weights, keep=keep, lengths=lengths)
+
+
+def dpp(total, width, dtype, keep):
+    kernels.select_dpp(torch.empty(1, total, width, dtype=dtype), torch.empty(1, total), keep=keep)
+
+
 MAXIMA = {"query_reduction": "max", "head_reduction": "max"}
 CASES = {
     "llava-1.5-7b float32": lambda: rank(32, 32, 128, 128, torch.float32),
@@ -158,6 +168,15 @@ CASES = {
     "merge 1023 float16": lambda: merge(1023, torch.float16),
     "alignment 4096 float32": lambda: align(4096, torch.float32),
     "alignment 4095 bfloat16": lambda: align(4095, torch.bfloat16),
+    "diverse 32 x 196 x 3584 bfloat16": lambda: diverse(32, 196, 3584, torch.bfloat16, 44),
+    "diverse 576 x 4096 float32": lambda: diverse(1, 576, 4096, torch.float32, 64, weighted=False),
+    "diverse 2880 x 4096 float16": lambda: diverse(1, 2880, 4096, torch.float16, 282, weighted=False),
+    "diverse 16384 x 4096 bfloat16": lambda: diverse(1, 16384, 4096, torch.bfloat16, 64),
+    "diverse 16384 x 4095 float32": lambda: diverse(1, 16384, 4095, torch.float32, 64),
+    "dpp 576 x 4096 bfloat16": lambda: dpp(576, 4096, torch.bfloat16, 64),
+    "dpp 2880 x 4096 float32": lambda: dpp(2880, 4096, torch.float32, 64),
+    "dpp 16384 x 4096 bfloat16": lambda: dpp(16384, 4096, torch.bfloat16, 64),
+    "dpp 16384 x 4096 float32": lambda: dpp(16384, 4096, torch.float32, 64),
 }
 
 

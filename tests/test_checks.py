@@ -31,9 +31,12 @@ RANKING = {
 }
 NAMES = {"query_reduction": "mean", "head_reduction": "mean", "rotary_style": "rotate_half"}
 SELECTION = {"pool": flags(2, 20), "pinned": flags(2, 20), "keep": positions(2), "length": 12}
+GREEDY = {"select_diverse": "weights", "select_dpp": "relevance"}
 ACCEPTED = {
     "rank_tokens": RANKING,
     "select_tokens": {"scores": zeros(2, 20), **SELECTION},
+    "select_diverse": {"features": zeros(2, 20, 4), "weights": zeros(2, 20), "keep": 3, "lengths": positions(2)},
+    "select_dpp": {"features": zeros(2, 20, 4), "relevance": zeros(2, 20), "keep": 3, "lengths": positions(2)},
     "gather_tokens": {"index": positions(2, 3), "tensors": (zeros(2, 20, 4), zeros(2, 20))},
     "scatter_tokens_": {"full": zeros(2, 20, 4), "index": positions(2, 3) - 1, "compact": zeros(2, 3, 4)},
     "route_tokens": {**RANKING, **SELECTION, "tensors": (zeros(2, 20, 4),)},
@@ -73,6 +76,13 @@ REFUSED = [
     ("select_tokens", "pinned", positions(2, 20)),
     ("select_tokens", "keep", positions(1)),
     ("select_tokens", "length", -1),
+    *((name, "features", zeros(2, 20)) for name in GREEDY),
+    *((name, "features", zeros(2, 20, 4).double()) for name in GREEDY),
+    *((name, "keep", -1) for name in GREEDY),
+    *((name, "lengths", positions(3)) for name in GREEDY),
+    *((name, "lengths", positions(2).short()) for name in GREEDY),
+    *((name, values, zeros(2, 19)) for name, values in GREEDY.items()),
+    *((name, values, zeros(2, 20).half()) for name, values in GREEDY.items()),
     ("gather_tokens", "index", positions(4, 3)),
     ("gather_tokens", "index", positions(2, 3).int()),
     ("gather_tokens", "tensors", (zeros(2, 20, 4), zeros(2, 5, 4))),
@@ -194,10 +204,11 @@ def test_refused_where_shapes_are_asked_for(name, argument, value):
 def test_tensors_are_checked_once(name, monkeypatch, device):
     """Tensors are checked right before memory is touched and only there: twice would cost the host twice."""
     counted = []
-    names = "ranking selection gather scatter norm align saliency merge"
-    for check in (f"check_{each}" for each in names.split()):
+    names = "ranking selection gather scatter norm align diverse dpp saliency merge"
+    parts = "rank select gather scatter scatter_norm align diverse dpp saliency merge"
+    for check in [f"check_{each}" for each in names.split()]:
         for module in (rk.ref, rk.triton):
-            for part in ("rank", "select", "gather", "scatter", "scatter_norm", "align", "saliency", "merge"):
+            for part in parts.split():
                 target = f"{module.__name__}.{part}.{check}"
                 original = getattr(checks, check)
 
@@ -219,6 +230,8 @@ def test_tensors_are_checked_once(name, monkeypatch, device):
     expected = {
         "rank_tokens": ["check_ranking"],
         "select_tokens": ["check_selection"],
+        "select_diverse": ["check_diverse"],
+        "select_dpp": ["check_dpp"],
         "gather_tokens": ["check_gather"],
         "scatter_tokens_": ["check_scatter"],
         "route_tokens": ["check_ranking", "check_selection", "check_gather"],

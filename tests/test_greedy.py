@@ -130,7 +130,7 @@ def made(device):
 
 @BOTH
 @pytest.mark.parametrize(
-    ("total", "width", "keep"), [(1, 1, 1), (2, 3, 1), (17, 1, 4), (33, 16, 12), (40, 100, 40), (30, 5, 37)]
+    ("total", "width", "keep"), [(1, 1, 1), (2, 3, 1), (17, 2, 4), (33, 16, 12), (40, 100, 40), (30, 5, 37)]
 )
 def test_picks_as_the_formula(operations, made, kind, total, width, keep):
     check(operations, kind, *made(2, total, width), keep, tolerance=1e-5)
@@ -143,7 +143,7 @@ def test_halves(operations, made, kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize(("total", "width"), [(9, 4), (36, 16), (21, 64)])
+@pytest.mark.parametrize(("total", "width"), [(7, 1), (9, 4), (36, 16), (21, 64)])
 @pytest.mark.parametrize("weighted", [False, True], ids=["ones", "weights"])
 def test_ties_go_to_the_smaller_place(device, operations, dtype, total, width, weighted):
     """Every number on the way is exact: no tolerance."""
@@ -182,6 +182,7 @@ def test_what_lies_beyond_a_row_does_not_count(device, operations, made, kind):
         assert torch.equal(select(*changed, keep=8, lengths=lengths), index)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @BOTH
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 @pytest.mark.parametrize("of_features", [True, False], ids=["features", "values"])
@@ -272,6 +273,45 @@ def test_empty(device, operations, launches, kind, rows, total, width, keep):
     expected = torch.arange(keep, device=device).expand(rows, keep)
     assert torch.equal(index, torch.where(expected < total, expected, -1))
     assert all(min(grid) > 0 for _, grid in launches)
+
+
+@BOTH
+@pytest.mark.parametrize(("total", "width"), [(20, 24), (70, 5)], ids=["kept-cosines", "made-anew"])
+def test_launches(made, launches, kind, total, width):
+    """One for all picks; no memory for the cosines of all pairs where they are more than the features."""
+    getattr(rk.triton, kind.name)(*made(3, total, width), keep=6)
+    compares = kind is Diverse or total <= width
+    assert launches == [("compare_tokens", ((total + 63) // 64, 3))] * compares + [
+        (kind.name.replace("select", "pick"), (3,))
+    ]
+
+
+@BOTH
+def test_tokens_far_apart(device, far_apart, kind):
+    features = far_apart(4, torch.float32)
+    features.copy_(torch.tensor([[[1.0, 0, 0, 0], [1, 0.1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0.5]]], device=device))
+    index = getattr(rk.triton, kind.name)(features, torch.ones(1, 4, device=device), keep=3)
+    assert torch.equal(
+        index, getattr(rk.ref, kind.name)(features.contiguous(), torch.ones(1, 4, device=device), keep=3)
+    )
+
+
+@BOTH
+def test_more_rows_than_a_grid_takes(made, monkeypatch, kind):
+    features, values = made(5, 12, 4)
+    lengths = torch.tensor([12, 3, 0, 7, 9], device=features.device)
+    select = getattr(rk.triton, kind.name)
+    expected = select(features, values, keep=4, lengths=lengths)
+    rk.triton.plan.forget_plans()
+    for module in (rk.triton.launch, rk.triton.diverse, rk.triton.dpp):
+        monkeypatch.setattr(module, "MAX_PROGRAMS", 2)
+    assert torch.equal(select(features, values, keep=4, lengths=lengths), expected)
+
+
+@BOTH
+@pytest.mark.parametrize("width", [200, 20], ids=["kept-cosines", "made-anew"])
+def test_several_tiles(operations, made, kind, width):
+    check(operations, kind, *made(1, 150, width), 5, tolerance=1e-5)
 
 
 @BOTH

@@ -1,7 +1,8 @@
 """The operations as Triton kernels, for CUDA and ROCm devices, or for the CPU under Triton's interpreter."""
 
-from ..ref import select_diverse, select_dpp
 from .align import align_tokens_
+from .diverse import select_diverse
+from .dpp import select_dpp
 from .gather import gather_tokens
 from .merge import merge_tokens
 from .rank import rank_tokens
