@@ -5,7 +5,7 @@ SEED ?= 0
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,interpreter rank select select_memory gather scatter scatter_norm align route ops memory checks grids \
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,interpreter rank select select_memory greedy gather scatter scatter_norm align route ops memory checks grids \
   work fuzz backends))
 
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable

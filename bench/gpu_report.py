@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("test_rank", "test_select", "test_gather", "test_scatter", "test_route", "test_ops", "test_fuzz", "test_gpu")
-TESTS += ("test_scatter_norm", "test_align", "test_saliency", "test_merge", "test_work", "test_reducers")
+TESTS += ("test_scatter_norm", "test_align", "test_saliency", "test_merge", "test_work", "test_reducers", "test_greedy")
 TESTS += ("models/test_golden", "models/test_generate", "models/test_batches")
 SECONDS = 560  # after which no further section begins
 SECTION_SECONDS = 150  # after which a section makes no further row
@@ -227,7 +227,7 @@ def main() -> int:
 def run_sections(sections: Sections, plan: Plan) -> None:
     """Run the sections, those first that matter most."""
     import reroute_kernels as rk
-    from bench.speed import decisions, decoders
+    from bench.speed import decisions, decoders, greedy
     from bench.speed.device import floors
 
     clock, models = plan.clock, decoders.Models(plan.clock.device, plan.dtype, plan.longest)
@@ -242,6 +242,7 @@ def run_sections(sections: Sections, plan: Plan) -> None:
             shapes = clock, floor, plan.shapes, plan.batches, plan.dtype
             sections.run("operations", lambda: decisions.measure_operations(*shapes))
             sections.run("copies", lambda: decisions.measure_copies(clock, *plan.large, plan.dtype))
+        sections.run("greedy", lambda: greedy.measure_greedy(clock, plan.selections, plan.dtype))
         sections.run("eager", lambda: decisions.measure_against_eager(clock, plan.shapes, plan.dtype))
     sections.run("tests", lambda: run_tests(plan.shards, 200, plan.tests))
     with rk.backend(plan.models_backend):
@@ -281,7 +282,7 @@ class Plan:
         clock, dtype: of all measurements.
         headlines, more: prefills by decoder, measured first and last; longest: visual tokens of the longest.
         decoding: the prompt behind which a token is decoded.
-        shapes, batches, large: of single operations.
+        shapes, batches, large: of single operations; selections: of greedy ones.
         copied: bytes of the copy whose bandwidth is a floor.
         tests, shards: arguments of pytest, and in how many processes.
         sanitizer: gives the section of that name.
@@ -298,6 +299,7 @@ class Plan:
     shapes: tuple
     batches: tuple[int, ...]
     large: tuple[int, int, int]
+    selections: tuple
     copied: int
     tests: list[str]
     shards: int
@@ -309,7 +311,7 @@ class Plan:
 
 def plan_of(device: torch.device) -> Plan:
     """The plan for a GPU."""
-    from bench.speed import decisions, decoders
+    from bench.speed import decisions, decoders, greedy
     from bench.speed.device import Clock
 
     return Plan(
@@ -322,6 +324,7 @@ def plan_of(device: torch.device) -> Plan:
         shapes=decisions.SHAPES,
         batches=decisions.BATCHES,
         large=(16, 8192, 4096),
+        selections=greedy.SHAPES,
         copied=2**30,
         tests=[str(ROOT / "tests" / f"{name}.py") for name in TESTS] + ["--fuzz-cases", "200"],
         shards=max(1, (os.cpu_count() or 2) - 2),
@@ -332,7 +335,7 @@ def plan_of(device: torch.device) -> Plan:
 
 def dry_plan(device: torch.device) -> Plan:
     """The plan for a CPU: tiny shapes."""
-    from bench.speed import decisions
+    from bench.speed import decisions, greedy
     from bench.speed.decoders import Case
     from bench.speed.device import Clock
     from bench.speed.prefill import Decoder
@@ -348,6 +351,7 @@ def dry_plan(device: torch.device) -> Plan:
         shapes=decisions.TINY_SHAPES,
         batches=(1,),
         large=(2, 16, 32),
+        selections=greedy.TINY_SHAPES,
         copied=2**20,
         tests=[str(ROOT / "tests" / "test_gather.py"), "-k", "launch"],
         shards=1,

@@ -347,7 +347,8 @@ def select_diverse(
     2602.08024). All picks are one launch, after one for the nearest neighbours.
 
     A token of zeros has the cosine 0 to all others. Tokens whose norm or weight is not finite in float32 come last, by
-    place, and count for no other. Memory grows with N, not with its square.
+    place, and count for no other. Memory grows
+    with N, not with its square: on a GPU, cosines of all pairs are kept only while N is at most d.
 
     Args:
         features: (T, N, d), tokens of T frames or images; float32, float16 or bfloat16.

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 SECTIONS = [
     *("prefill-llava", "prefill-qwen2_5_vl", "decision-llava", "decision-qwen2_5_vl", "decode-llava"),
-    *("operations", "copies", "eager", "tests", "prefill-more-llava", "sanitizer"),
+    *("operations", "copies", "greedy", "eager", "tests", "prefill-more-llava", "sanitizer"),
 ]
 """In the order in which they run, behind the floors."""
 
@@ -67,6 +67,8 @@ def test_counts_of_the_sections(dry_run):
     assert held["unrouted"] == 4 * 2 * 2 * 2 * 8 * 4 * (40 + 64 + 1)
     assert held["reroute"] == 2 * 2 * 2 * 8 * 4 * ((40 + 65) + 3 * (13 + 65))
     assert all(row["same_tokens"] == 1 for row in results["eager"])
+    assert [row["operation"] for row in results["greedy"]] == ["select_diverse", "select_dpp"]
+    assert all(row["same_picks"] == 1 and row["graph"]["median"] > 0 for row in results["greedy"])
 
 
 def test_page_says_that_its_times_mean_nothing(dry_run):

@@ -287,6 +287,47 @@ def test_launches(made, launches, kind, total, width):
 
 
 @BOTH
+def test_memory_grows_with_the_tokens(kind):
+    """The reference makes no tensor of all pairs, nor do plans of kernels where rows are wider than tokens."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            tensors = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+            self.elements = max([self.elements, *(each.numel() for each in tensors)])
+            return result
+
+    largest = []
+    for total in (1024, 4096):
+        features, values = torch.randn(1, total, 8), torch.rand(1, total)
+        values[0, :4] = torch.tensor([9.0, 8.0, 7.0, 6.0])
+        with Largest() as mode:
+            getattr(rk.ref, kind.name)(features, values, keep=4)
+        largest.append(mode.elements)
+    assert largest[1] <= 4 * largest[0] < 1024**2
+
+
+@BOTH
+def test_scratch_grows_with_the_tokens(monkeypatch, kind):
+    shapes = []
+    scratch = rk.triton.plan.Plan.scratch
+
+    def noted(plan, *shape, dtype):
+        shapes.append(shape)
+        return scratch(plan, *shape, dtype=dtype)
+
+    monkeypatch.setattr(rk.triton.plan.Plan, "scratch", noted)
+    monkeypatch.setattr(rk.triton.plan.Plan, "run", lambda plan, inputs: [None])
+    getattr(rk.triton, kind.name)(torch.empty(1, 16384, 16), torch.empty(1, 16384), keep=4)
+    assert shapes
+    assert max(shape[-1] * shape[-2] for shape in shapes) <= 4 * 16384
+
+
+@BOTH
 def test_tokens_far_apart(device, far_apart, kind):
     features = far_apart(4, torch.float32)
     features.copy_(torch.tensor([[[1.0, 0, 0, 0], [1, 0.1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0.5]]], device=device))

@@ -139,6 +139,7 @@ def operations_section(results: dict) -> list[str]:
             ),
         )
         lines.append("")
+    lines += greedy_rows(results.get("greedy", []))
     if against := results.get("eager"):
         lines += [
             "### Against the usual eager code",
@@ -165,3 +166,22 @@ def operations_section(results: dict) -> list[str]:
         )
         lines.append("")
     return lines
+
+
+def greedy_rows(rows: list[dict]) -> list[str]:
+    """Table of greedy selections."""
+    if not rows:
+        return []
+    about = "Medians in us; the eager code is a loop of torch calls, and cannot be captured."
+    cells = (
+        [
+            f"`{row['operation']}`",
+            row["name"],
+            f"{row['rows']} x {row['tokens']:,} x {row['width']:,}",
+            row["keep"],
+            *(f"{timing['median']:,.0f}" for timing in (*row["microseconds"].values(), row["graph"])),
+        ]
+        for row in rows
+    )
+    headings = ["operation", "of", "features", "picks", "eager", "operation", "operation in a graph"]
+    return ["### Greedy selections", "", about, "", *table(headings, cells), ""]

@@ -29,6 +29,10 @@ def main() -> None:
             _, ranked = rk.ops.select_tokens(scores, **selection, memory=rk.Memory(0.3))
             places = torch.arange(ranked.shape[1], device=device).expand(len(ranked), -1) - 1
             rk.ops.select_tokens(scores, **selection, memory=rk.Memory(0.3, ranked[:, 5:].contiguous(), places))
+        for total, width in ((70, 96), (70, 48)):  # with cosines kept, and made anew
+            features, values = torch.randn(2, total, width, device=device), torch.rand(2, total, device=device)
+            rk.ops.select_diverse(features, values, keep=9)
+            rk.ops.select_dpp(features, values, keep=9)
     if device.type == "cuda":
         torch.cuda.synchronize()
 

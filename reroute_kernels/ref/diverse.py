@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_diverse
-from ..precision import full_precision
-from .greedy import Picks, existing, similarities, unit_vectors
+from .greedy import Lines, by_rows
 
-COLUMNS = 256
-"""Tokens that are compared with all others at a time before the first pick."""
+WORST = torch.finfo(torch.float32).min
+AT_A_TIME = 32
+"""Tokens whose nearest neighbours are looked for at a time."""
 
 
 def select_diverse(
@@ -18,37 +18,51 @@ def select_diverse(
 ) -> Tensor:
     """See `reroute_kernels.ops.select_diverse`."""
     check_diverse(features, weights, keep, lengths)
-    unit, is_usable = unit_vectors(features)
     if weights is None:
-        weights = torch.ones_like(is_usable, dtype=torch.float32)
-    exists = existing(features, lengths)
-    is_usable &= exists & weights.isfinite()
-    picks = Picks(exists)
-    steps = min(keep, features.shape[1])
-    least = torch.full_like(weights, torch.inf).masked_fill_(~is_usable, torch.nan)
-    scores = _apart(unit, weights, is_usable) if steps else least
-    for _ in range(steps):
-        picked = picks.pick(scores.masked_fill(~is_usable, torch.nan))
-        entries = _entries(similarities(unit, picked), weights)
-        scores = least = torch.where(entries < least, entries, least)
-    return picks.ascending(keep)
+        weights = torch.ones(features.shape[:2], dtype=torch.float32, device=features.device)
+    return by_rows(_pick, features, weights, keep, lengths)
 
 
-def _entries(similarity: Tensor, weights: Tensor) -> Tensor:
+def _pick(lines: Lines, weights: Tensor, count: int) -> list[int]:
+    """The picked tokens of a row in their order."""
+    picked: list[int] = []
+    least = torch.full_like(weights, torch.inf)
+    while len(picked) < count:
+        token = int(least.argmax()) if picked else _first(lines, weights)
+        picked.append(token)
+        if len(picked) < count:
+            entries = _entries(lines.of(token, least, count - len(picked)), weights)
+            least = torch.minimum(least, entries)
+            least[token] = -torch.inf  # for good
+    return picked
+
+
+def _entries(cosines: Tensor, weights: Tensor) -> Tensor:
     """Weighted distances; rounding makes none negative."""
-    return (1.0 - similarity).clamp_(min=0.0) * weights
+    return (1.0 - cosines).clamp_(min=0.0).mul_(weights).clamp_(min=WORST)
 
 
-def _apart(unit: Tensor, weights: Tensor, is_usable: Tensor) -> Tensor:
-    """(T, N) float32, for each token the second smallest weighted distance of all to it, 0 from itself."""
-    smallest = min(2, unit.shape[1])
-    parts = []
-    for begin in range(0, unit.shape[1], COLUMNS):
-        columns = slice(begin, begin + COLUMNS)
-        with full_precision(unit.device):
-            similarity = unit[:, columns] @ unit.transpose(1, 2)  # [T, columns, N]
-        entries = _entries(similarity, weights[:, columns, None])
-        entries.diagonal(begin, 1, 2).zero_()
-        entries.masked_fill_(~is_usable[:, None], torch.inf)
-        parts.append(entries.topk(smallest, dim=2, largest=False).values[:, :, -1])
-    return torch.cat(parts, dim=1)
+def _first(lines: Lines, weights: Tensor) -> int:
+    """The token whose second smallest entry is the largest, of the entries for all tokens.
+
+    The second smallest of some entries of a token is a bound for that of all. The tokens with the highest bounds are
+    looked at, which lowers the bounds of others, until none is as high as the best that is known.
+    """
+    smallest, second = torch.zeros_like(weights), torch.full_like(weights, torch.inf)  # the former is its own entry
+    known = torch.full_like(weights, -torch.inf)
+    bounds = second.clone()
+    while bounds.max() >= known.max() and bounds.max() > -torch.inf:
+        numbers = bounds.topk(min(AT_A_TIME, len(lines))).indices
+        numbers = numbers[bounds[numbers] > -torch.inf]
+        cosines, own = lines.make(numbers), torch.arange(len(numbers), device=numbers.device)
+        of_numbers = _entries(cosines, weights[numbers, None])
+        of_numbers[own, numbers] = 0.0
+        known[numbers] = of_numbers.topk(min(2, len(lines)), largest=False).values[:, -1]
+        of_all = _entries(cosines, weights)
+        of_all[own, numbers] = torch.inf
+        least, at = of_all.min(dim=0)
+        next_least = of_all.scatter_(0, at[None], torch.inf).amin(dim=0)
+        second = torch.minimum(torch.maximum(smallest, least), torch.minimum(second, next_least))
+        smallest = torch.minimum(smallest, least)
+        bounds = second.masked_fill(known > -torch.inf, -torch.inf)
+    return int(known.argmax())

@@ -1,66 +1,92 @@
-"""Parts of the greedy selections: unit vectors, picks one after the other, and the list of what was picked."""
+"""Parts of the greedy selections: rows one by one, the tokens of each that count, and lines of their cosines."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..precision import full_precision
-from .select import listed, order_of
+
+AHEAD = 64
+"""Tokens whose lines of cosines are made at a time: those that are likely to be picked next."""
+HELD = 128
+"""Lines that are held."""
 
 
-def unit_vectors(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions of tokens, and which of them have a finite norm.
+class Lines:
+    """Cosines of single tokens of a row to all of them: memory grows with the tokens, not with their square.
 
     Args:
+        tokens: (N, d) float32.
+        norms: (N,) float32, their norms, all finite. A token of norm 0 has the cosine 0 to all.
+    """
+
+    def __init__(self, tokens: Tensor, norms: Tensor):
+        self.tokens = tokens
+        self._inverse = torch.where(norms > 0, norms.reciprocal(), 0.0)
+        self._held = tokens.new_empty(HELD, len(tokens))
+        self._token_at = [-1] * HELD
+        self._place_of: dict[int, int] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def make(self, numbers: Tensor) -> Tensor:
+        """(b, N) float32, the lines of b tokens, which are held for a while."""
+        with full_precision(self.tokens.device):
+            lines = self.tokens[numbers] @ self.tokens.T
+        lines *= self._inverse[numbers, None]
+        lines *= self._inverse
+        for number, line in zip(numbers.tolist(), lines, strict=True):
+            place = self._next
+            if self._place_of.get(self._token_at[place]) == place:
+                del self._place_of[self._token_at[place]]
+            self._token_at[place], self._place_of[number] = number, place
+            self._held[place] = line
+            self._next = (place + 1) % HELD
+        return lines
+
+    def of(self, token: int, scores: Tensor, picks: int) -> Tensor:
+        """(N,) float32, the line of a token; if it must be made, then with those of the next `picks` by score."""
+        if token not in self._place_of:
+            likely = scores.topk(min(AHEAD, picks, len(self))).indices.tolist()
+            others = [other for other in likely if other != token and other not in self._place_of]
+            self.make(torch.tensor([token, *others[: len(likely) - 1]], device=scores.device))
+        return self._held[self._place_of[token]]
+
+
+def by_rows(
+    pick: Callable[[Lines, Tensor, int], list[int]],
+    features: Tensor,
+    values: Tensor,
+    keep: int,
+    lengths: Tensor | None,
+) -> Tensor:
+    """(T, keep) int64, the picked tokens of each row, ascending, then -1.
+
+    Args:
+        pick: gives, in the order of the picks, so many tokens of a row whose norms and values are finite. Other tokens
+            come after them, by place.
         features: (T, N, d).
-
-    Returns:
-        (T, N, d) float32, zeros for a token of norm 0 or of none that is finite; and (T, N) bool.
+        values: (T, N) float32.
+        keep: tokens to pick.
+        lengths: (T,), or None.
     """
-    wide = features.float()
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    is_finite = norm.isfinite()
-    unit = (wide / norm).masked_fill_(~is_finite | (norm == 0), 0.0)
-    return unit, is_finite.squeeze(2)
-
-
-def existing(features: Tensor, lengths: Tensor | None) -> Tensor:
-    """(T, N) bool, the tokens that count."""
-    rows, total = features.shape[:2]
-    if lengths is None:
-        return torch.ones(rows, total, dtype=torch.bool, device=features.device)
-    return torch.arange(total, device=features.device) < lengths[:, None]
-
-
-def similarities(unit: Tensor, picked: Tensor) -> Tensor:
-    """(T, N) float32, cosines of every token and the picked one of its row, (T, 1)."""
-    rows = unit.gather(1, picked[:, :, None].expand(-1, -1, unit.shape[2]))
-    with full_precision(unit.device):
-        return (unit @ rows.transpose(1, 2)).squeeze(2)
-
-
-class Picks:
-    """Tokens that are picked one after the other, in every row.
-
-    Args:
-        exists: (T, N) bool, the tokens that may be picked.
-    """
-
-    def __init__(self, exists: Tensor):
-        self._exists = exists
-        self._free = exists.clone()
-        self._places = torch.arange(exists.shape[1], device=exists.device)
-
-    def pick(self, scores: Tensor) -> Tensor:
-        """(T, 1) int64, the token of the largest score among those not picked so far; any, if there is none.
-
-        Ties go to the smaller place, and a NaN ranks below every number.
-        """
-        picked = order_of(scores, self._free).argmax(dim=1, keepdim=True)
-        self._free &= self._places != picked
-        return picked
-
-    def ascending(self, count: int) -> Tensor:
-        """(T, count) int64, places of the picked tokens of each row, then -1."""
-        return listed(self._exists & ~self._free, count)
+    rows, total, _ = features.shape
+    index = torch.full((rows, keep), -1, device=features.device)
+    counts = [total] * rows if lengths is None else lengths.clamp(0, total).tolist()
+    for row, count in enumerate(counts):
+        tokens, value = features[row, :count].float(), values[row, :count]
+        norms = torch.linalg.vector_norm(tokens, dim=1)
+        is_usable = norms.isfinite() & value.isfinite()
+        places = is_usable.nonzero().squeeze(1)
+        if len(places) < count:
+            tokens, value, norms = tokens[places], value[places], norms[places]
+        picked = pick(Lines(tokens, norms), value, min(keep, len(places)))
+        others = (~is_usable).nonzero().squeeze(1)[: min(keep, count) - len(picked)]
+        chosen = torch.cat((places[picked], others)).sort().values
+        index[row, : len(chosen)] = chosen
+    return index

@@ -38,7 +38,7 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def _scores(relevance, outside, tokens, mask):
-    """What each free token would add to the determinant; of others the state."""
+    """Gain of the determinant by each free token; of others the state."""
     value = tl.load(relevance + tokens, mask=mask, other=0.0)
     square = tl.minimum(value * value, LARGEST)
     return tl.where(outside >= 0.0, square * outside, outside)
