@@ -347,8 +347,8 @@ def select_diverse(
     2602.08024). All picks are one launch, after one for the nearest neighbours.
 
     A token of zeros has the cosine 0 to all others. Tokens whose norm or weight is not finite in float32 come last, by
-    place, and count for no other. Memory grows
-    with N, not with its square: on a GPU, cosines of all pairs are kept only while N is at most d.
+    place, and count for no other. Memory grows with N, not with its square: the kernels keep the cosines of all pairs
+    for the time of a call only where they are no more than the features, N at most d.
 
     Args:
         features: (T, N, d), tokens of T frames or images; float32, float16 or bfloat16.
@@ -381,8 +381,8 @@ def select_dpp(features: Tensor, relevance: Tensor, *, keep: int, lengths: Tenso
     The determinantal point process has the kernel diag(r) S diag(r), of the relevance r and the cosines S. Each pick
     is the token that adds most to the determinant of the picked ones: r squared, times its squared distance from
     their span if all vectors have length 1. Ties go to the smaller place. This is the selection of CDPruner (arXiv
-    2506.10967), in one launch, after one that measures the features; besides them it takes memory for T * keep * N
-    floats.
+    2506.10967), in one launch for all picks, where N is at most d after one that compares all tokens, as in
+    `select_diverse`; it takes memory for T * keep * N floats.
 
     Nothing divides by what rounding leaves: a token whose squared distance from the span is at most 1e-5 adds nothing,
     neither now nor later. So a row whose rank is lower than `keep` ends with such tokens, and with those of relevance

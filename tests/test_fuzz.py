@@ -13,6 +13,7 @@ import reroute_kernels as rk
 from reroute_kernels import checks
 from reroute_kernels.memory import Memory
 from tests.conftest import LAYOUTS, WRITABLE_LAYOUTS
+from tests.test_greedy import Diverse, Dpp, check, quarters, signs
 from tests.test_rank import assert_scores_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -298,8 +299,24 @@ def check_merge(case):
     assert torch.equal(counts, expected_counts)
 
 
+def check_greedy(case):
+    rows, total, keep = case.random.randint(0, 3), case.size(70), case.size(12)
+    lengths = torch.randint(-1, total + 2, (rows,), device=case.device) if case.chance(0.5) else None
+    dtype = case.random.choice([torch.float32, *HALVES])
+    if case.chance(0.3):  # every number is exact, and many are equal
+        features = signs(rows, total, case.random.choice([1, 4, 16, 64])).to(case.device, dtype)
+        check(rk.triton, Diverse, case.laid_out(features), quarters(rows, total).to(case.device), keep, lengths)
+        return
+    features = torch.randn(rows, total, case.size(100, smallest=6)).to(case.device, dtype)
+    values = torch.rand(rows, total).to(case.device) + 0.1
+    if values.numel() and case.chance(0.3):
+        features[0, case.random.randrange(total), 0] = case.random.choice([torch.nan, torch.inf])
+    kind = case.random.choice([Diverse, Dpp])
+    check(rk.triton, kind, features, case.laid_out(values), keep, lengths, tolerance=1e-5)
+
+
 CHECKS = [check_rank, check_select, check_gather, check_scatter, check_route, check_scatter_norm, check_align]
-CHECKS += [check_saliency, check_merge]
+CHECKS += [check_saliency, check_merge, check_greedy]
 
 
 def pytest_generate_tests(metafunc):
