@@ -37,7 +37,7 @@ class Lines:
     def make(self, numbers: Tensor) -> Tensor:
         """(b, N) float32, the lines of b tokens, which are held for a while."""
         with full_precision(self.tokens.device):
-            lines = self.tokens[numbers] @ self.tokens.T
+            lines = self.tokens.index_select(0, numbers) @ self.tokens.T
         lines *= self._inverse[numbers, None]
         lines *= self._inverse
         for number, line in zip(numbers.tolist(), lines, strict=True):
