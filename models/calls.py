@@ -528,7 +528,8 @@ class CallReader:
 
     def _on_unrouted_cache(self, cache, tokens: Tensor, arguments: dict, generation: PromptCall) -> Prefill | None:
         queries = tokens.shape[1]
-        checked = [self._layers.attention[0], self._policy.stage_layers[0], self._layers.attention[-1]]
+        first = self._layers.cached_first(range(self._policy.stage_layers[0], self._layers.attention[-1] + 1))
+        checked = [self._layers.attention[0], *first, self._layers.attention[-1]]
         lengths = set(_cached_tokens(cache, checked))
         if len(lengths) > 1:
             raise refusals.UNFINISHED_UNROUTED.because(cache=self._cache_name, lengths=sorted(lengths))
@@ -543,9 +544,10 @@ class CallReader:
     def _tokens_after(self, cache, prompt: CachedPrompt) -> int:
         """Tokens that a cache holds after its routed prompt."""
         layers = self._layers
-        counted = {stage[0]: length for stage, length in zip(layers.stages, prompt.past.lengths, strict=True)}
+        counted = {layers.attention[0]: prompt.past.length}
+        for stage, length in zip(layers.stages, prompt.past.lengths, strict=True):
+            counted |= {layer_idx: length for layer_idx in layers.cached_first(stage)}
         counted[layers.attention[-1]] = prompt.past.lengths[-1]
-        counted.setdefault(layers.attention[0], prompt.past.length)
         checked = sorted(counted)
         after = [held - counted[layer] for layer, held in zip(checked, _cached_tokens(cache, checked), strict=True)]
         if min(after) < 0:

@@ -38,6 +38,7 @@ class Qwen2VLAdapter(Adapter):
 
     text_model_types = ("qwen2_vl_text", "qwen2_5_vl_text")
     position_axes = 3
+    vision = QwenVision
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -74,6 +75,7 @@ class Qwen3VLAdapter(Adapter):
 
     text_model_types = ("qwen3_vl_text", "qwen3_vl_moe_text")
     position_axes = 3
+    vision = QwenVision
     decoder_arguments = (*Adapter.decoder_arguments, "visual_pos_masks", "deepstack_visual_embeds")
 
     def __init__(self, model: nn.Module):
@@ -103,6 +105,7 @@ class Qwen3_5Adapter(Adapter):
 
     text_model_types = ("qwen3_5_text", "qwen3_5_moe_text")
     position_axes = 3
+    vision = QwenVision
     cache_types = ("Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")  # of transformers before 5.6
 
     def cached_keys(self, cache, layer_idx: int) -> Tensor:

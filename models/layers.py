@@ -61,10 +61,14 @@ class RoutedLayers:
         self.pad_left = any(kind != "full_attention" for kind in self.kinds[first:])
         caches_all = policy.action == "freeze" and policy.reducer is None
         self.length_is_routed = not caches_all and first <= self.attention[0]
-        self.padding_is_hidden = not caches_all and first == self.kinds.index("full_attention")
+        self.padding_is_hidden = not caches_all and first <= self.kinds.index("full_attention")
         self.has_states = "linear_attention" in self.kinds[first:]
         self.slides = "sliding_attention" in self.kinds[first:]
         self.check_attention()
+
+    def cached_first(self, layers: range) -> list[int]:
+        """The first of these layers that caches keys, if one does; a reducer's stage may begin before."""
+        return [layer_idx for layer_idx in layers if layer_idx in self.attention][:1]
 
     # Facts that refusals.LAYER_RULES and refusals.ATTENTION_RULES read
 

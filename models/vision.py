@@ -15,13 +15,12 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle, pairwise
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 
 from reroute_kernels import ops
-from reroute_kernels.precision import full_precision
 from reroute_kernels.reducers import ReducerLike, VisionFeatures
 from reroute_kernels.ref.rank import rotate_half
 
@@ -37,9 +36,6 @@ _numbers = cycle(range(2**_BITS))
 
 # The reducer that is at work on a tower.
 _reduced_towers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[ReducedVision]] = weakref.WeakKeyDictionary()
-
-# Queries whose rows of attention are held at a time.
-_QUERIES = 1024
 
 
 class ReducedVision(ABC):
@@ -286,10 +282,7 @@ class ClipVision(ReducedVision):
             states = layer.layer_norm1(hidden)
             query, key = attention.q_proj(states[:, :1]), attention.k_proj(states)
         query, key = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key))
-        # The query is placed last, so that it sees all keys.
-        last = torch.full((len(hidden), 1), hidden.shape[1] - 1, device=hidden.device)
-        mean = ops.rank_tokens(query, key, query_index=last, scale=attention.scale)
-        return mean[:, 1:] * query.shape[2]
+        return ops.column_saliency(query, key, scale=attention.scale)[:, 1:] * query.shape[2]
 
     @staticmethod
     @torch.no_grad()
@@ -298,14 +291,18 @@ class ClipVision(ReducedVision):
 
 
 class QwenVision(ReducedVision):
-    """The tower of Qwen2.5-VL, which sorts patches by windows and merges 2 x 2 of them at its end."""
+    """The towers of Qwen2-VL to Qwen3.5, which merge 2 x 2 patches at their end; that of Qwen2.5-VL sorts by windows.
+
+    DeepStack's features come from other layers, token by token: those of survivors stay as they are.
+    """
 
     def __init__(self, adapter, reducer: ReducerLike):
         super().__init__(adapter, reducer)
         tower = self.tower
         self._signature = inspect.signature(tower.forward)
         self._merged = tower.spatial_merge_size
-        self._window = tower.window_size // tower.spatial_merge_size // tower.patch_size  # in merged patches
+        window = getattr(tower, "window_size", None)
+        self._window = None if window is None else window // tower.spatial_merge_size // tower.patch_size  # merged
         depth = len(tower.blocks)
         # Blocks 7 to 23 of 32 in Nüwa.
         self._compared_blocks = tower.blocks[depth * 7 // 32 : depth * 23 // 32 + 1]
@@ -337,8 +334,7 @@ class QwenVision(ReducedVision):
         grids = [
             (frames, height // self._merged, width // self._merged) for frames, height, width in state.grids.tolist()
         ]
-        order = self._window_order(grids).to(features.device)
-        back = order.argsort()
+        back = None if self._window is None else self._window_order(grids, self._window).argsort().to(features.device)
         hidden, cu_seqlens, embeddings = state.input
         # Computed once for all images, if at all.
         saliency = _once(partial(self._saliency, hidden, cu_seqlens, embeddings, back))
@@ -356,45 +352,43 @@ class QwenVision(ReducedVision):
                 (height, width),
                 partial(_applied, of_frames, saliency),
                 partial(_applied, of_frames, similarity_features),
+                is_video=frames > 1,
             )
             reduced.append(self._marked(*self._reduced(image)).flatten(0, 1))
         state.input = state.outputs = None
         output.pooler_output = torch.cat(reduced)
         return output
 
-    def _window_order(self, grids: list[tuple[int, int, int]]) -> Tensor:
+    @staticmethod
+    def _window_order(grids: list[tuple[int, int, int]], side: int) -> Tensor:
         """(N,) int64: the merged patches in the order of the tower's windows."""
         order, start = [], 0
         for frames, height, width in grids:
             sides = [torch.arange(size, device="cpu") for size in (frames, height, width)]
             frame, row, column = torch.meshgrid(*sides, indexing="ij")
-            across, down = -(-width // self._window), -(-height // self._window)
-            window = (frame * down + row // self._window) * across + column // self._window
+            across, down = -(-width // side), -(-height // side)
+            window = (frame * down + row // side) * across + column // side
             order.append(start + window.flatten().argsort(stable=True))
             start += window.numel()
         return torch.cat(order)
 
     @torch.no_grad()
-    def _saliency(self, hidden: Tensor, ends: Tensor, position_embeddings, back: Tensor) -> Tensor:
+    def _saliency(self, hidden: Tensor, cu_seqlens: Tensor, position_embeddings, back: Tensor | None) -> Tensor:
         """Attention that patches receive from all in the last block, by merged patches in the order of the image."""
         block = self.tower.blocks[-1]
         with onloaded(block, block.attn):
             states = block.attn.qkv(block.norm1(hidden))
         query, key, _ = states.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
         cos, sin = (table[:, None].float() for table in position_embeddings)
-        query, key = (rotate_half(states.float(), cos, sin).transpose(0, 1) for states in (query, key))  # [H, N, D]
-        query = query * block.attn.scaling
-        received = []
-        for start, end in pairwise(ends.tolist()):
-            keys = key[:, start:end].transpose(1, 2)
-            chunks = query[:, start:end].split(_QUERIES, dim=1)
-            with full_precision(query.device):
-                received.append(sum((chunk @ keys).softmax(dim=-1).sum(dim=1).mean(dim=0) for chunk in chunks))
-        return torch.cat(received).view(-1, self._merged**2).mean(dim=1)[back]
+        query, key = (rotate_half(states.float(), cos, sin)[None] for states in (query, key))
+        received = ops.column_saliency(query, key, cu_seqlens, scale=block.attn.scaling, query_reduction="sum")
+        merged = received.view(-1, self._merged**2).mean(dim=1)
+        return merged if back is None else merged[back]
 
     @torch.no_grad()
-    def _similarity_features(self, outputs: list[Tensor], back: Tensor) -> Tensor:
-        return self.tower.merger(torch.stack(outputs).mean(dim=0))[back]
+    def _similarity_features(self, outputs: list[Tensor], back: Tensor | None) -> Tensor:
+        merged = self.tower.merger(torch.stack(outputs).mean(dim=0))
+        return merged if back is None else merged[back]
 
 
 def _applied(function: Callable[[Tensor], Tensor], value: Callable[[], Tensor]) -> Tensor:

@@ -1,0 +1,195 @@
+"""Reducers on the towers of every family: saliency by whole matrices, and prompts that hold the survivors alone."""
+
+import inspect
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+import reroute_kernels as rk
+from tests.models.families import load_shallow
+from tests.models.prompts import IMAGE, VIDEO, offset
+from tests.models.reduced_by_hand import inputs_of, softmax_rows
+from tests.models.slow_way import decoder_of
+
+STEPS = 4
+GREEDY = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+class Salient:
+    """Leaves the most salient tokens of each image or frame, and halves their features."""
+
+    def __init__(self):
+        self.images = []
+
+    def reduce(self, image):
+        image.saliency, image.similarity_features  # noqa: B018 (computed while the state of the call is there)
+        self.images.append(image)
+        count = -(-image.features.shape[1] // 2)
+        index = image.saliency.topk(count, dim=1).indices.sort(dim=1).values
+        rows = index[:, :, None].expand(-1, -1, image.features.shape[2])
+        return index, image.features.gather(1, rows) / 2
+
+
+class Ragged(Salient):
+    """Leaves more of each frame than of the one before, in one flat index."""
+
+    def reduce(self, image):
+        super().reduce(image)
+        count, tokens, _ = image.features.shape
+        least = (torch.arange(tokens) <= torch.arange(count)[:, None]).flatten()
+        index = least.nonzero().flatten()
+        return index, image.features.flatten(0, 1)[index] / 2
+
+
+def qwen_saliency(model, images, inputs):
+    """Column sums of the last block, by whole matrices, of all images and then all videos."""
+    tower = model.model.visual
+    for pixels, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        if grids not in inputs:
+            continue
+        with inputs_of(tower.blocks) as seen, torch.no_grad():
+            output = tower(inputs[pixels], grid_thw=inputs[grids])
+            merged = tower.merger(output.last_hidden_state)
+        back = torch.cdist(output.pooler_output, merged).argmin(dim=1)
+        hidden, arguments = seen[len(tower.blocks) - 1]
+        block = tower.blocks[-1]
+        query, key, _ = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
+        cos, sin = (table[:, None] for table in arguments["position_embeddings"])
+        half = query.shape[-1] // 2
+        query, key = (x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin for x in (query, key))
+        bounds = arguments["cu_seqlens"].tolist()
+        received = [softmax_rows(query[a:b], key[a:b]).mean(dim=0).sum(dim=0) for a, b in pairwise(bounds)]
+        received = torch.cat(received).view(-1, tower.spatial_merge_size**2).mean(dim=1)[back]
+        for frames, height, width in inputs[grids].tolist():
+            count = frames * height * width // tower.spatial_merge_size**2
+            yield received[:count].view(frames, -1)
+            received = received[count:]
+
+
+QWENS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
+TOWERS = {**dict.fromkeys(QWENS, qwen_saliency)}
+
+
+@pytest.fixture(params=TOWERS)
+def case(request):
+    return load_shallow(request.param)
+
+
+@torch.no_grad()
+def by_hand(case, prompt, kept):
+    """Last logits, greedy tokens and lengths of the caches of one prompt whose tokens `kept` alone exist."""
+    inputs, core, decoder = case.batch([prompt]), case.model.model, decoder_of(case.model)
+    ids = inputs["input_ids"][0]
+    embeds = core.get_input_embeddings()(ids)
+    layer_features = []
+    for token, pixels, grids, features in (
+        (IMAGE, "pixel_values", "image_grid_thw", core.get_image_features),
+        (VIDEO, "pixel_values_videos", "video_grid_thw", getattr(core, "get_video_features", None)),
+    ):
+        if pixels in inputs:
+            output = features(inputs[pixels], inputs[grids])
+            embeds[ids == token] = torch.cat(list(output.pooler_output)) / 2
+            layer_features = [torch.cat(list(each)) for each in getattr(output, "deepstack_features", None) or []]
+    visual = (ids == IMAGE) | (ids == VIDEO)
+    names = inspect.signature(core.get_rope_index).parameters
+    positions, _ = core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})
+    arguments = {"inputs_embeds": embeds[None, kept], "position_ids": positions[..., kept]}
+    if layer_features:
+        arguments["visual_pos_masks"] = visual[None, kept]
+        arguments["deepstack_visual_embeds"] = [each[kept[visual]] for each in layer_features]
+    hidden = decoder(**arguments).last_hidden_state
+    logits, tokens = case.model.lm_head(hidden[0, -1]), []
+    place, embeds = int(positions[..., -1].max()) + 1, arguments["inputs_embeds"]
+    first = logits
+    for _ in range(STEPS):  # without a cache: all tokens anew
+        tokens.append(int(logits.argmax()))
+        embeds = torch.cat([embeds, core.get_input_embeddings()(torch.tensor([[tokens[-1]]]))], dim=1)
+        following = torch.full_like(positions[..., :1], place)
+        arguments["position_ids"] = torch.cat([arguments["position_ids"], following], dim=-1)
+        if layer_features:
+            mask = arguments["visual_pos_masks"]
+            arguments["visual_pos_masks"] = torch.cat([mask, torch.zeros_like(mask[:, :1])], dim=1)
+        logits = case.model.lm_head(decoder(**{**arguments, "inputs_embeds": embeds}).last_hidden_state[0, -1])
+        place += 1
+    return first, tokens
+
+
+def check_row(case, prompt, row, logits, answer, survivors, side, length):
+    begin = offset(prompt, length, side)
+    ids = prompt.ids
+    kept = (ids != IMAGE) & (ids != VIDEO)
+    kept[torch.tensor(survivors) - begin] = True
+    first, tokens = by_hand(case, prompt, kept)
+    torch.testing.assert_close(logits[row, begin + len(prompt) - 1], first, atol=1e-4, rtol=0)
+    assert answer[row].tolist() == tokens
+    return kept
+
+
+@torch.no_grad()
+def run(case, prompts, reducer, side="left"):
+    together = case.batch(prompts, side)
+    length = together["input_ids"].shape[1]
+    with rk.apply(case.model, rk.Policy((), reducer=reducer)) as routing:
+        logits = case.model(**together).logits
+        survivors = [each.tolist() for each in routing.trace.reduction.selected]
+        images = list(reducer.images)
+        answer = case.model.generate(**together, **GREEDY)[:, length:]
+    kept = [
+        check_row(case, prompt, row, logits, answer, survivors[row], side, length) for row, prompt in enumerate(prompts)
+    ]
+    return together, images, kept
+
+
+def test_saliency_equals_whole_matrices(case):
+    prompts = [case.prompt(2, 4, 9, seed=1)]
+    inputs, images, _ = run(case, prompts, Salient())
+    expected = list(TOWERS[case.name](case.model, images, inputs))
+    assert len(expected) == len(images)
+    for image, saliency in zip(images, expected, strict=True):
+        torch.testing.assert_close(image.saliency, saliency, atol=1e-5, rtol=1e-5)
+        assert image.similarity_features.shape[:2] == image.features.shape[:2] == saliency.shape
+        assert not image.is_video
+        assert image.grid[0] * image.grid[1] == saliency.shape[1]
+
+
+def test_survivors_alone_in_a_padded_batch(case):
+    prompts = [case.prompt(1, 4, 9, seed=1), case.prompt(2, 7, 12, seed=2)]
+    _, images, kept = run(case, prompts, Salient())
+    visual = [(prompt.ids == IMAGE) for prompt in prompts]
+    chosen = torch.cat([mask[places] for mask, places in zip(kept, visual, strict=True)])
+    best = []
+    for image in images:
+        count = -(-image.features.shape[1] // 2)
+        worst = image.saliency.topk(count, dim=1).values[:, -1:]
+        best.append((image.saliency >= worst).flatten())
+    assert torch.equal(chosen, torch.cat(best))
+
+
+@pytest.mark.parametrize("reducer", [Salient, Ragged])
+def test_frames_of_a_video_come_together(case, reducer):
+    if not case.has_video:
+        pytest.skip("no videos")
+    prompt, reducer = case.prompt(0, 4, 9, seed=3, video=True), reducer()
+    inputs, images, kept = run(case, [prompt], reducer)
+    assert [image.is_video for image in images] == [True]
+    frames = images[0].features.shape[0]
+    assert frames > 1
+    if isinstance(reducer, Ragged):
+        counts = kept[0][prompt.ids == VIDEO][: frames * images[0].features.shape[1]].view(frames, -1).sum(dim=1)
+        assert counts.tolist() == list(range(1, frames + 1))
+    for image, saliency in zip(images, TOWERS[case.name](case.model, images, inputs), strict=True):
+        torch.testing.assert_close(image.saliency, saliency, atol=1e-5, rtol=1e-5)
+
+
+def test_rerouted_survivors(case):
+    """Stages choose among what a reducer left."""
+    prompt = case.prompt(1, 4, 9, seed=1)
+    layer = len(decoder_of(case.model).layers) - 1
+    policy = rk.Policy((rk.Stage(layer, 0.25),), reducer=Salient())
+    for action in ("reroute", "remove"):
+        with rk.apply(case.model, replace(policy, action=action)) as routing, torch.no_grad():
+            assert case.model(**case.batch([prompt])).logits.isfinite().all()
+            (stage,), reduction = routing.trace.stages, routing.trace.reduction
+        assert {*stage.selected[0].tolist()} < {*reduction.selected[0].tolist()}
