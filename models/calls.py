@@ -546,7 +546,7 @@ class CallReader:
         layers = self._layers
         counted = {layers.attention[0]: prompt.past.length}
         for stage, length in zip(layers.stages, prompt.past.lengths, strict=True):
-            counted |= {layer_idx: length for layer_idx in layers.cached_first(stage)}
+            counted |= dict.fromkeys(layers.cached_first(stage), length)
         counted[layers.attention[-1]] = prompt.past.lengths[-1]
         checked = sorted(counted)
         after = [held - counted[layer] for layer, held in zip(checked, _cached_tokens(cache, checked), strict=True)]

@@ -9,6 +9,7 @@ from reroute_kernels.attention import Attention
 
 from .adapter import Adapter
 from .modules import Module
+from .towers import Idefics3Vision, InternVision, PixtralVision, SiglipVision
 from .vision import ClipVision, QwenVision
 
 
@@ -16,6 +17,24 @@ class LlavaAdapter(Adapter):
     """`LlavaForConditionalGeneration`, `LlavaNextForConditionalGeneration`, whose CLIP towers can be reduced."""
 
     vision = ClipVision
+
+
+class LlavaOnevisionAdapter(Adapter):
+    """`LlavaOnevisionForConditionalGeneration`."""
+
+    vision = SiglipVision
+
+
+class InternVLAdapter(Adapter):
+    """`InternVLForConditionalGeneration`."""
+
+    vision = InternVision
+
+
+class Mistral3Adapter(Adapter):
+    """`Mistral3ForConditionalGeneration`."""
+
+    vision = PixtralVision
 
 
 class AyaVisionAdapter(Adapter):
@@ -31,6 +50,7 @@ class Idefics3Adapter(Adapter):
     """`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`."""
 
     decoder_name = "text_model"
+    vision = Idefics3Vision
 
 
 class Qwen2VLAdapter(Adapter):

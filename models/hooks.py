@@ -137,8 +137,8 @@ class Routing:
 
     def _reduced_vision(self) -> ReducedVision:
         adapter = self._adapter
-        if adapter.vision is None:
-            model_type = adapter.model.config.model_type
+        model_type = adapter.model.config.model_type
+        if adapter.vision is None or (adapter.vision.model_types and model_type not in adapter.vision.model_types):
             raise refusals.REDUCER_FAMILY.because(model_type=model_type, reducer=self.policy.reducer)
         if self._head_group is not None:
             raise refusals.REDUCER_SPLIT_HEADS.because(reducer=self.policy.reducer)

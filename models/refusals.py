@@ -68,9 +68,11 @@ SHARDED = Refusal(
     "model must not be sharded by FSDP, whose weights are not there when a decision is made, got {module}",
 )
 REDUCER_FAMILY = Refusal(
-    "reducers on other families than LLaVA-1.5, LLaVA-NeXT and Qwen2.5-VL",
-    "reducer must be None on a model of type {model_type!r}, got {reducer!r}; reducers work on llava, llava_next and "
-    "qwen2_5_vl",
+    "reducers on other families than LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, "
+    "InternVL, Mistral 3, Idefics 3 and SmolVLM",
+    "reducer must be None on a model of type {model_type!r}, got {reducer!r}; reducers work on llava, llava_next, "
+    "llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe, internvl, mistral3, idefics3 "
+    "and smolvlm",
 )
 REDUCER_SPLIT_HEADS = Refusal(
     "reducers under tensor parallelism",
@@ -83,8 +85,8 @@ REDUCER_SHARED_TOWER = Refusal(
     error=ValueError,
 )
 REDUCER_TOWER = Refusal(
-    "reducers on vision towers without a class token or of several feature layers; at the call, images that are not "
-    "square",
+    "reducers on vision towers of other kinds than the family's, or of several feature layers; at the call, images "
+    "that are not square before a projector, patches that a mask hides, and tiles that the model resamples",
     "reducer needs a vision tower with {needed}, got {got!r}",
 )
 

@@ -52,6 +52,9 @@ class ReducedVision(ABC):
         NotImplementedError: this vision tower cannot be reduced.
     """
 
+    model_types: tuple[str, ...] = ()
+    """Types of models that it works on; none if any whose adapter names it."""
+
     def __init__(self, adapter, reducer: ReducerLike):
         self.fixed_arguments: dict[str, object] = {}
         self._adapter = adapter
@@ -195,26 +198,30 @@ def _described(value: object) -> str:
 
 
 class ClipVision(ReducedVision):
-    """CLIP towers before a projector (LLaVA-1.5, LLaVA-NeXT); the attention of the class token is the saliency."""
+    """CLIP towers before a projector (LLaVA-1.5, LLaVA-NeXT); the attention of the class token is the saliency.
+
+    Base of the other towers of layers before a projector, which state what is different.
+    """
+
+    kind: str = "clip_vision_model"
+    """Model type of the tower."""
+    needed: str = "a class token, 'clip_vision_model'"
+    """Of a refusal: the thing that a tower of another type lacks."""
+    strategy: str = "default"
+    """How the model selects features: `"default"` leaves the class token out."""
+    class_tokens: int = 1
+    """Tokens of a layer before the patches."""
+    parts: tuple[str, str] = ("layer_norm1", "self_attn")
+    """The norm and the attention of a layer."""
 
     def __init__(self, adapter, reducer: ReducerLike):
         super().__init__(adapter, reducer)
-        config = adapter.model.config
-        kind = config.vision_config.model_type
-        if kind != "clip_vision_model":
-            raise self._refuse("a class token, 'clip_vision_model'", kind)
-        if config.vision_feature_select_strategy != "default":
-            raise self._refuse(
-                "vision_feature_select_strategy 'default', which leaves the class token out of the features",
-                config.vision_feature_select_strategy,
-            )
-        output = config.vision_feature_layer
-        if not isinstance(output, int):
-            raise self._refuse("one vision_feature_layer", output)
-        self.fixed_arguments = {"vision_feature_layer": output, "vision_feature_select_strategy": "default"}
-        wrapped: Module = getattr(self.tower, "vision_model", self.tower)  # transformers before 5.17 wraps it
-        self._layers = wrapped.encoder.layers
+        kind = adapter.model.config.vision_config.model_type
+        if kind != self.kind:
+            raise self._refuse(self.needed, kind)
+        self._layers = self._layers_of_tower()
         depth = len(self._layers)
+        output = self._feature_layer()
         layer_idx = output if output >= 0 else output + depth + 1
         if not 1 <= layer_idx <= depth:
             raise self._refuse(f"a vision_feature_layer of 1 to {depth}", output)
@@ -223,9 +230,40 @@ class ClipVision(ReducedVision):
         self._compared_layers = self._layers[max(0, depth * 2 // 3 - 1) :]
         self._other_layers = [layer for layer in self._layers if layer is not self._salient_layer]
 
+    def _feature_layer(self) -> int:
+        """The output of the tower that becomes the features, counted as in the configuration."""
+        config = self._adapter.model.config
+        if config.vision_feature_select_strategy != self.strategy:
+            which = "out of" if self.class_tokens else "in"
+            raise self._refuse(
+                f"vision_feature_select_strategy {self.strategy!r}, which leaves the first token {which} the features",
+                config.vision_feature_select_strategy,
+            )
+        output = config.vision_feature_layer
+        if not isinstance(output, int):
+            raise self._refuse("one vision_feature_layer", output)
+        self.fixed_arguments = {
+            "vision_feature_layer": output,
+            "vision_feature_select_strategy": self.strategy,
+        }
+        return output
+
+    def _layers_of_tower(self) -> nn.ModuleList:
+        wrapped: Module = getattr(self.tower, "vision_model", self.tower)  # transformers before 5.17 wraps it
+        return wrapped.encoder.layers
+
     @property
     def tower(self) -> Module:
         return self._adapter.core.vision_tower
+
+    @property
+    def projector(self) -> Module:
+        """The module that is handed the features."""
+        return self._adapter.core.multi_modal_projector
+
+    def _merge(self, states: Tensor) -> Tensor:
+        """(T, N, d) of the patches (T, P, c) as the projector is handed them: merged patches beside each other."""
+        return states
 
     def _install(self, add) -> None:
         add(self._layers[0].register_forward_pre_hook(self._begin))
@@ -234,9 +272,8 @@ class ClipVision(ReducedVision):
             add(layer.register_forward_hook(self._note_output))
         for layer in self._other_layers:
             add(layer.register_forward_hook(self._note_other_output))
-        projector = self._adapter.core.multi_modal_projector
-        add(projector.register_forward_pre_hook(self._reduce))
-        add(projector.register_forward_hook(self._mark_dropped))
+        add(self.projector.register_forward_pre_hook(self._reduce))
+        add(self.projector.register_forward_hook(self._mark_dropped))
 
     def _begin(self, layer: Module, args: tuple) -> None:
         self._check_nesting()
@@ -244,6 +281,9 @@ class ClipVision(ReducedVision):
 
     def _note_input(self, layer: Module, args: tuple, kwargs: dict) -> None:
         self._state.input = args[0] if args else kwargs["hidden_states"]
+        mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if mask is not None and bool((~mask if mask.dtype == torch.bool else mask < 0).any()):
+            raise self._refuse("images whose patches all show something", "a mask that hides patches")
 
     def _note_other_output(self, layer: Module, args: tuple, output: Tensor | tuple) -> None:
         if getattr(self._state, "outputs", None) is not None:
@@ -260,15 +300,14 @@ class ClipVision(ReducedVision):
         side = math.isqrt(features.shape[1])
         if side * side != features.shape[1]:
             raise self._refuse("square images", f"{features.shape[1]} tokens")
-        image = VisionFeatures(
-            features,
-            (side, side),
-            partial(self._saliency, state.input),
-            partial(self._similarity_features, state.outputs),
-        )
-        features, state.dropped = self._reduced(image)
+        features, state.dropped = self._reduced(self._image(features, (side, side), state.input, state.outputs))
         state.input = state.outputs = None
         return features, *others
+
+    def _image(self, features: Tensor, grid: tuple[int, int], hidden: Tensor, outputs: list[Tensor]) -> VisionFeatures:
+        return VisionFeatures(
+            features, grid, partial(self._saliency, hidden), partial(self._similarity_features, outputs)
+        )
 
     def _mark_dropped(self, projector: Module, args: tuple, output: Tensor) -> Tensor:
         dropped, self._state.dropped = self._state.dropped, None
@@ -276,18 +315,22 @@ class ClipVision(ReducedVision):
 
     @torch.no_grad()
     def _saliency(self, hidden: Tensor) -> Tensor:
-        """Attention of the class token, summed over heads."""
-        layer, attention = self._salient_layer, self._salient_layer.self_attn
-        with onloaded(layer, attention):
-            states = layer.layer_norm1(hidden)
-            query, key = attention.q_proj(states[:, :1]), attention.k_proj(states)
+        """Attention of the class token, or of all patches, summed over queries and heads or averaged over heads."""
+        norm, attention = (getattr(self._salient_layer, name) for name in self.parts)
+        with onloaded(self._salient_layer, attention):
+            states = norm(hidden)
+            query = attention.q_proj(states[:, : self.class_tokens or None])
+            key = attention.k_proj(states)
+            if hasattr(attention, "q_norm"):
+                query, key = attention.q_norm(query), attention.k_norm(key)
         query, key = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key))
-        return ops.column_saliency(query, key, scale=attention.scale)[:, 1:] * query.shape[2]
+        received = ops.column_saliency(query, key, scale=attention.scale, query_reduction="sum")
+        received = received[:, self.class_tokens :] * (query.shape[2] if self.class_tokens else 1)
+        return self._merge(received[:, :, None]).mean(dim=-1)
 
-    @staticmethod
     @torch.no_grad()
-    def _similarity_features(outputs: list[Tensor]) -> Tensor:
-        return torch.stack(outputs).mean(dim=0)[:, 1:]
+    def _similarity_features(self, outputs: list[Tensor]) -> Tensor:
+        return self._merge(torch.stack(outputs).mean(dim=0)[:, self.class_tokens :])
 
 
 class QwenVision(ReducedVision):
@@ -295,6 +338,8 @@ class QwenVision(ReducedVision):
 
     DeepStack's features come from other layers, token by token: those of survivors stay as they are.
     """
+
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
     def __init__(self, adapter, reducer: ReducerLike):
         super().__init__(adapter, reducer)
