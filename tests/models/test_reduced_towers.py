@@ -287,3 +287,76 @@ def test_rerouted_survivors(case):
             assert case.model(**case.batch([prompt])).logits.isfinite().all()
             (stage,), reduction = routing.trace.stages, routing.trace.reduction
         assert {*stage.selected[0].tolist()} < {*reduction.selected[0].tolist()}
+
+
+@torch.no_grad()
+def test_several_videos_of_a_batch_stay_apart():
+    """LLaVA-OneVision encodes the frames of all of them together."""
+    case, reducer = load_shallow("llava_onevision"), Ragged()
+    prompts = [case.prompt(0, 4, 9, seed=3, video=True), case.prompt(0, 4, 9, seed=4, video=True)]
+    _, images, _ = run(case, prompts, reducer)
+    assert [image.features.shape[0] for image in images] == [5, 5]
+
+
+@torch.no_grad()
+def test_images_and_a_video_in_one_batch():
+    for name in ("qwen2_5_vl", "qwen3_vl", "llava_onevision"):
+        case, reducer = load_shallow(name), Salient()
+        together = case.batch([case.prompt(1, 4, 9, seed=3), case.prompt(0, 4, 9, seed=4, video=True)])
+        with rk.apply(case.model, rk.Policy((), reducer=reducer)) as routing:
+            logits = case.model(**together).logits
+            survivors = [each.tolist() for each in routing.trace.reduction.selected]
+        assert sorted(image.is_video for image in reducer.images) == [False, True]
+        for row, prompt in enumerate((case.prompt(1, 4, 9, seed=3), case.prompt(0, 4, 9, seed=4, video=True))):
+            begin = offset(prompt, logits.shape[1], "left")
+            kept = (prompt.ids != IMAGE) & (prompt.ids != VIDEO)
+            kept[torch.tensor(survivors[row]) - begin] = True
+            torch.testing.assert_close(logits[row, -1], by_hand(case, prompt, kept)[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_tiles_that_the_model_resamples():
+    """Marks of dropped tokens would be mixed with features."""
+    case = load_shallow("llava_onevision")
+    inputs = case.batch([case.prompt(1, 4, 9, seed=1)])
+    core = case.model.model
+    with rk.apply(case.model, rk.Policy((), reducer=Salient())):
+        given = inputs["pixel_values"], inputs["image_sizes"]
+        with pytest.raises(NotImplementedError, match="so few tiles that the model does not resample them"):
+            core.get_image_features(*given, vision_aspect_ratio="anyres_max_1")
+        core.get_image_features(*given, vision_aspect_ratio="anyres_max_2")
+
+
+@torch.no_grad()
+def test_patches_that_a_mask_hides():
+    case = load_shallow("idefics3")
+    inputs = case.batch([case.prompt(1, 4, 9, seed=1)])
+    inputs["pixel_attention_mask"] = torch.ones(*inputs["pixel_values"].shape[:2], 56, 56, dtype=torch.bool)
+    with rk.apply(case.model, rk.Policy((), reducer=Salient())):
+        expected = case.model(**inputs).logits
+        assert expected.isfinite().all()
+        inputs["pixel_attention_mask"][0, 0, 28:] = False
+        with pytest.raises(NotImplementedError, match="images whose patches all show something"):
+            case.model(**inputs)
+
+
+def test_methods_of_an_instance_end_with_its_routing():
+    case = load_shallow("llava_onevision")
+    before = dict(vars(case.model.model))
+    routing = rk.apply(case.model, rk.Policy((), reducer=Salient()))
+    assert vars(case.model.model).keys() > before.keys()
+    routing.remove()
+    assert vars(case.model.model).keys() == before.keys()
+
+
+@torch.no_grad()
+def test_a_failed_video_leaves_no_state():
+    case, reducer = load_shallow("llava_onevision"), Salient()
+    video = case.batch([case.prompt(0, 4, 9, seed=3, video=True)])
+    prompt = case.prompt(1, 4, 9, seed=1)
+    with rk.apply(case.model, rk.Policy((), reducer=reducer)):
+        with pytest.raises(RuntimeError):
+            case.model(**{**video, "pixel_values_videos": video["pixel_values_videos"][..., :30]})
+        reducer.images.clear()
+        assert case.model(**case.batch([prompt])).logits.isfinite().all()
+    assert [image.is_video for image in reducer.images] == [False]
