@@ -319,6 +319,13 @@ class ContinuationFacts(CallFacts):
         """Tokens of the prompt."""
         return self.record.past.length
 
+    @property
+    def brings_new_tokens_alone(self) -> bool:
+        """Whether no token of the call was cut off, or left, by the length of the cache."""
+        generation = self.generation
+        drafted = generation.crops_by_count and self.queries == generation.draft_tokens + 1
+        return generation.uncut or (generation.assisted and drafted)
+
     @cached_property
     def unlike_causal(self) -> int:
         return 0 if self.differences is None else int(self.differences)

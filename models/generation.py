@@ -19,6 +19,8 @@ class PromptCall:
         generates: whether `generate` makes the call.
         assisted: whether it lets an assistant guess tokens.
         draft_tokens: how many tokens at the end of the call are draft tokens.
+        crops_by_count: whether assisted decoding crops as many tokens of each layer as it rejects, as it does since
+            `Cache.crop` takes a number of tokens; before, it crops all layers to one length.
         drafts: whether it generates the draft tokens of assisted decoding.
         uncut: whether the tokens of the call are those that the caller of `generate` gave, none cut off as cached.
         chunked_ids: (B, L), the whole conversation if it is prefilled in chunks, else None.
@@ -28,6 +30,7 @@ class PromptCall:
     generates: bool = False
     assisted: bool = False
     draft_tokens: int = 0
+    crops_by_count: bool = False
     drafts: bool = False
     uncut: bool = False
     chunked_ids: Tensor | None = None
@@ -57,7 +60,8 @@ def prompt_call(core: nn.Module) -> PromptCall:
         return PromptCall()
     values = frame.f_locals
     if frame.f_code.co_name == "_assisted_decoding":
-        return PromptCall(generates=True, assisted=True, draft_tokens=values.get("candidate_length", 0))
+        drafts, counts = values.get("candidate_length", 0), "number_of_tokens_to_crop" in frame.f_code.co_varnames
+        return PromptCall(generates=True, assisted=True, draft_tokens=drafts, crops_by_count=counts)
     if frame.f_code.co_name != "_prefill":
         return PromptCall(generates=True)
     config, ids = values.get("generation_config"), values.get("input_ids")

@@ -35,7 +35,7 @@ from .prefill import Continuation, Prefill
 from .projection import LayerProjection
 from .stack import calls_of, forwards_of
 from .static import PrefillKey
-from .tensor_parallel import check_not_sharded, head_group
+from .tensor_parallel import check_not_sharded, head_group, plans_part
 from .vision import ReducedVision
 
 # Active routing per decoder and per module around it: `copy.copy(model)` shares both, and a user may replace either.
@@ -140,10 +140,10 @@ class Routing:
         model_type = adapter.model.config.model_type
         if adapter.vision is None or (adapter.vision.model_types and model_type not in adapter.vision.model_types):
             raise refusals.REDUCER_FAMILY.because(model_type=model_type, reducer=self.policy.reducer)
-        if self._head_group is not None:
-            raise refusals.REDUCER_SPLIT_HEADS.because(reducer=self.policy.reducer)
         assert self.policy.reducer is not None
         vision = adapter.vision(adapter, self.policy.reducer)
+        if self._head_group is not None and plans_part(adapter.model, vision.tower):
+            raise refusals.REDUCER_SPLIT_HEADS.because(reducer=self.policy.reducer)
         present = _routing_on(adapter)
         vision.check_tower(None if present is None else present._vision)
         return vision

@@ -75,8 +75,8 @@ REDUCER_FAMILY = Refusal(
     "and smolvlm",
 )
 REDUCER_SPLIT_HEADS = Refusal(
-    "reducers under tensor parallelism",
-    "reducer must be None on a model whose heads are split over processes, got {reducer!r}",
+    "reducers on a vision tower that a `tp_plan` of one's own splits",
+    "reducer must be None on a model whose vision tower is split over processes, got {reducer!r}",
 )
 REDUCER_SHARED_TOWER = Refusal(
     "reducers on a vision tower that another model with a reducer has, too",
@@ -278,10 +278,11 @@ PROMPT_RULES = (
         ValueError,
     ),
     Refusal(
-        "assisted decoding with a decision at the first attention layer, or a reducer",
+        "assisted decoding with a decision at the first attention layer, or a reducer, where transformers crops the "
+        "cache to a length, as older versions do",
         "schedule must begin after the first attention layer for assisted decoding, which cuts the cache by that "
         "layer's length; got a decision at layer {c.first_layer}",
-        lambda c: c.generation.assisted and c.layers.length_is_routed,
+        lambda c: c.generation.assisted and c.layers.length_is_routed and not c.generation.crops_by_count,
     ),
     Refusal(
         "padding on the right beside a sample without a token",
@@ -458,7 +459,7 @@ CONTINUATION_MASK_RULES = (
         "layer or a reducer",
         "attention_mask of the whole conversation must be given, and input_ids of the new tokens alone, on a cache in "
         "which layer {c.first_layer} lacks tokens; got {c.queries} tokens and no mask",
-        lambda c: c.mask is None and c.layers.length_is_routed and c.queries > 1 and not c.generation.uncut,
+        lambda c: c.mask is None and c.layers.length_is_routed and c.queries > 1 and not c.brings_new_tokens_alone,
     ),
 )
 
@@ -648,6 +649,7 @@ SILENT = (
     "a later mask that shows tokens which the prompt's own mask hid: they were not cached in the stages",
     "image features of which a reducer saw some images only, or none after it once left an image whole",
     "another model that shares the vision tower of one with a reducer: its features are reduced too",
+    "under tensor parallelism, a reducer that does not choose the same tokens on every process",
     "decoding outside the `with` block: the masks of a routed cache come from the hooks",
 )
 """Limits that cannot be noticed, because nothing in the call tells them."""

@@ -25,6 +25,13 @@ def head_group(model: nn.Module):
     return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
+def plans_part(model: nn.Module, part: nn.Module) -> bool:
+    """Whether the model's `tp_plan` splits anything in a part of it; without an own plan, towers are whole."""
+    name = next(name for name, module in model.named_modules() if module is part)
+    last = name.rpartition(".")[2]
+    return any(last in pattern.split(".") for pattern in getattr(model, "_tp_plan", None) or ())
+
+
 def check_heads(query: Tensor | None, key: Tensor, expected: tuple[int, int], group) -> None:
     """Make sure that the heads of all ranks are those of the model.
 

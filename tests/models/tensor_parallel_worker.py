@@ -16,9 +16,11 @@ from transformers import AutoModelForImageTextToText
 import reroute_kernels as rk
 from bench.source_tree import make_importable
 from reroute_kernels.rankings import LastQuery, Mixed, Remembered
+from reroute_kernels.reducers import Nuwa
 from tests.models.prompts import ACTIONS, GOLDEN, PROMPTS, SCHEDULE, batch, policy, selections
 
 STEPS = 8
+REDUCED = rk.Policy(SCHEDULE, reducer=Nuwa(keep=0.6, per_cell=3, distance=0.8, quantile=0.1, keeps_own=False))
 RANKINGS = [
     ("reroute", LastQuery(rotary=False, head_reduction="max")),
     ("remove", Mixed(Remembered(LastQuery(head_reduction="max"), decay=0.7), uniform=0.3)),
@@ -56,6 +58,8 @@ def of_one_family(family: str, folder: str) -> dict[str, object]:
     inputs, rank = prompts(family), torch.distributed.get_rank()
     results: dict[str, object] = {action: run(model, inputs, policy(action)) for action in (*ACTIONS, "freeze")}
     results |= {str(ranking): run(model, inputs, rk.Policy(SCHEDULE, action, ranking)) for action, ranking in RANKINGS}
+
+    results["reducer"] = run(model, inputs, REDUCED)
 
     scores = torch.tensor([[0.0, 1.0, 2.0], [4.0, 3.0, 2.0]])[rank][None]
     results["all_gather_scores"] = {

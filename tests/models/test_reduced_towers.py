@@ -10,7 +10,7 @@ import torch
 
 import reroute_kernels as rk
 from tests.models.families import load_shallow
-from tests.models.prompts import IMAGE, VIDEO, offset
+from tests.models.prompts import IMAGE, VIDEO, Prompt, offset
 from tests.models.reduced_by_hand import inputs_of, softmax_rows
 from tests.models.slow_way import decoder_of
 
@@ -360,3 +360,24 @@ def test_a_failed_video_leaves_no_state():
         reducer.images.clear()
         assert case.model(**case.batch([prompt])).logits.isfinite().all()
     assert [image.is_video for image in reducer.images] == [False]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision"])
+@torch.no_grad()
+def test_assisted_decoding(name):
+    """Rejected guesses leave the caches, whose layers hold fewer tokens than the prompt."""
+    case = load_shallow(name)
+    prompt = case.prompt(1, 4, 9, seed=1)
+    prompt = Prompt(torch.cat([prompt.ids, *[prompt.ids[-6:]] * 2]), prompt.features)
+    inputs, settings, lengths = case.batch([prompt]), {**GREEDY, "max_new_tokens": 24}, []
+    note = case.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for policy in (rk.Policy((), reducer=Salient()), rk.Policy((rk.Stage(1, 0.5),), reducer=Salient())):
+        with rk.apply(case.model, policy):
+            expected = case.model.generate(**inputs, **settings)
+            lengths.clear()
+            assert torch.equal(case.model.generate(**inputs, **settings, prompt_lookup_num_tokens=3), expected)
+        assert max(lengths[1:]) > 1  # some were guessed
+        assert sum(lengths[1:]) > 23  # and some rejected
+    note.remove()

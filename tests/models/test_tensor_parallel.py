@@ -9,7 +9,7 @@ import torch
 import reroute_kernels as rk
 from reroute_kernels.models import hooks
 from tests.models.prompts import ACTIONS, SCHEDULE, policy
-from tests.models.tensor_parallel_worker import RANKINGS, on_two_ranks, prompts, run
+from tests.models.tensor_parallel_worker import RANKINGS, REDUCED, on_two_ranks, prompts, run
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,11 @@ def test_equals_one_process(family, model, ranks, action):
 def test_other_rankings_equal_one_process(family, model, ranks, action, ranking):
     expected = run(model, prompts(family), rk.Policy(SCHEDULE, action, ranking))
     compare(*(rank[str(ranking)] for rank in ranks), expected)
+
+
+def test_a_reducer_equals_one_process(family, model, ranks):
+    """The tower is whole on every rank, and leaves the same tokens."""
+    compare(*(rank["reducer"] for rank in ranks), run(model, prompts(family), REDUCED))
 
 
 def compare(first, second, expected):
@@ -64,6 +69,15 @@ def half(model):
                 parameter.data = parameter.data[: len(parameter) // 2]
         attention.o_proj.weight.data = attention.o_proj.weight.data[:, : attention.o_proj.weight.shape[1] // 2]
     return model
+
+
+def test_a_tower_that_is_split(model, family, monkeypatch):
+    tower = "vision_tower" if family == "llava" else "visual"
+    monkeypatch.setattr(hooks, "head_group", lambda model: SimpleNamespace(size=lambda: 2))
+    rk.apply(model, REDUCED).remove()
+    monkeypatch.setattr(model, "_tp_plan", {f"model.{tower}.layers.*.self_attn.q_proj": "colwise"}, raising=False)
+    with pytest.raises(NotImplementedError, match="whose vision tower is split over processes"):
+        rk.apply(model, REDUCED)
 
 
 @torch.no_grad()
