@@ -324,7 +324,7 @@ class ContinuationFacts(CallFacts):
         """Whether no token of the call was cut off, or left, by the length of the cache."""
         generation = self.generation
         drafted = generation.crops_by_count and self.queries == generation.draft_tokens + 1
-        return generation.uncut or (generation.assisted and drafted)
+        return generation.uncut or (generation.assisted and drafted) or generation.conversation == self.total
 
     @cached_property
     def unlike_causal(self) -> int:
@@ -415,6 +415,27 @@ class CallReader:
             if lengths != {0}:
                 raise refusals.HALF_RESET.because(cache=self._cache_name, lengths=sorted(lengths))
         return self._read_prompt(cache, arguments, None, generation, marks)
+
+    def new_tokens_alone(self, arguments: dict) -> dict | None:
+        """Arguments without tokens that are cached: `generate` cuts off as many as the first layer holds, too few.
+
+        Args:
+            arguments: of the model, by name.
+
+        Returns:
+            Those that change; None if nothing does.
+        """
+        cache, tokens = cache_of(arguments), arguments.get("input_ids")
+        if tokens is None or tokens.shape[1] == 1 or not self._layers.length_is_routed or not has_record(cache):
+            return None
+        prompt, whole = record_of(cache), self._prompt_call(self._adapter.core).conversation
+        if prompt is None or whole is None:
+            return None
+        new = whole - prompt.past.length - self._tokens_after(cache, prompt)
+        if not 0 < new < tokens.shape[1]:
+            return None
+        given = {name: arguments.get(name) for name in ("input_ids", "position_ids", "mm_token_type_ids")}
+        return {name: values[..., -new:] for name, values in given.items() if values is not None}
 
     def _is_traced_text(self, cache, tokens: Tensor, arguments: dict) -> bool:
         """Whether a call that is made into a graph brings no image and follows on none, so that it runs untouched.

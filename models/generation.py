@@ -23,6 +23,7 @@ class PromptCall:
             `Cache.crop` takes a number of tokens; before, it crops all layers to one length.
         drafts: whether it generates the draft tokens of assisted decoding.
         uncut: whether the tokens of the call are those that the caller of `generate` gave, none cut off as cached.
+        conversation: tokens of the whole conversation, if those of the call were cut from it by the length of a cache.
         chunked_ids: (B, L), the whole conversation if it is prefilled in chunks, else None.
         chunk_size: tokens of a chunk, else None.
     """
@@ -33,6 +34,7 @@ class PromptCall:
     crops_by_count: bool = False
     drafts: bool = False
     uncut: bool = False
+    conversation: int | None = None
     chunked_ids: Tensor | None = None
     chunk_size: int | None = None
 
@@ -68,7 +70,9 @@ def prompt_call(core: nn.Module) -> PromptCall:
     drafts, chunk = bool(getattr(config, "is_assistant", False)), getattr(config, "prefill_chunk_size", None)
     if chunk is not None and ids is not None and ids.shape[1] > chunk:
         return PromptCall(generates=True, drafts=drafts, chunked_ids=ids, chunk_size=chunk)
-    return PromptCall(generates=True, drafts=drafts, uncut=values.get("next_sequence_length", 0) is None)
+    cut = values.get("next_sequence_length", 0)
+    conversation = ids.shape[1] if cut and ids is not None else None
+    return PromptCall(generates=True, drafts=drafts, uncut=cut is None, conversation=conversation)
 
 
 def _generates_with(core: nn.Module, frame: FrameType) -> bool:

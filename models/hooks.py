@@ -253,6 +253,8 @@ class Routing:
     def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         arguments = by_name(self._model_signature, args, kwargs)
         self._running.labels, self._running.mask = arguments.get("labels"), None
+        if (changed := self._calls.new_tokens_alone(arguments)) is not None:
+            return (), {**arguments, **changed}
         mask = arguments.get("attention_mask")
         if mask is None or not self._calls.brings_features(arguments):
             return None

@@ -453,7 +453,7 @@ CONTINUATION_MASK_RULES = (
         ValueError,
     ),
     # `generate` cuts off the tokens that are cached, by the length of the first attention layer, which is not the
-    # prompt's.
+    # prompt's. `CallReader.new_tokens_alone` mends that where the loop tells how long the conversation is.
     Refusal(
         "a later turn without an `attention_mask` of the whole conversation, after a decision at the first attention "
         "layer or a reducer",
