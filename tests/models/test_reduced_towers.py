@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
+from reroute_kernels.models.adapter import cache_name
 from tests.models.families import load_shallow
 from tests.models.prompts import IMAGE, VIDEO, Prompt, offset
 from tests.models.reduced_by_hand import inputs_of, softmax_rows
@@ -381,3 +382,21 @@ def test_assisted_decoding(name):
         assert max(lengths[1:]) > 1  # some were guessed
         assert sum(lengths[1:]) > 23  # and some rejected
     note.remove()
+
+
+@torch.no_grad()
+def test_a_later_turn_of_the_whole_conversation(case):
+    """`generate` cuts it by the first layer's cache, which holds survivors alone; nothing runs twice."""
+    prompt, turn = case.prompt(1, 4, 9, seed=1), torch.tensor([5, 6, 7, 8])
+    with rk.apply(case.model, rk.Policy((), reducer=Salient())) as routing:
+        first = case.model.generate(**case.batch([prompt]), **GREEDY, return_dict_in_generate=True)
+        survivors = routing.trace.reduction.selected[0]
+        whole = torch.cat([first.sequences[0], turn])
+        cache = {cache_name(case.model.model): first.past_key_values}
+        answer = case.model.generate(
+            input_ids=whole[None], attention_mask=torch.ones_like(whole)[None], **cache, **GREEDY
+        )
+    kept = (whole != IMAGE) & (whole != VIDEO)
+    kept[survivors] = True
+    _, tokens = by_hand(case, Prompt(whole, prompt.features), kept)
+    assert answer[0, len(whole) :].tolist() == tokens
