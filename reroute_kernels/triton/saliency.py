@@ -7,6 +7,8 @@ share a program: each sees its own block only.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -228,9 +230,8 @@ def column_saliency(
         if batch * length == 0:
             return torch.empty(batch, length, dtype=torch.float32, device=key.device)
         if batch > MAX_PROGRAMS:
-            options = {"scale": scale, "query_reduction": query_reduction}
-            parts = parts_of_batch(batch)
-            return torch.cat([column_saliency(query[part], key[part], cu_seqlens, **options) for part in parts])
+            part_of = partial(column_saliency, cu_seqlens=cu_seqlens, scale=scale, query_reduction=query_reduction)
+            return torch.cat([part_of(query[part], key[part]) for part in parts_of_batch(batch)])
         plan = keep_plan(name, _plan(query, key, cu_seqlens, scale, query_reduction))
     return plan.run(inputs)[0]
 
