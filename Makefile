@@ -111,6 +111,8 @@ scenes: .venv-lmms-eval/ready  ## ask a model about held-out scenes, run by lmms
 grounding: .venv/ready  ## ask the tiny model about held-out scenes under every policy; rewrites docs/grounding.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.benchmark
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.additions
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.waiting
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.calibration
 	$(BIN)/python -m bench.pages
 
 train: .venv/ready  ## train the tiny model anew; goes on where it was interrupted

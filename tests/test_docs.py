@@ -16,7 +16,7 @@ from bench.pages.markdown import replace_between
 from bench.pages.models import runs_of
 from bench.pages.performance import performance_page
 from bench.pages.records import gpu_folders, read_all
-from bench.pages.report import ADDITIONS, GROUNDING, TABLES
+from bench.pages.report import GROUNDING, TABLES
 from bench.speed.eager import gather_tokens, rank_tokens, scatter_tokens_, select_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -103,11 +103,11 @@ def test_tables_are_those_of_the_records(tmp_path):
     assert [record["triton"] for record in read_all("compile/*.json")] == ["3.6.0", "3.7.1", "3.8.0", "3.9.0"]
     versions = {record["versions"]["transformers"] for record in read_all("models/*.json")}
     assert versions == {"5.4.0", "5.17.0", "5.23.0", "5.24.0"}
-    results, additions = (json.loads(path.read_text()) for path in (GROUNDING, ADDITIONS))
-    assert "\n".join(grounding.page(results, additions)) + "\n" == (ROOT / "docs" / "grounding.md").read_text()
+    measured = {name: json.loads(path.read_text()) for name, path in GROUNDING.items()}
+    assert "\n".join(grounding.page(measured)) + "\n" == (ROOT / "docs" / "grounding.md").read_text()
     model = ROOT / "models" / "tiny_grounding"
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
-    assert grounding.model_card(results, log) == (model / "README.md").read_text()
+    assert grounding.model_card(measured["results"], log) == (model / "README.md").read_text()
     performance_page(gpu_folders(), tmp_path)
     assert (tmp_path / "performance.md").read_text() == (ROOT / "docs" / "performance.md").read_text()
 

@@ -31,11 +31,27 @@ def shown(results: dict) -> str:
     return max(ADDITIONS, key=lambda addition: sum(_gains(runs, addition, method, "box") for method in METHODS))
 
 
+def verdict(apart: list[list[float]]) -> tuple[int, int, int]:
+    """How many differences are above 0, below, and undecided."""
+    better, worse = sum(low > 0 for _, low, _ in apart), sum(high < 0 for _, _, high in apart)
+    return better, worse, len(apart) - better - worse
+
+
+def short(verdict: tuple[int, int, int]) -> str:
+    """Differences that are above 0, below, and undecided, as a cell."""
+    return "/".join(map(str, verdict))
+
+
+def points(apart: list[list[float]]) -> str:
+    """The mean of differences, in points."""
+    return f"{100 * sum(mean for mean, _, _ in apart) / len(apart):+.1f}"
+
+
 def _answer(results: dict) -> list[str]:
     runs, addition = _runs(results), shown(results)
     pairs = [runs[method, addition, keep] for method in METHODS for keep in KEEPS]
     verdicts = {
-        (kind, other): _counted(_verdict([pair[kind][f"less {other}"] for pair in pairs]))
+        (kind, other): _counted(verdict([pair[kind][f"less {other}"] for pair in pairs]))
         for kind in KINDS
         for other in (PAPER, REMOVE)
     }
@@ -44,7 +60,7 @@ def _answer(results: dict) -> list[str]:
         [
             kind,
             *(verdicts[kind, other] for other in (PAPER, REMOVE)),
-            _points([pair[kind][f"less {PAPER}"] for pair in pairs]),
+            points([pair[kind][f"less {PAPER}"] for pair in pairs]),
         ]
         for kind in KINDS
     ]
@@ -59,7 +75,8 @@ def _answer(results: dict) -> list[str]:
     return [
         f"{answer} In points of ACC@0.5, mean over the budgets, `{addition}` adds to the paper's rerouting: {gains}. "
         "A memory adds `decay` times what the decisions before found to the shares of attention that a decision "
-        "measures.",
+        "measures. What freezing adds, in place of deferring, and what it costs, is under "
+        "[Tokens that wait](#tokens-that-wait).",
         "",
         f"Of {len(pairs)} pairs of a published method and a budget, those in which `{addition}` is better, worse, or "
         "undecided (the 95% interval of the paired difference holds 0):",
@@ -102,7 +119,7 @@ def _by_addition(results: dict) -> list[str]:
     for addition in (*ADDITIONS, *([CHOSEN] if shown(results) == CHOSEN else [])):
         for method in METHODS:
             apart = {kind: [runs[method, addition, keep][kind][f"less {PAPER}"] for keep in KEEPS] for kind in KINDS}
-            cells = [f"{_points(apart[kind])} ({_short(_verdict(apart[kind]))})" for kind in KINDS]
+            cells = [f"{points(apart[kind])} ({short(verdict(apart[kind]))})" for kind in KINDS]
             rows.append([addition, method, *cells])
     return [
         "### Each addition alone",
@@ -157,19 +174,5 @@ def _budgets(results: dict) -> list[str]:
     return [f"{results['budgets'][str(keep)]:.1f}" for keep in KEEPS]
 
 
-def _verdict(apart: list[list[float]]) -> tuple[int, int, int]:
-    """How many differences are above 0, below, and undecided."""
-    better, worse = sum(low > 0 for _, low, _ in apart), sum(high < 0 for _, _, high in apart)
-    return better, worse, len(apart) - better - worse
-
-
 def _counted(verdict: tuple[int, int, int]) -> str:
     return f"{verdict[0]} better, {verdict[1]} worse, {verdict[2]} undecided"
-
-
-def _short(verdict: tuple[int, int, int]) -> str:
-    return "/".join(map(str, verdict))
-
-
-def _points(apart: list[list[float]]) -> str:
-    return f"{100 * sum(mean for mean, _, _ in apart) / len(apart):+.1f}"

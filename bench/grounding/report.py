@@ -7,11 +7,13 @@ from pathlib import Path
 from bench.pages.markdown import table
 
 from .additions_report import additions_section
+from .calibration_report import calibration_section
 from .metrics import MEASURES, cell, measures, pc, signed
 from .policies import KEEPS, METHODS
 from .resemblance import TOP
 from .scenes import KINDS
 from .train import EARLY, LATE, LATER
+from .waiting_report import waiting_section
 
 ACTIONS = ("remove", "reroute")
 PHASES = ("vision", "language")
@@ -71,17 +73,16 @@ KIND_TITLES = {
 }
 
 
-def grounding_page(results: dict, additions: dict, docs: Path) -> None:
+def grounding_page(measured: dict[str, dict], docs: Path) -> None:
     """Write the page and its pictures.
 
     Args:
-        results: the results of `bench.grounding.benchmark`.
-        additions: those of `bench.grounding.additions`.
+        measured: as in `page`.
         docs: folder to write to.
     """
-    draw_resemblance(results, docs / "grounding-resemblance.svg")
-    draw_budgets(results, docs / "grounding-budgets.svg")
-    (docs / "grounding.md").write_text("\n".join(page(results, additions)) + "\n")
+    draw_resemblance(measured["results"], docs / "grounding-resemblance.svg")
+    draw_budgets(measured["results"], docs / "grounding-budgets.svg")
+    (docs / "grounding.md").write_text("\n".join(page(measured)) + "\n")
 
 
 def model_card(results: dict, log: list[dict]) -> str:
@@ -146,9 +147,15 @@ def summary_table(results: dict) -> str:
     )
 
 
-def page(results: dict, additions: dict) -> list[str]:
-    """The lines of the page."""
-    items, measured = results["items"], results["measured_on"]
+def page(measured: dict[str, dict]) -> list[str]:
+    """The lines of the page.
+
+    Args:
+        measured: the records by the names of their files: `results` of `bench.grounding.benchmark`, and `additions`,
+            `waiting` and `calibration` of the modules of these names.
+    """
+    results = measured["results"]
+    items, machine = results["items"], results["measured_on"]
     return [
         "# Grounding: deferring against deleting",
         "",
@@ -159,12 +166,14 @@ def page(results: dict, additions: dict) -> list[str]:
         "[evaluation.md](evaluation.md) tells how to measure those.",
         "",
         f"`make grounding` makes this page anew; the records are `bench/results/grounding/results.json` and "
-        f"`results.csv`. Measured on a CPU ({measured['jobs']} processes of {measured['threads']} thread, torch "
-        f"{measured['torch']}, transformers {measured['transformers']}), {sum(items.values()):,} held-out scenes, one "
+        f"`results.csv`. Measured on a CPU ({machine['jobs']} processes of {machine['threads']} thread, torch "
+        f"{machine['torch']}, transformers {machine['transformers']}), {sum(items.values()):,} held-out scenes, one "
         f"question each: {', '.join(f'{count:,} {kind}' for kind, count in items.items())}. Brackets hold 95% "
         "bootstrap intervals.",
         "",
-        *additions_section(additions),
+        *additions_section(measured["additions"]),
+        *calibration_section(measured["calibration"]),
+        *waiting_section(measured["waiting"]),
         *resemblance_section(results),
         *comparison_section(results),
         *budget_section(results),

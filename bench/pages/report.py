@@ -14,11 +14,13 @@ from bench.pages.performance import performance_page
 from bench.pages.records import RESULTS, ROOT, gpu_folders, read, read_all
 from bench.pages.refusals import refusals_list
 
-GROUNDING = RESULTS / "grounding" / "results.json"
-ADDITIONS = RESULTS / "grounding" / "additions.json"
+GROUNDING = {
+    name: RESULTS / "grounding" / f"{name}.json" for name in ("results", "additions", "waiting", "calibration")
+}
+"""The records of docs/grounding.md."""
 TABLES = (
     ("README.md", "gpus", lambda: gpu_summary(gpu_folders())),
-    ("README.md", "grounding", lambda: summary_table(read(GROUNDING))),
+    ("README.md", "grounding", lambda: summary_table(read(GROUNDING["results"]))),
     ("docs/kernels.md", "compiled", lambda: compile_tables(read_all("compile/triton-*.json"))),
     ("docs/models.md", "support", lambda: support_tables(read_all("models/transformers-*.json"))),
     ("docs/methods.md", "methods", methods_tables),
@@ -32,7 +34,7 @@ def write_pages() -> None:
     for page, marker, text in TABLES:
         replace_between(ROOT / page, marker, text())
     performance_page(gpu_folders(), ROOT / "docs")
-    grounding_page(read(GROUNDING), read(ADDITIONS), ROOT / "docs")
+    grounding_page({name: read(path) for name, path in GROUNDING.items()}, ROOT / "docs")
     model = ROOT / "models" / "tiny_grounding"
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
-    (model / "README.md").write_text(model_card(read(GROUNDING), log))
+    (model / "README.md").write_text(model_card(read(GROUNDING["results"]), log))

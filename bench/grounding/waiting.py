@@ -1,0 +1,119 @@
+"""Measure what becomes of waiting tokens: as they are, aligned, or frozen, against the paper's rerouting.
+
+    python -m bench.grounding.waiting [--scenes N] [--jobs N]
+
+Alignments are compared at the same tokens, frozen tokens at the same tokens and at the same FLOPs of the prefill, where
+freezing fits into them at all. Writes waiting.json to bench/results/grounding.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+import reroute_kernels as rk
+from bench.speed.device import description
+from reroute_kernels.budget import OverBudget, solve_like
+
+from .additions import METHODS, budget_of, scores_of
+from .answers import SEED, held_out_items
+from .benchmark import TEXT_TOKENS, answer_all, prepare
+from .metrics import interval
+from .policies import KEEPS, VISUAL_TOKENS, Way, decoder, policy_of
+from .processes import command_line, run_all, threads_of, workers
+from .scenes import KINDS
+
+PAPER = "reroute"
+
+
+class Run(NamedTuple):
+    """A way to run the model."""
+
+    method: str
+    """One of `METHODS`."""
+    waiting: str
+    """`PAPER`, or one of `VARIANTS`."""
+    keep: float
+    """The keep ratio of FastV that sets the budget."""
+
+
+def frozen_at_equal_flops(policy: rk.Policy) -> rk.Policy | None:
+    """The policy that freezes, with fewer tokens at each decision, at the FLOPs of this one; None if none fits."""
+    flops = rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS).prefill_flops
+    frozen = replace(policy, action="freeze")
+    try:
+        return solve_like(decoder(), frozen, flops=flops, visual_tokens=VISUAL_TOKENS, text_tokens=TEXT_TOKENS)
+    except OverBudget:
+        return None
+
+
+VARIANTS: Mapping[str, Callable[[rk.Policy], rk.Policy | None]] = {
+    'align="stage"': lambda policy: replace(policy, align="stage"),
+    'align="proxy"': lambda policy: replace(policy, align="proxy"),
+    "freeze, same tokens": lambda policy: replace(policy, action="freeze"),
+    "freeze, same FLOPs": frozen_at_equal_flops,
+}
+"""What becomes of waiting tokens in place of the paper's rerouting."""
+
+
+def policy_for(run: Run) -> rk.Policy | None:
+    """The policy of a way to run the model; None if there is none."""
+    policy = policy_of(Way(run.method, "reroute", run.keep))
+    assert policy is not None
+    return policy if run.waiting == PAPER else VARIANTS[run.waiting](policy)
+
+
+def possible_runs() -> list[Run]:
+    """The paper's rerouting and every variant that fits, by method and budget."""
+    runs = [Run(method, waiting, keep) for method in METHODS for waiting in (PAPER, *VARIANTS) for keep in KEEPS]
+    return [run for run in runs if policy_for(run) is not None]
+
+
+def answers_of(run: Run) -> list[str]:
+    """The answers to all scenes of this process."""
+    return answer_all(policy_for(run))[0]
+
+
+def figures(items: list, answers: Mapping[Run, list[str]], run: Run) -> dict[str, object]:
+    """Scores of a run, what it costs, and its paired differences to the paper's rerouting."""
+    policy = policy_for(run)
+    counted = rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS)
+    found: dict[str, object] = run._asdict() | {
+        "policy": repr(policy),
+        "average_visual_tokens": counted.average_visual_tokens,
+        "prefill_flops": counted.prefill_flops,
+        "kv_bytes": counted.kv_bytes,
+    }
+    for kind in KINDS:
+        mine, paper = (scores_of(items, answers[each], kind) for each in (run, run._replace(waiting=PAPER)))
+        apart = interval([a - b for a, b in zip(mine, paper, strict=True)])
+        found[kind] = {"score": interval(mine), "less reroute": apart}
+    return found
+
+
+def main():
+    args = command_line(__doc__)
+
+    started = time.perf_counter()
+    runs = possible_runs()
+    with workers(args.jobs, prepare, args.model, args.scenes, threads_of(args.jobs), SEED) as (pool, progress):
+        answers = run_all(pool, progress, answers_of, {run: (run,) for run in runs}, "waiting tokens")
+    items = held_out_items(args.scenes)
+    results = {
+        "measured_on": description(torch.device("cpu")) | {"jobs": args.jobs},
+        "items": {kind: sum(item.question.kind == kind for item in items) for kind in KINDS},
+        "budgets": {str(keep): budget_of(keep) for keep in KEEPS},
+        "runs": [figures(items, answers, run) for run in runs],
+        "seconds": round(time.perf_counter() - started),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "waiting.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
