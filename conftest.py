@@ -26,6 +26,10 @@ def pytest_addoption(parser):
         "--support-record", metavar="FOLDER", help="call every model in every way, and keep what happened, as JSON"
     )
 
+    parser.addoption(
+        "--all-types", action="store_true", help="call every type that is routed in every way, not the families alone"
+    )
+
 
 def pytest_configure(config):
     if config.getoption("support_record") and not hasattr(config, "workerinput"):

@@ -66,7 +66,7 @@ class Adapter:
         AttributeError: the model lacks something that routing needs, which the message names.
     """
 
-    text_model_types: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3")
+    text_model_types: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3", "aria_text", "hyperclovax")
     """Decoders that this family is known to come with."""
 
     decoder_name: str = "language_model"
@@ -98,6 +98,7 @@ class Adapter:
 
     feature_arguments: tuple[str, ...] = (
         "pixel_values",
+        "pixel_values_images",
         "pixel_values_videos",
         "image_hidden_states",
         "mm_encoder_outputs",

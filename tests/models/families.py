@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from tests.models.handed_features import HANDED, TOKENS, Handed
 from tests.models.prompts import GOLDEN, IMAGE, VIDEO, VISION_END, VISION_START, Prompt, batch
 from tests.models.slow_way import decoder_of, layer_types
 
@@ -49,7 +51,7 @@ MISTRAL = {**TEXT, "model_type": "mistral", "sliding_window": None}
 def tiny(kind: str, **config):
     """A model of `<kind>ForConditionalGeneration` from a configuration."""
     config = getattr(transformers, f"{kind}Config")(**config)
-    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
 def llava():
@@ -226,6 +228,13 @@ MODELS: dict[str, Callable] = {
     "qwen3_vl_moe": lambda: qwen3_vl("Qwen3VLMoe", **SMALL_EXPERTS),
     "smolvlm": lambda: idefics3("SmolVLM"),
 }
+ALIKE: dict[str, tuple[str, str]] = {
+    "cosmos3_omni": ("qwen3_vl", "Cosmos3Omni"),
+    "glm46v": ("glm4v", "Glm46V"),
+    "glmga": ("glm4v", "Glmga"),
+}
+"""Types that are built as a model above is: its name, and the beginning of the names of their classes."""
+
 VIDEO_MODELS = (
     "glm4v",
     "glm4v_moe",
@@ -276,8 +285,13 @@ class Family:
     model: torch.nn.Module
 
     @property
+    def _like(self) -> str:
+        """The model whose inputs it takes."""
+        return ALIKE.get(self.name, (self.name,))[0]
+
+    @property
     def has_video(self) -> bool:
-        return self.name in VIDEO_MODELS
+        return self._like in VIDEO_MODELS
 
     @property
     def _shows_frames(self) -> bool:
@@ -293,7 +307,7 @@ class Family:
 
         parts, features = [text(before)], []
         for number in range(images):
-            features.append(_picture(self.name, number, generator))
+            features.append(self._picture(number, generator))
             parts += self._wrapped(IMAGE, self._count(features[-1]))
             parts.append(text(3))
         if video:
@@ -303,20 +317,23 @@ class Family:
         parts.append(text(after))
         return Prompt(torch.cat(parts), self._merged(features, dim=1))
 
+    def _picture(self, number: int, generator) -> dict[str, Tensor]:
+        return _picture(self._like, number, generator)
+
     def _wrapped(self, token: int, count: int) -> list[Tensor]:
         return [torch.tensor([VISION_START]), torch.full((count,), token), torch.tensor([VISION_END])]
 
     def _video(self, generator) -> tuple[list[int], list[dict[str, Tensor]]]:
-        if self.name == "llava_onevision":
+        if self._like == "llava_onevision":
             # Four tokens a frame, and one at the end, which some versions add after the features are asked for.
             return [5 * 4 + 1], [{"pixel_values_videos": torch.randn(1, 5, 3, 56, 56, generator=generator)}]
         frames, height, width = 3, 8, 12
-        dim = 1536 if self.name.startswith("qwen3") else 1176
+        dim = 1536 if self._like.startswith("qwen3") else 1176
         pixels = torch.randn(frames * height * width, dim, generator=generator)
         features = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[frames, height, width]])}
         tokens = height * width // 4
         # Some write the time of each frame in front of it.
-        apart = self._shows_frames or self.name.startswith("qwen3")
+        apart = self._shows_frames or self._like.startswith("qwen3")
         return [tokens] * frames if apart else [frames * tokens], [features]
 
     @torch.no_grad()
@@ -326,7 +343,7 @@ class Family:
         return sum(each.reshape(-1, size).shape[0] for each in output)
 
     def _merged(self, features: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
-        by_sample = self.name in ("idefics3", "smolvlm")  # (samples, tiles, ...), filled up with tiles of zeros
+        by_sample = self._like in ("idefics3", "smolvlm")  # (samples, tiles, ...), filled up with tiles of zeros
         if by_sample and dim == 0 and features:
             tiles = max((each["pixel_values"].shape[1] for each in features if each), default=0)
             empty = torch.zeros(1, tiles, 3, 56, 56)
@@ -346,7 +363,7 @@ class Family:
     def batch(self, prompts: list[Prompt], side: str = "left") -> dict[str, Tensor]:
         """The model's arguments for prompts padded on one side."""
         inputs = batch([Prompt(prompt.ids, {}) for prompt in prompts], side)
-        if self.name.startswith(("qwen", "glm")):
+        if self._like.startswith(("qwen", "glm")):
             ids = inputs["input_ids"]
             inputs["mm_token_type_ids"] = (ids == IMAGE) * 1 + (ids == VIDEO) * 2
             if self._shows_frames:
@@ -355,9 +372,59 @@ class Family:
         return inputs | self._merged([prompt.features for prompt in prompts], dim=0)
 
 
+@dataclass(frozen=True)
+class HandedFamily(Family):
+    """A tiny model that is handed the features of its images as pixels."""
+
+    handed: Handed
+
+    @property
+    def has_video(self) -> bool:
+        return self.handed.has_video
+
+    def _video(self, generator) -> tuple[list[int], list[dict[str, Tensor]]]:
+        return [TOKENS], [{"pixel_values_videos": torch.randn(1, TOKENS, 64, generator=generator)}]
+
+    def _picture(self, number: int, generator) -> dict[str, Tensor]:
+        parameters = inspect.signature(type(self.model).forward).parameters
+        name = next(name for name in ("pixel_values", "pixel_values_images") if name in parameters)
+        return {name: torch.randn(1, TOKENS, 64, generator=generator), **self.handed.brings()}
+
+    def _count(self, features: dict[str, Tensor]) -> int:
+        return TOKENS
+
+    def _merged(self, features: list[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+        names = sorted({name for each in features for name in each})
+        packed = ("pixel_values",) if self.handed.packs_images else ()
+        return {
+            name: torch.cat([each[name] for each in features if name in each], dim=int(name in packed))
+            for name in names
+        }
+
+    def batch(self, prompts: list[Prompt], side: str = "left") -> dict[str, Tensor]:
+        inputs = batch([Prompt(prompt.ids, {}) for prompt in prompts], side)
+        if self.handed.axes > 1:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE) * 1
+        return inputs | self._merged([prompt.features for prompt in prompts], dim=0)
+
+
+OTHERS = (
+    *(name for name, (_like, kind) in ALIKE.items() if hasattr(transformers, f"{kind}Config")),
+    *(name for name, handed in HANDED.items() if handed.can_be_built),
+)
+"""Names of the types that are not called in every way each time, of those that can be built here."""
+
+
 @cache
 def load(name: str) -> Family:
     """One model for all tests of a process; they leave it as it was."""
+    if name in HANDED:
+        torch.manual_seed(0)
+        return HandedFamily(name, HANDED[name].build().eval(), HANDED[name])
+    if name in ALIKE:
+        like, kind = ALIKE[name]
+        torch.manual_seed(0)
+        return Family(name, {"qwen3_vl": qwen3_vl, "glm4v": glm4v}[like](kind).eval())
     # With seed 0 a token of qwen3_vl_moe ranks two experts within 1e-7, and any rounding decides between them.
     torch.manual_seed(1 if name == "qwen3_vl_moe" else 0)
     return Family(name, MODELS[name]().eval())

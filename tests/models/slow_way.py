@@ -79,7 +79,8 @@ def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
     if past_key is not None:
         key = torch.cat([past_key[0].float(), key], dim=1)
     key = key.repeat_interleave(len(query) // len(key), dim=0)
-    logits = query @ key.transpose(1, 2) / attention.head_dim**0.5
+    scale = getattr(decoder.config, "attention_multiplier", None) or attention.head_dim**-0.5
+    logits = query @ key.transpose(1, 2) * scale
     past = key.shape[1] - length
     causal = torch.ones(length, past + length, dtype=torch.bool).tril(past)
     if past_key is not None:

@@ -1,0 +1,274 @@
+"""Types that differ in their vision towers alone: tiny models that are handed features of images as pixels."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START
+
+TOKENS = 24
+"""Visual tokens of an image."""
+
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+GRID = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+SAM = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "mlp_dim": 32,
+    "global_attn_indexes": [0],
+}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+class Features:
+    """In place of `get_image_features`: the pixels, (images, tokens, channels), are the features.
+
+    Args:
+        listed: whether the model takes a tensor for each image, not one of all.
+        packed: whether all images are in one row.
+        output: class of the output, and what it holds beside them.
+    """
+
+    def __init__(self, listed: bool, packed: bool, output: Callable):
+        self.listed, self.packed, self.output = listed, packed, output
+
+    def __call__(
+        self,
+        pixel_values=None,
+        image_grid_thw=None,
+        target_sizes=None,
+        high_res_pixel_values=None,
+        pixel_values_images=None,
+        **_settings,
+    ):
+        return self._handed(pixel_values if pixel_values_images is None else pixel_values_images)
+
+    def _handed(self, pixels: Tensor):
+        images = pixels[0].split(TOKENS) if self.packed else pixels
+        return self.output(pooler_output=list(images) if self.listed else images)
+
+
+class VideoFeatures(Features):
+    """In place of `get_video_features`."""
+
+    def __call__(self, pixel_values_videos=None, video_grid_thw=None, **_settings):
+        return self._handed(pixel_values_videos)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """How a type is built, and what its calls bring.
+
+    Args:
+        kind: beginning of the names of its classes.
+        text: of its text configuration, beside `TEXT`.
+        vision: its vision configuration.
+        config: of the whole.
+        brings: arguments of a call with an image, beside its pixels: those of an image with `TOKENS` tokens.
+        axes: how many position ids a token has.
+        output: as in `Features`.
+    """
+
+    kind: str
+    text: dict
+    vision: dict
+    config: dict
+    brings: Callable[[], dict[str, Tensor]] = dict
+    axes: int = 1
+    output: Callable = BaseModelOutputWithPooling
+
+    @property
+    def config_class(self):
+        """None before the transformers that has it."""
+        return getattr(transformers, f"{self.kind}Config", None)
+
+    @property
+    def can_be_built(self) -> bool:
+        """Whether this transformers has the type, and builds it without timm."""
+        if self.kind == "PerceptionLM" and not hasattr(transformers.PerceptionLMConfig, "sub_configs_defaults"):
+            return importlib.util.find_spec("timm") is not None
+        return self.config_class is not None
+
+    @property
+    def has_video(self) -> bool:
+        return any(name.startswith("video_token") for name in self.config)
+
+    @property
+    def packs_images(self) -> bool:
+        """Whether all images of a call are one row."""
+        return "target_sizes" in self.brings()
+
+    def build(self) -> torch.nn.Module:
+        config = self.config_class(text_config=TEXT | self.text, vision_config=self.vision, **self.config)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        core = model.model
+        listed = "torch.cat(" in inspect.getsource(type(core).forward)
+        settings = listed, self.packs_images, self.output
+        core.get_image_features, core.get_video_features = Features(*settings), VideoFeatures(*settings)
+        return model
+
+
+def _of(kind, text="llama", vision=None, image="image_token_id", **config):
+    made = {name: config.pop(name) for name in ("brings", "axes", "output") if name in config}
+    text = {"model_type": text} if isinstance(text, str) else text
+    config = {image: IMAGE, **config}
+    return Handed(kind, text, CLIP if vision is None else vision, config, **made)
+
+
+def _hybrid(**more):
+    """A text model of Qwen3.5."""
+    return {
+        "model_type": "qwen3_5_text",
+        "initializer_range": 0.1,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [1, 1, 2],
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        "layer_types": ["linear_attention", "full_attention"] * 3,
+        **more,
+    }
+
+
+def _siglip(**more):
+    return CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False, **more}
+
+
+def _sizes():
+    return {"target_sizes": torch.tensor([[4, TOKENS // 4]])}
+
+
+def _with_indicators(**features):
+    from transformers.models.ovis2.modeling_ovis2 import BaseModelOutputWithVisualIndicatorFeatures
+
+    indicators = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    return BaseModelOutputWithVisualIndicatorFeatures(**features, visual_indicator_features=indicators)
+
+
+HANDED: dict[str, Handed] = {
+    "aria": _of(
+        "Aria",
+        {"model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        CLIP | {"model_type": "idefics3_vision"},
+        image="image_token_index",
+        projector_patch_to_query_dict={"4": 4},
+    ),
+    "cohere2_vision": _of(
+        "Cohere2Vision",
+        {
+            "model_type": "cohere2",
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "logit_scale": 1.0,
+        },
+        _siglip(),
+    ),
+    "deepseek_vl": _of("DeepseekVL", vision=_siglip()),
+    "deepseek_vl_hybrid": _of(
+        "DeepseekVLHybrid",
+        vision=_siglip(),
+        high_res_vision_config=SAM,
+        brings=lambda: {"high_res_pixel_values": torch.zeros(1, 3, 8, 8)},
+    ),
+    "fast_vlm": _of("FastVlm", "qwen2", CLIP | {"model_type": "clip_vision_model"}, image="image_token_index"),
+    "got_ocr2": _of("GotOcr2", "qwen2", SAM, image="image_token_index"),
+    "hyperclovax_vision_v2": _of(
+        "HyperCLOVAXVisionV2",
+        {"model_type": "hyperclovax", "attention_multiplier": 0.25},
+        GRID | {"model_type": "qwen2_5_vl_vision"},
+        video_token_id=VIDEO,
+    ),
+    "janus": _of(
+        "Janus",
+        vision=CLIP | {"projection_dim": 64, "num_image_tokens": 4},
+        vq_config={"base_channels": 32, "num_embeddings": 16, "projection_dim": 64, "image_token_embed_dim": 64},
+    ),
+    "lighton_ocr": _of("LightOnOcr", "qwen3", CLIP | {"model_type": "pixtral", "head_dim": 16}),
+    "llava_next_video": _of(
+        "LlavaNextVideo",
+        vision=CLIP | {"model_type": "clip_vision_model"},
+        image="image_token_index",
+        video_token_index=VIDEO,
+    ),
+    "minicpm_ocr": _of(
+        "MiniCPMOcr",
+        _hybrid(),
+        CLIP | {"insert_layer_id": 0},
+        brings=_sizes,
+        video_token_id=VIDEO,
+        insert_layer_id=0,
+    ),
+    "minicpmv4_6": _of(
+        "MiniCPMV4_6",
+        _hybrid(),
+        CLIP | {"insert_layer_id": 0},
+        brings=_sizes,
+        video_token_id=VIDEO,
+        insert_layer_id=0,
+    ),
+    "ovis2": _of(
+        "Ovis2",
+        "qwen2",
+        CLIP | {"vocab_size": 32, "num_visual_indicator_tokens": 2},
+        visual_indicator_token_ids=[VISION_START, VISION_END],
+        hidden_size=64,
+        vocab_size=512,
+        output=_with_indicators,
+    ),
+    "perception_lm": _of(
+        "PerceptionLM",
+        vision=CLIP | {"model_type": "clip_vision_model", "model_args": {"embed_dim": 32}},
+        video_token_id=VIDEO,
+    ),
+    "pp_chart2table": _of("PPChart2Table", "qwen2", SAM, image="image_token_index"),
+    "qianfan_ocr": _of("QianfanOCR", "qwen3", CLIP | {"image_size": [28, 28], "patch_size": [14, 14]}),
+    "video_llama_3": _of("VideoLlama3", "qwen2", CLIP, video_token_id=VIDEO),
+    "video_llava": _of(
+        "VideoLlava",
+        vision=CLIP | {"model_type": "clip_vision_model"},
+        image="image_token_index",
+        video_token_index=VIDEO,
+    ),
+    "vipllava": _of(
+        "VipLlava",
+        vision=CLIP | {"model_type": "clip_vision_model"},
+        image="image_token_index",
+        vision_feature_layers=[-1],
+    ),
+}
