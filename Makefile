@@ -53,7 +53,7 @@ test-vllm: .venv-vllm/ready  ## run the tests of routing inside vLLM, on its CPU
 test-matrix: .venv-oldest/ready .venv-middle/ready .venv-previous/ready .venv/ready  ## call every model in every way under four transformers; rewrites docs/models.md
 	@set -e; for environment in .venv-oldest .venv-middle .venv-previous .venv; do \
 	  OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -q $(PARALLEL:loadfile=load) \
-	    --support-record=bench/results/models tests/models; \
+	    --support-record=bench/results/models --all-types tests/models; \
 	done
 	$(BIN)/python -m bench.pages
 

@@ -28,7 +28,8 @@ from .families import (
 )
 from .graphs import CudaGraphs, Graphs, UnroutedPrefills
 from .hooks import Routing, routings_on
-from .refusals import BIDIRECTIONAL, MODEL_TYPE
+from .refusals import MODEL_TYPE, OTHER_KIND
+from .refused import REFUSED
 from .warming import make_decisions
 
 __all__ = [
@@ -85,9 +86,6 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "vipllava": Adapter,
 }
 """Adapter of each supported `config.model_type`."""
-
-_BIDIRECTIONAL = ("gemma3", "gemma4", "gemma4_unified", "molmo2", "paligemma")
-# Their masks let the tokens of an image see each other, later ones too.
 
 
 def register(model_type: str, adapter: type[Adapter]) -> None:
@@ -221,8 +219,8 @@ def _adapter_of(model: nn.Module) -> Adapter:
     model_type = getattr(getattr(inside, "config", None), "model_type", None)
     if not isinstance(inside, nn.Module) or model_type is None:
         raise TypeError(f"model must be a transformers model, got {type(inside).__name__}")
-    if model_type in _BIDIRECTIONAL and model_type not in ADAPTERS:
-        raise BIDIRECTIONAL.because(model_type=model_type)
+    if model_type in REFUSED and model_type not in ADAPTERS:
+        raise OTHER_KIND.because(model_type=model_type, reason=REFUSED[model_type])
     if model_type not in ADAPTERS:
         raise MODEL_TYPE.because(supported=", ".join(ADAPTERS), model_type=model_type)
     return ADAPTERS[model_type](inside)

@@ -38,10 +38,10 @@ def refuse(facts: object, rules: Iterable[Refusal]) -> None:
 
 # By `apply`
 
-BIDIRECTIONAL = Refusal(
-    "models whose image tokens attend in both directions (Gemma 3, Gemma 4, PaliGemma, Molmo 2)",
-    "model must be one whose image tokens attend causally, got {model_type!r}, whose image tokens attend in both "
-    "directions",
+OTHER_KIND = Refusal(
+    "types of models that read images otherwise: models.md has each with its reason",
+    "model must be one whose decoder reads image tokens among those of text as its adapter expects, got "
+    "{model_type!r}, {reason}",
 )
 MODEL_TYPE = Refusal(
     "other model types without an adapter",
@@ -593,7 +593,7 @@ CAPTURE_FAILED = Refusal(
 PAGE: dict[str, tuple[Refusal, ...]] = {
     "By `apply`": (
         MODEL_TYPE,
-        BIDIRECTIONAL,
+        OTHER_KIND,
         TEXT_MODEL,
         DTYPE,
         *LAYER_RULES,

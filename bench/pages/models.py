@@ -49,6 +49,30 @@ def support_tables(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def types_table() -> str:
+    """Every type of the newest transformers: its adapter and text models, or the reason for which it is refused."""
+    from transformers import __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
+    from reroute_kernels.models import ADAPTERS
+    from reroute_kernels.models.refused import REFUSED
+
+    def row(name: str) -> list[str]:
+        if name in ADAPTERS:
+            adapter = ADAPTERS[name]
+            return [f"`{name}`", CLASSES[name], "routed", f"`{adapter.__name__}`"]
+        return [f"`{name}`", CLASSES[name], "refused", _escaped(REFUSED[name])]
+
+    routed = sum(name in ADAPTERS for name in CLASSES)
+    return "\n".join(
+        [
+            f"transformers {__version__} has {len(CLASSES)} types; {routed} are routed.",
+            "",
+            *table(["type", "class", "", "adapter, or reason"], map(row, sorted(CLASSES))),
+        ]
+    )
+
+
 def runs_of(versions: list[str], chosen: list[bool]) -> str:
     """The chosen ones of versions in order; a run of consecutive ones is given by its first and last."""
     runs = []

@@ -9,7 +9,7 @@ from bench.pages.gpu import gpu_summary
 from bench.pages.kernels import compile_tables
 from bench.pages.markdown import replace_between
 from bench.pages.methods import methods_tables
-from bench.pages.models import support_tables
+from bench.pages.models import support_tables, types_table
 from bench.pages.performance import performance_page
 from bench.pages.records import RESULTS, ROOT, gpu_folders, read, read_all
 from bench.pages.refusals import refusals_list
@@ -23,6 +23,7 @@ TABLES = (
     ("README.md", "grounding", lambda: summary_table(read(GROUNDING["results"]))),
     ("docs/kernels.md", "compiled", lambda: compile_tables(read_all("compile/triton-*.json"))),
     ("docs/models.md", "support", lambda: support_tables(read_all("models/transformers-*.json"))),
+    ("docs/models.md", "types", types_table),
     ("docs/methods.md", "methods", methods_tables),
     ("docs/refusals.md", "refusals", refusals_list),
 )

@@ -1,15 +1,112 @@
 """Every type of transformers' image-text-to-text models: routed, or refused for a reason that is true."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as ALL_TYPES
 
 import reroute_kernels as rk
-from tests.models.families import OTHERS, load
+from reroute_kernels.models import ADAPTERS, refused
+from reroute_kernels.models.refused import REFUSED
+from tests.models.families import ALIKE, MODELS, OTHERS, load
+from tests.models.handed_features import HANDED
 from tests.models.prompts import selections
 from tests.models.slow_way import SlowWay
 from tests.models.test_ways import GREEDY, policies
 
 FEW = {**GREEDY, "max_new_tokens": 3}
+
+
+SOURCES = Path(transformers.__file__).parent / "models"
+FOLDERS = {
+    "instructblipvideo": "instructblip",
+    "inkling2_loop": "inkling2",
+    "inkling_mm_model": "inkling",
+    "kosmos-2": "kosmos2",
+    "kosmos-2.5": "kosmos2_5",
+    "qwen2_5_omni_thinker": "qwen2_5_omni",
+    "qwen3_omni_moe_thinker": "qwen3_omni_moe",
+    "kimi_k25": "deepseek_v3",  # its text model
+    "lfm2_vl": "lfm2",
+    "lfm3_vl": "lfm2",
+    "fuyu": "persimmon",
+    "florence2": "bart",
+    "shieldgemma2": "gemma3",
+}
+"""Where the source of a type is, if not in a folder of its name."""
+
+EVIDENCE = {
+    refused.BIDIRECTIONAL: r"block_sequence_ids|token_type_ids_mask_function",
+    refused.CROSS_ATTENTION: r"CrossAttention|cross_attn",
+    refused.ENCODER_DECODER: r"encoder_hidden_states|EncoderDecoder",
+    refused.QUERY_TRANSFORMER: r"QFormer",
+    refused.ACTIONS: r"denois|flow",
+    refused.DIFFUSION: r"BlockDiffusion",
+    refused.BEFORE_TEXT: r"torch.cat\(\(projected_visual_features, embedding_output\), dim=1\)",
+    refused.MARKED_BY_MASK: r"image_embeds_position_mask",
+    refused.FUSED_PROJECTION: r"self.query_key_value = ",
+    refused.NO_DECODER: r"class ChameleonModel\(.*?self.layers = nn.ModuleList",
+    refused.HEAD_INSIDE: r"chunked_attention.*self.language_model = Llama4ForCausalLM|create_chunked_causal_mask",
+    refused.MAMBA: r"self.language_model = AutoModelForCausalLM",
+    refused.PER_LAYER_INPUTS: r"per_layer_input",
+    refused.SHORT_CONVOLUTIONS: r"ShortConv",
+    refused.LATENT_ATTENTION: r"self.kv_a_proj_with_mqa = ",
+    refused.INDEXER: r"self.indexer = ",
+    refused.WITHOUT_POSITIONS: r"position_embeddings=None|position_embeddings is not None",
+    refused.HEADS_DIFFER: r"num_attention_heads_per_layer",
+    refused.REFERENCE_WINDOW: r"reference_sliding_attention",
+    refused.EXPERT_TYPES: r"self.mlp\(hidden_states, moe_mm_token_type_ids\)",
+    refused.NORMS_AFTER: r"(?s)class Exaone4_5",
+    refused.OWN_NORM: r"self.attention_layernorm = ",
+    refused.NORM_AFTER_ROTATION: r"key_states = self.key_layernorm\(key_states\)",
+    refused.ADDITIONS: r"deepstack",
+    refused.CONVOLUTION_LAYERS: r"class Lfm2ShortConv",
+    refused.TOWER: r"class PixtralVisionModel",
+    refused.UNTRIED: r"class ",
+}
+"""Patterns of source code that show a reason to be true."""
+
+
+def test_every_type_is_routed_or_refused():
+    unknown = sorted(set(ALL_TYPES) - set(ADAPTERS) - set(REFUSED))
+    assert not unknown, (
+        f"transformers {transformers.__version__} has types that are not known here: {', '.join(unknown)}. Read how "
+        "each masks image tokens, numbers them and adds features to them. Then enter it in ADAPTERS of "
+        "models/__init__.py, with a tiny model in tests/models/handed_features.py, or in REFUSED of "
+        "models/refused.py, with the reason. `python -m bench.pages` writes docs/models.md."
+    )
+    assert not set(ADAPTERS) & set(REFUSED)
+
+
+def test_every_routed_type_has_a_tiny_model():
+    assert set(ADAPTERS) <= {name.split("-")[0] for name in MODELS} | set(ALIKE) | set(HANDED)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_type_is_told_its_reason(name):
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(model_type=name)
+    with pytest.raises(NotImplementedError, match="model must be one whose decoder reads image tokens") as caught:
+        rk.apply(model, "3:0.25")
+    assert str(caught.value).endswith(f"got {name!r}, {REFUSED[name]}")
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name in ALL_TYPES])
+def test_reason_is_true(name):
+    folder = SOURCES / FOLDERS.get(name, re.sub(r"\W", "_", name))
+    source = "\n".join(path.read_text() for path in sorted(folder.glob("modeling_*.py")))
+    assert re.search(EVIDENCE[REFUSED[name]], source, re.DOTALL)
+
+
+def test_unknown_type_is_told_what_is_supported():
+    model = torch.nn.Module()
+    model.config = SimpleNamespace(model_type="my_vlm")
+    with pytest.raises(ValueError, match=r"model must be of a supported type \(.*llava.*\), got 'my_vlm'"):
+        rk.apply(model, "3:0.25")
 
 
 @pytest.mark.parametrize("name", OTHERS)

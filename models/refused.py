@@ -1,0 +1,103 @@
+"""Types of transformers' image-text-to-text models that are not routed, each with the reason.
+
+A reason goes on where the type is named: "got 'mllama', whose text layers read images through cross-attention". The
+tests hold each against the source of the type, and tell of types of a newer transformers that are neither here nor in
+`ADAPTERS`.
+"""
+
+from __future__ import annotations
+
+BIDIRECTIONAL = "whose image tokens attend in both directions"
+CROSS_ATTENTION = "whose text layers read images through cross-attention: no image tokens stand among the text"
+ENCODER_DECODER = "whose decoder reads images through an encoder: no image tokens stand among the text"
+QUERY_TRANSFORMER = "whose query transformer leaves a small, fixed number of tokens of an image, whatever its size"
+ACTIONS = "which denoises actions of a robot; image tokens attend in both directions"
+DIFFUSION = "which denoises blocks of text; its image tokens attend in both directions"
+BEFORE_TEXT = "whose image tokens stand before the text without placeholders, and attend in both directions"
+MARKED_BY_MASK = "whose image tokens are told by a mask (image_embeds_position_mask), not by a token id"
+FUSED_PROJECTION = "whose text layers have one projection for queries, keys and values"
+NO_DECODER = "whose decoder layers are part of the model that merges images: there is no decoder to be called alone"
+HEAD_INSIDE = "whose decoder is a whole causal language model, and whose layers see chunks of the sequence"
+MAMBA = "whose decoder is a whole causal language model with Mamba layers"
+PER_LAYER_INPUTS = "whose layers take inputs of their own for each token, and share keys"
+SHORT_CONVOLUTIONS = "whose layers run short convolutions over neighbouring tokens beside attention"
+LATENT_ATTENTION = "whose keys are compressed (latent attention), so that a ranking cannot read them from k_proj"
+INDEXER = "whose attention is sparse: an indexer with a cache of its own chooses the keys"
+WITHOUT_POSITIONS = "whose layers of full attention are handed no position embeddings, which no adapter knows yet"
+HEADS_DIFFER = "whose layers have different numbers of heads, which no adapter knows yet"
+REFERENCE_WINDOW = "whose text layers see a window and the image beyond it (reference_sliding_attention)"
+EXPERT_TYPES = "whose layers take the kind of each token (moe_mm_token_type_ids), which no adapter knows yet"
+NORMS_AFTER = "whose layers begin without a norm, which no adapter knows yet"
+OWN_NORM = "whose layers begin with a norm of another name, which no adapter knows yet"
+NORM_AFTER_ROTATION = "whose queries and keys are normalized after their rotation, which no adapter knows yet"
+ADDITIONS = "whose decoder adds visual features before or after layers, which no adapter knows yet"
+CONVOLUTION_LAYERS = "whose decoder has layers of short convolutions alone, which no adapter knows yet"
+TOWER = "which is a vision tower alone; the model around it is a llava"
+UNTRIED = "whose text model was not tried yet"
+
+REFUSED: dict[str, str] = {
+    "apertus1p5": OWN_NORM,
+    "blip": CROSS_ATTENTION,
+    "blip-2": QUERY_TRANSFORMER,
+    "chameleon": NO_DECODER,
+    "cohere_compass": WITHOUT_POSITIONS,
+    "cosmos3_edge": UNTRIED,
+    "deepseek_ocr2": UNTRIED,
+    "diffusion_gemma": DIFFUSION,
+    "dots3_note": INDEXER,
+    "emu3": UNTRIED,
+    "ernie4_5_vl_moe": EXPERT_TYPES,
+    "evolla": CROSS_ATTENTION,
+    "exaone4_5": NORMS_AFTER,
+    "florence2": ENCODER_DECODER,
+    "fuyu": FUSED_PROJECTION,
+    "gemma3": BIDIRECTIONAL,
+    "gemma3n": PER_LAYER_INPUTS,
+    "gemma4": BIDIRECTIONAL,
+    "gemma4_unified": BIDIRECTIONAL,
+    "git": BEFORE_TEXT,
+    "glm5_next": INDEXER,
+    "glm_ocr": UNTRIED,
+    "granite4_vision": ADDITIONS,
+    "granite_docling": ADDITIONS,
+    "hunyuan_vl": NORM_AFTER_ROTATION,
+    "hy_v4_vl": INDEXER,
+    "idefics": CROSS_ATTENTION,
+    "idefics2": UNTRIED,
+    "inkling2": SHORT_CONVOLUTIONS,
+    "inkling2_loop": SHORT_CONVOLUTIONS,
+    "inkling_mm_model": SHORT_CONVOLUTIONS,
+    "instructblip": QUERY_TRANSFORMER,
+    "instructblipvideo": QUERY_TRANSFORMER,
+    "kimi_k25": LATENT_ATTENTION,
+    "kosmos-2": MARKED_BY_MASK,
+    "kosmos-2.5": MARKED_BY_MASK,
+    "lfm2_vl": CONVOLUTION_LAYERS,
+    "lfm3_vl": CONVOLUTION_LAYERS,
+    "llama4": HEAD_INSIDE,
+    "minicpmv4_7": UNTRIED,
+    "minimax_m3_vl": INDEXER,
+    "mistral4": LATENT_ATTENTION,
+    "mistral_large4": INDEXER,
+    "mllama": CROSS_ATTENTION,
+    "molmo2": BIDIRECTIONAL,
+    "muse_glimmer": WITHOUT_POSITIONS,
+    "muse_spark": WITHOUT_POSITIONS,
+    "nemotron_h_omni": MAMBA,
+    "paddleocr_vl": UNTRIED,
+    "paligemma": BIDIRECTIONAL,
+    "pi0": ACTIONS,
+    "pix2struct": ENCODER_DECODER,
+    "pp_formulanet": ENCODER_DECODER,
+    "pixtral": TOWER,
+    "qwen2_5_omni_thinker": UNTRIED,
+    "qwen3_omni_moe_thinker": UNTRIED,
+    "qwen4_exp": INDEXER,
+    "shieldgemma2": BIDIRECTIONAL,
+    "step3p7": HEADS_DIFFER,
+    "t5gemma2": ENCODER_DECODER,
+    "udop": ENCODER_DECODER,
+    "unlimited_ocr": REFERENCE_WINDOW,
+    "vision-encoder-decoder": ENCODER_DECODER,
+}
+"""Reason for each `config.model_type` that `apply` refuses by name."""
