@@ -21,7 +21,7 @@ from .boxes import UNITS, box_text, read_box
 from .notation import read_policy
 from .policy import Policy
 from .policy_file import names_file
-from .presets import METHODS, MODELS, ORIGINALS, model_of, preset
+from .presets import METHODS, ORIGINALS, model_of, preset
 from .trace import Trace
 
 WRAPPED = {
@@ -61,10 +61,10 @@ def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
             joined by `+` since lmms-eval splits arguments at commas; or the path of a policy file, without a comma for
             the same reason. None or `none` for no routing.
         avg_tokens: the tier of a method, which is given with a method only.
-        config: the checkpoint's configuration, which tells whose presets a method is looked up in.
+        config: the checkpoint's configuration: a method is solved for models for which no preset is published.
 
     Raises:
-        ValueError: an argument is none of these, or no preset is published for this checkpoint.
+        ValueError: an argument is none of these, or the budget of a method is too small for this checkpoint.
         OSError: the file cannot be read.
     """
     if policy is None or str(policy).lower() == "none":
@@ -92,15 +92,8 @@ def _is_for_read_policy(text: str) -> bool:
 def _preset_of(method: str, avg_tokens: object, config) -> Policy:
     if method not in METHODS + ORIGINALS:
         raise ValueError(f"policy must be {_FORMS}; got {method!r}")
-    layers = config.get_text_config().num_hidden_layers
-    model = model_of(config)
-    if model is None:
-        published = ", ".join(f"{each.model_type} with {each.decoder.layers} layers" for each in MODELS.values())
-        raise ValueError(
-            f"policy must be a schedule such as 2:0.25+6:0.25 where no preset is published, got {method!r} for a model "
-            f"of type {config.model_type} with {layers} layers; there are presets for {published}"
-        )
-    return preset(model.name, method, avg_tokens)
+    published = model_of(config)
+    return preset(config if published is None else published.name, method, avg_tokens)
 
 
 def visual_tokens_by_layer(trace: Trace, layers: int) -> list[list[int]]:

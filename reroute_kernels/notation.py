@@ -60,7 +60,8 @@ def parse_policy(text: str, model: object = None) -> Policy:
         text: a preset (`llava-1.5-7b/reroute-fastv/192`), a schedule (`3:0.25,7:0.25`, `remove:3:0.25`), or the path of
             a file, which ends with `.json` or exists.
         model: the model of the policy: the name of a published model, a transformers model or a configuration. Presets
-            of a published model need no model's name then, and presets for another number of layers are refused.
+            need no model's name then (`reroute-fastv/64`), and those named after a model with another number of layers
+            are refused.
 
     Raises:
         TypeError: the text is no string.
@@ -82,11 +83,9 @@ def _accepted(model: object) -> str:
         "a schedule like 3:0.25,7:0.25 (remove:3:0.25 removes, freeze:3:0.25 freezes, align-stage:3:0.25 aligns) or a "
         "file like policy.json"
     )
-    if published_model(model) is not None:
-        return f"a preset like reroute-fastv/192, {schedule}"
-    if model is None:
+    if model is None or (isinstance(model, str) and published_model(model) is None):
         return f"a preset like llava-1.5-7b/reroute-fastv/192, {schedule}"
-    return f"{schedule}, as this model has no presets of its own (reroute_kernels.suggest gives a policy to begin with)"
+    return f"a preset like reroute-fastv/192, {schedule}"
 
 
 def read_policy(text: str, model: object = None) -> Policy:
@@ -101,6 +100,9 @@ def read_policy(text: str, model: object = None) -> Policy:
             expect_one_of(action=(prefix, ACTIONS))
             return Policy(parse_schedule(schedule), prefix)
         return Policy(parse_schedule(text))
+    if not isinstance(model, str | None) and text.count("/") == 1:
+        _, method, tier = parse_preset(text, "")
+        return preset(model, method, tier)
     known = published_model(model)
     name = parse_preset(text, None if known is None else known.name)
     policy = preset(*name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
 
-from .budget import keep_ratio, solve_like
+from .budget import keep_ratio, solve, solve_like
 from .checks import expect_one_of
 from .cost import DECODERS, Decoder, layer_types, text_config, unknown_name
 from .policy import Policy, Stage
@@ -156,11 +156,16 @@ def tiers(model: str, method: str) -> tuple[int, ...]:
     return tuple(MODELS[model].nuwa) if method.endswith("nuwa") else TIERS
 
 
-def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -> Policy:
-    """Policy of a published configuration.
+def preset(model: object, method: str, avg_tokens: float, *, matched: bool = False) -> Policy:
+    """Policy of a published configuration, or one like it for another model.
+
+    Other models decide where LLaVA-1.5 does by relative depth, at the nearest layers that can, the first early enough
+    for the budget. The published keep ratios are the shape of the schedule, which is solved for the budget at 576
+    visual tokens. So are published models for budgets that are not.
 
     Args:
-        model: `"llava-1.5-7b"` (32 decoder layers) or `"qwen2.5-vl-7b"` (28).
+        model: `"llava-1.5-7b"` (32 decoder layers) or `"qwen2.5-vl-7b"` (28); or a transformers model or its
+            configuration, which takes the methods of the Reroute paper.
         method: `"fastv"` and `"pdrop"` remove tokens as the Reroute paper's code runs these methods; `"reroute-fastv"`
             and `"reroute-pdrop"` defer them at a matched budget. The authors also list a `-stagewise` variant of both,
             which computes the same thing faster; here every policy runs stagewise, so it is the same policy.
@@ -172,28 +177,76 @@ def preset(model: str, method: str, avg_tokens: int, *, matched: bool = False) -
             a name. On LLaVA the true averages are within 1 of it, but for the pdrop pair at 64, which averages 80 and
             84. On Qwen2.5-VL they are 197, 134 and 72 for methods named after FastV (the original at 128: 135). They
             are 192, 129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at
-            432, 288 and 144. `reroute_kernels.cost` counts.
+            432, 288 and 144. `reroute_kernels.cost` counts. For another model any number is taken, and is a limit.
         matched: solve the schedule anew, with its published keep ratios as the shape, so that pairs match at 576
             tokens. A method that removes comes as close to `avg_tokens` as `solve` does, never above: with one
             decision, as in FastV, to less than 1 token, with several to an eighth of one. A method that defers comes as
             close to the average of its removing partner. `policy.budget` tells how close.
 
     Raises:
-        ValueError: an argument names no published configuration.
+        TypeError: the model is none of what is taken.
+        ValueError: an argument names no published configuration, no layer can decide, or the budget is below what the
+            layers before the first decision cost.
 
     >>> print(preset("llava-1.5-7b", "reroute-fastv", 192))
     3:0.2644,7:0.2644,15:0.2644,23:0.2644
     """
+    if not isinstance(model, str):
+        published = model_of(model)
+        if published is None or avg_tokens not in tiers(published.name, method):
+            return _solved(model, method, avg_tokens, matched)
+        model = published.name
     expect_one_of(avg_tokens=(avg_tokens, tiers(model, method)))
-    policy = _published(MODELS[model], method.removesuffix("-stagewise"), avg_tokens)
+    policy = _published(MODELS[model], method.removesuffix("-stagewise"), int(avg_tokens))
     if not matched:
         return policy
-    limit: float = avg_tokens
-    if policy.action == "reroute":
-        partner = method.removeprefix("reroute-").removesuffix("-stagewise")
-        budget = preset(model, partner, avg_tokens, matched=True).budget
-        limit = avg_tokens if budget is None else budget.reached
+    limit = _partners_average(model, method, avg_tokens) if policy.action == "reroute" else avg_tokens
     return solve_like(model, policy, avg_tokens=limit, visual_tokens=VISUAL_TOKENS)
+
+
+def _partners_average(model: object, method: str, avg_tokens: float) -> float:
+    """Tokens a layer that the removing partner of a method reaches."""
+    budget = preset(model, method.removeprefix("reroute-").removesuffix("-stagewise"), avg_tokens, matched=True).budget
+    return avg_tokens if budget is None else budget.reached
+
+
+def _solved(config_or_model: object, method: str, avg_tokens: float, matched: bool) -> Policy:
+    """A method at the relative depths of LLaVA-1.5, solved for a budget."""
+    expect_one_of(method=(method, METHODS))
+    if isinstance(avg_tokens, bool) or not isinstance(avg_tokens, Real):
+        raise TypeError(f"avg_tokens must be a number, got {avg_tokens!r}")
+    kinds = layer_types(text_config(config_or_model))
+    tier = min(TIERS, key=lambda tier: abs(tier - avg_tokens))
+    published = _published(_LLAVA, method.removesuffix("-stagewise"), tier)
+    shape = _at_relative_depth(published, kinds, avg_tokens)
+    limit = avg_tokens
+    if matched and published.action == "reroute":
+        limit = _partners_average(config_or_model, method, avg_tokens)
+    return solve(
+        _of_layers(len(kinds)),
+        list(shape),
+        list(shape.values()),
+        avg_tokens=limit,
+        visual_tokens=VISUAL_TOKENS,
+        action=published.action,
+    )
+
+
+def _at_relative_depth(published: Policy, kinds: list[str], avg_tokens: float) -> dict[int, float]:
+    """Keep ratios of LLaVA-1.5 by layers at the same depth of a decoder; the first leaves room in the budget."""
+    able = _able_layers(kinds)
+    spent = [layer for layer in able if (layer * (VISUAL_TOKENS - 1) + len(kinds)) / len(kinds) <= avg_tokens]
+    ratios: dict[int, float] = {}
+    for stage in published.schedule:
+        depth = stage.layer * len(kinds) / _LLAVA.decoder.layers
+        among = able if ratios else spent or able[:1]
+        ratios.setdefault(min(among, key=lambda layer: abs(layer - depth)), stage.keep)
+    return dict(sorted(ratios.items()))
+
+
+def _of_layers(count: int) -> Decoder:
+    """A decoder of so many layers, to count tokens by."""
+    return Decoder(1, count, 1, 1, 1, 1, mlp_weights=(1,) * count)
 
 
 def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
@@ -253,11 +306,16 @@ def _suggested_preset(model: PublishedModel) -> Preset:
 
 def _decision_layers(kinds: list[str]) -> list[int]:
     """Layers with full attention at four depths, or next behind these."""
+    able = _able_layers(kinds)
+    depths = (len(kinds) * eighths // 8 for eighths in (1, 2, 4, 6))
+    return sorted({next((layer for layer in able if layer >= depth), able[-1]) for depth in depths})
+
+
+def _able_layers(kinds: list[str]) -> list[int]:
     able = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
     if not able:
         raise ValueError(f"config_or_model must have layers with full attention, got {', '.join(sorted(set(kinds)))}")
-    depths = (len(kinds) * eighths // 8 for eighths in (1, 2, 4, 6))
-    return sorted({next((layer for layer in able if layer >= depth), able[-1]) for depth in depths})
+    return able
 
 
 def _published(model: PublishedModel, method: str, tier: int) -> Policy:

@@ -280,15 +280,9 @@ def test_an_error_in_generate_is_no_empty_answer(tiny, task, policy):
         ("llava_hf", "policy=2:x", "policy must be .*; got '2:x': a stage is a layer"),
         ("llava_hf", "policy=2:1.5", r"policy must be .*; got '2:1.5': keep must be"),
         ("llava_hf", "policy=qwen/fastv/64", "policy must be .*; got 'qwen/fastv/64': model must be one of"),
-        ("llava_hf", "policy=fastv/64", "a preset is model/method/avg_tokens"),
         ("llava_hf", "policy=2:0.25,avg_tokens=64", "avg_tokens must be left out where policy is no method, got 64"),
         ("llava_hf", "avg_tokens=64", "avg_tokens must be left out where policy is no method, got 64 beside None"),
-        (
-            "llava_hf",
-            "policy=fastv,avg_tokens=64",
-            "policy must be a schedule such as .* where no preset is published, got 'fastv' for a model of type llava "
-            "with 16 layers; there are presets for llava with 32 layers, qwen2_5_vl with 28 layers",
-        ),
+        ("llava_hf", "policy=nuwa,avg_tokens=64", "method must be one of 'fastv', .*, got 'nuwa'"),
         ("llava_hf", "policy=llava-1.5-7b/reroute-fastv/64", "layer"),
         ("llava_hf", "policy=2:0.25,use_cache=False", "use_cache must be True where there is a policy, got False"),
         ("llava_hf", "trust_remote_code=True", "pretrained must be a checkpoint without code of its own"),

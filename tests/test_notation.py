@@ -50,10 +50,9 @@ def test_preset_of_another_model_is_refused(model):
     assert rk.Policy.parse("llava-1.5-7b/fastv/192", model) == rk.preset(LLAVA, "fastv", 192)
 
 
-@pytest.mark.parametrize("model", [None, config("qwen3_vl", 36), config("llava", 40)])
-def test_preset_without_a_model_needs_a_published_one(model):
+def test_preset_without_a_model_needs_one():
     with pytest.raises(ValueError, match=r"policy must be .*: a preset is model/method/avg_tokens$"):
-        rk.Policy.parse("fastv/192", model)
+        rk.Policy.parse("fastv/192")
 
 
 @pytest.mark.parametrize("text", ["", "3", "3:", "3:2", "7:0.5,3:0.5", "drop:3:0.25", "a/b", "llava-1.5-7b/fastv/63"])
@@ -81,10 +80,13 @@ def test_reasons_are_in_the_words_of_policies(text, reason):
         rk.Policy.parse(text)
 
 
-def test_models_without_presets_are_pointed_to_suggestions():
-    for text in ("reroute-fastv/192", "llava-1.5-7b/reroute-fastv/192"):
-        with pytest.raises(ValueError, match=r"policy must be a schedule .* no presets of its own \(.*suggest"):
-            rk.Policy.parse(text, config("qwen3_vl", 36))
+def test_presets_of_models_without_published_ones_are_solved():
+    model = config("qwen3_vl", 36)
+    assert rk.Policy.parse("reroute-fastv/64", model) == rk.preset(model, "reroute-fastv", 64)
+    with pytest.raises(ValueError, match=r"policy must be a preset like reroute-fastv/192, .*: method must be one of"):
+        rk.Policy.parse("nuwa/64", model)
+    with pytest.raises(ValueError, match=r"presets of llava-1.5-7b are for 32 decoder layers, and this model has 36"):
+        rk.Policy.parse("llava-1.5-7b/reroute-fastv/192", model)
 
 
 def test_policy_text_must_be_a_string():

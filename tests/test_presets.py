@@ -1,6 +1,7 @@
 """The released configurations, against the paper's table typed a second time."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,4 +151,61 @@ def test_nuwa(model, tier, method):
 )
 def test_other_names_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rk.preset(*arguments)
+
+
+def model(layers, kinds=None, model_type="qwen3_vl"):
+    text = SimpleNamespace(num_hidden_layers=layers, layer_types=kinds)
+    return SimpleNamespace(model_type=model_type, get_text_config=lambda: text)
+
+
+@pytest.mark.parametrize(
+    ("of", "method", "layers"),
+    [
+        (model(64), "reroute-fastv", [6, 14, 30, 46]),
+        (model(36), "reroute-fastv", [3, 8, 17, 26]),
+        (model(36), "fastv", [3]),
+        (model(36), "pdrop", [2, 8, 17, 26]),
+        (model(40, (["linear_attention"] * 3 + ["full_attention"]) * 10), "reroute-fastv-stagewise", [3, 7, 19, 27]),
+        (model(48, (["sliding_attention"] * 5 + ["full_attention"]) * 8), "reroute-fastv", [5, 11, 23, 35]),
+        (model(4), "reroute-fastv", [0, 1, 2, 3]),  # layer 1 alone would cost 144 tokens
+        (model(32, model_type="llava"), "reroute-fastv", [3, 7, 15, 23]),
+    ],
+)
+def test_other_models_decide_at_the_depths_of_published_ones(of, method, layers):
+    policy = rk.preset(of, method, 65)
+    assert [stage.layer for stage in policy.schedule] == layers
+    assert policy.action == ("reroute" if method.startswith("reroute") else "remove")
+    count = of.get_text_config().num_hidden_layers
+    assert 64 <= rk.cost.average_visual_tokens(policy, count, 576) <= 65
+    assert policy.budget.limit == 65
+
+
+def test_published_models_keep_their_presets():
+    of = model(28, model_type="qwen2_5_vl")
+    assert rk.preset(of, "reroute-fastv", 192) == rk.preset("qwen2.5-vl-7b", "reroute-fastv", 192)
+    assert rk.preset(of, "nuwa", 144) == rk.preset("qwen2.5-vl-7b", "nuwa", 144)
+
+
+def test_matched_pairs_of_other_models_run_as_many_tokens():
+    averages = [
+        rk.cost.average_visual_tokens(rk.preset(model(36), method, 100, matched=True), 36, 576)
+        for method in ("pdrop", "reroute-pdrop")
+    ]
+    assert 0 <= averages[0] - averages[1] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((model(36), "nuwa", 64), ValueError, "method must be one of 'fastv', .*, got 'nuwa'"),
+        ((model(36), "fastv", "64"), TypeError, "avg_tokens must be a number, got '64'"),
+        ((model(36), "fastv", 0.5), ValueError, "avg_tokens must be 1.0 or more"),
+        ((model(2, ["sliding_attention"] * 2), "fastv", 64), ValueError, "must have layers with full attention"),
+        ((model(8, ["linear_attention"] * 7 + ["full_attention"]), "fastv", 64), ValueError, "avg_tokens must be 504"),
+        ((3, "fastv", 64), TypeError, "config_or_model must be a transformers model or configuration"),
+    ],
+)
+def test_presets_that_other_models_cannot_have(arguments, error, message):
+    with pytest.raises(error, match=message):
         rk.preset(*arguments)

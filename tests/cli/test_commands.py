@@ -336,8 +336,8 @@ def test_files_that_are_refused(arguments, message, tmp_path, monkeypatch):
             "policy must be a preset like reroute-fastv/192, .*, got 'nonsense': a preset is method/avg_tokens or ",
         ),
         (
-            "cost {llama} fastv/192",
-            "policy must be a schedule like .*, got 'fastv/192': a preset is model/method/avg_tokens",
+            "cost {llama} nuwa/192",
+            "policy must be a preset like .*, got 'nuwa/192': method must be one of 'fastv', ",
         ),
         ("cost {llama} 3:0.5,6:0.5", "schedule must stay below layer 6 of this model, got layer 6"),
         ("cost llava-1.5-7b fastv/100", "got 'fastv/100': avg_tokens must be one of 192, 128, 64, got 100"),

@@ -103,15 +103,15 @@ def checkpoint(folder, **config):
         (lambda path: ("--chat", "--prompt", "<image>"), "prompt must hold the image token '<image>' once"),
         (
             lambda path: ("--model", checkpoint(path, model_type="llama")),
-            r"\(aya_vision, .*, smolvlm\), got .* type 'llama'",
+            r"\(aria, .*, vipllava\), got .* type 'llama'",
         ),
         (
             lambda path: ("--model", checkpoint(path, model_type="unheard_of")),
-            r"\(aya_vision, .*, smolvlm\), got .*unheard_of",
+            r"\(aria, .*, vipllava\), got .*unheard_of",
         ),
         (lambda path: ("--model", str(path / "missing")), "model must be a checkpoint folder or hub id"),
         (lambda path: ("--model", checkpoint(path, model_type="llava")), "could not be loaded"),
-        (lambda path: ("--policy", "nonsense"), "policy must be a schedule like .* got 'nonsense'"),
+        (lambda path: ("--policy", "nonsense"), "policy must be a preset like .* got 'nonsense'"),
         (lambda path: ("--policy", "3:1.5"), r"keep must be in \(0, 1\], got 1.5 at layer 3"),
         (lambda path: ("--policy", "40:0.5"), "schedule must stay below layer 16 .* got layer 40"),
         (lambda path: ("--policy", "llava-1.5-7b/fastv/100"), "avg_tokens must be one of 192, 128, 64, got 100"),

@@ -174,7 +174,7 @@ def test_what_a_reducer_drops_is_gone_from_the_start(tiny_llava):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--policy", "nonsense"), "policy must be a schedule like .* got 'nonsense'"),
+        (("--policy", "nonsense"), "policy must be a preset like .* got 'nonsense'"),
         (("--policy", "2:.5", "--policy", "2:1.5"), r"got '2:1.5': keep must be in \(0, 1\], got 1.5 at layer 2"),
         (("--policy", "2:.5") * 3, "policy must be given once or twice, got 3: 2:.5 2:.5 2:.5"),
         (("--policy", "40:0.5"), "schedule must stay below layer 16 .* got layer 40"),

@@ -10,8 +10,10 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as ALL_TYPES
 
 import reroute_kernels as rk
+from reroute_kernels.cost import layer_types
 from reroute_kernels.models import ADAPTERS, refused
 from reroute_kernels.models.refused import REFUSED
+from reroute_kernels.presets import model_of
 from tests.models.families import ALIKE, MODELS, OTHERS, load
 from tests.models.handed_features import HANDED
 from tests.models.prompts import selections
@@ -130,3 +132,23 @@ def test_routed_type_equals_the_slow_way(name):
         actual = torch.stack(output.logits)[:, row]
         torch.testing.assert_close(actual, torch.stack(expected.logits)[:, 0], atol=1e-4, rtol=0)
         assert (actual[0] - plain[row]).abs().max() > 1e-3  # something was deferred
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name in ALL_TYPES])
+def test_presets_stay_within_the_budget(name):
+    """Of the shape that a type has by default; its windows, if all layers have one, are left out, as checkpoints do.
+
+    Published configurations are named after a budget that they exceed here and there, unless they are matched.
+    """
+    config = transformers.AutoConfig.for_model(name)
+    text = config.get_text_config()
+    kinds = layer_types(text)
+    if "full_attention" not in kinds:
+        text.sliding_window, text.layer_types, kinds = None, None, ["full_attention"] * len(kinds)
+    for method in ("fastv", "pdrop", "reroute-fastv", "reroute-pdrop"):
+        for avg_tokens in (64, 200):
+            policy = rk.preset(config, method, avg_tokens, matched=model_of(config) is not None)
+            assert all(kinds[stage.layer] == "full_attention" for stage in policy.schedule)
+            reached = rk.cost.average_visual_tokens(policy, len(kinds), 576)
+            assert avg_tokens - 576 / len(kinds) / 4 < reached <= avg_tokens
+    assert rk.Policy.parse("reroute-fastv/200", config) == rk.preset(config, "reroute-fastv", 200)
