@@ -66,7 +66,15 @@ class Adapter:
         AttributeError: the model lacks something that routing needs, which the message names.
     """
 
-    text_model_types: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3", "aria_text", "hyperclovax")
+    text_model_types: tuple[str, ...] = (
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "aria_text",
+        "deepseek_ocr2_text",
+        "hyperclovax",
+    )
     """Decoders that this family is known to come with."""
 
     decoder_name: str = "language_model"

@@ -47,16 +47,26 @@ class AyaVisionAdapter(Adapter):
 
 
 class Idefics3Adapter(Adapter):
-    """`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`."""
+    """`Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`, Idefics2, Emu3."""
 
+    text_model_types = (*Adapter.text_model_types, "emu3_text_model")
     decoder_name = "text_model"
     vision = Idefics3Vision
 
 
 class Qwen2VLAdapter(Adapter):
-    """`Qwen2VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`: rotary positions on three axes."""
+    """`Qwen2VLForConditionalGeneration`, `Qwen2_5_VLForConditionalGeneration`: rotary positions on three axes.
 
-    text_model_types = ("qwen2_vl_text", "qwen2_5_vl_text")
+    So has PaddleOCR-VL, Cosmos 3 Edge, and the thinker of Qwen2.5-Omni, whose audio tokens are text here.
+    """
+
+    text_model_types = (
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+        "cosmos3_edge_text",
+        "paddleocr_vl_text",
+        "qwen2_5_omni_text",
+    )
     position_axes = 3
     vision = QwenVision
 
@@ -137,9 +147,9 @@ class Qwen3_5Adapter(Adapter):
 
 
 class Glm4vAdapter(Adapter):
-    """`Glm4vForConditionalGeneration`: rotary embedding of neighbouring channels, on part of the head."""
+    """`Glm4vForConditionalGeneration`, GLM-OCR: rotary embedding of neighbouring channels, on part of the head."""
 
-    text_model_types = ("glm4v_text",)
+    text_model_types = ("glm4v_text", "glm_ocr_text")
     position_axes = 3
     rotary_style = "interleaved"
 

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import transformers
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.models.handed_features import HANDED, TOKENS, Handed
 from tests.models.prompts import GOLDEN, IMAGE, VIDEO, VISION_END, VISION_START, Prompt, batch
@@ -380,7 +381,7 @@ class HandedFamily(Family):
 
     @property
     def has_video(self) -> bool:
-        return self.handed.has_video
+        return "pixel_values_videos" in inspect.signature(type(self.model).forward).parameters
 
     def _video(self, generator) -> tuple[list[int], list[dict[str, Tensor]]]:
         return [TOKENS], [{"pixel_values_videos": torch.randn(1, TOKENS, 64, generator=generator)}]
@@ -403,14 +404,15 @@ class HandedFamily(Family):
 
     def batch(self, prompts: list[Prompt], side: str = "left") -> dict[str, Tensor]:
         inputs = batch([Prompt(prompt.ids, {}) for prompt in prompts], side)
-        if self.handed.axes > 1:
+        if "mm_token_type_ids" in inspect.signature(type(self.model).forward).parameters:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE) * 1
         return inputs | self._merged([prompt.features for prompt in prompts], dim=0)
 
 
-OTHERS = (
-    *(name for name, (_like, kind) in ALIKE.items() if hasattr(transformers, f"{kind}Config")),
-    *(name for name, handed in HANDED.items() if handed.can_be_built),
+OTHERS = tuple(
+    name
+    for name in (*ALIKE, *HANDED)
+    if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and (name in ALIKE or HANDED[name].can_be_called)
 )
 """Names of the types that are not called in every way each time, of those that can be built here."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +95,6 @@ class Handed:
         vision: its vision configuration.
         config: of the whole.
         brings: arguments of a call with an image, beside its pixels: those of an image with `TOKENS` tokens.
-        axes: how many position ids a token has.
         output: as in `Features`.
     """
 
@@ -105,7 +103,6 @@ class Handed:
     vision: dict
     config: dict
     brings: Callable[[], dict[str, Tensor]] = dict
-    axes: int = 1
     output: Callable = BaseModelOutputWithPooling
 
     @property
@@ -114,15 +111,13 @@ class Handed:
         return getattr(transformers, f"{self.kind}Config", None)
 
     @property
-    def can_be_built(self) -> bool:
-        """Whether this transformers has the type, and builds it without timm."""
-        if self.kind == "PerceptionLM" and not hasattr(transformers.PerceptionLMConfig, "sub_configs_defaults"):
-            return importlib.util.find_spec("timm") is not None
-        return self.config_class is not None
-
-    @property
-    def has_video(self) -> bool:
-        return any(name.startswith("video_token") for name in self.config)
+    def can_be_called(self) -> bool:
+        """Whether this transformers builds the type without timm, and hands on the pixels that it is given."""
+        if self.kind == "PerceptionLM":
+            return hasattr(self.config_class, "sub_configs_defaults")
+        if self.kind == "Emu3":
+            return "pixel_values=pixel_values" in inspect.getsource(transformers.Emu3ForConditionalGeneration.forward)
+        return True
 
     @property
     def packs_images(self) -> bool:
@@ -140,7 +135,7 @@ class Handed:
 
 
 def _of(kind, text="llama", vision=None, image="image_token_id", **config):
-    made = {name: config.pop(name) for name in ("brings", "axes", "output") if name in config}
+    made = {name: config.pop(name) for name in ("brings", "output") if name in config}
     text = {"model_type": text} if isinstance(text, str) else text
     config = {image: IMAGE, **config}
     return Handed(kind, text, CLIP if vision is None else vision, config, **made)
@@ -181,6 +176,14 @@ def _with_indicators(**features):
     return BaseModelOutputWithVisualIndicatorFeatures(**features, visual_indicator_features=indicators)
 
 
+def _grid():
+    return {"image_grid_thw": torch.tensor([[1, 8, TOKENS // 2]])}
+
+
+def _mrope(*sections, **rope):
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **rope}
+
+
 HANDED: dict[str, Handed] = {
     "aria": _of(
         "Aria",
@@ -188,6 +191,95 @@ HANDED: dict[str, Handed] = {
         CLIP | {"model_type": "idefics3_vision"},
         image="image_token_index",
         projector_patch_to_query_dict={"4": 4},
+    ),
+    "cosmos3_edge": _of(
+        "Cosmos3Edge",
+        {"rope_parameters": _mrope(2, 3, 3)},
+        CLIP,
+        brings=_grid,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    ),
+    "deepseek_ocr2": _of(
+        "DeepseekOcr2",
+        {
+            "model_type": "deepseek_ocr2_text",
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 32,
+            "mlp_layer_types": ["dense", "sparse"] * 3,
+        },
+        {
+            "sam_config": SAM,
+            "encoder_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+            },
+        },
+    ),
+    "emu3": _of(
+        "Emu3",
+        {"attention_dropout": 0.0},
+        vocabulary_map={"<image>": IMAGE, "<|visual token 000000|>": 1},
+        vq_config={"base_channels": 32, "codebook_size": 4, "embed_dim": 8, "latent_channels": 8, "hidden_size": 32},
+    ),
+    "glm_ocr": _of(
+        "GlmOcr",
+        {"model_type": "glm_ocr_text", "rope_parameters": _mrope(1, 1, 2, partial_rotary_factor=0.5)},
+        GRID,
+        brings=_grid,
+        video_token_id=VIDEO,
+        image_start_token_id=VISION_START,
+        image_end_token_id=VISION_END,
+    ),
+    "idefics2": _of(
+        "Idefics2",
+        {"model_type": "mistral", "sliding_window": None},
+        CLIP,
+        perceiver_config={
+            "hidden_size": 64,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "paddleocr_vl": _of(
+        "PaddleOCRVL",
+        {"model_type": "paddleocr_vl_text", "rope_parameters": _mrope(2, 3, 3)},
+        CLIP,
+        brings=_grid,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    ),
+    "qwen2_5_omni_thinker": _of(
+        "Qwen2_5OmniThinker",
+        {"model_type": "qwen2_5_omni_text", "rope_parameters": _mrope(2, 3, 3)},
+        GRID | {"depth": 1},
+        image="image_token_index",
+        brings=_grid,
+        video_token_index=VIDEO,
+        audio_token_index=504,
+        audio_config={
+            "encoder_layers": 1,
+            "d_model": 32,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "output_dim": 64,
+            "num_mel_bins": 16,
+        },
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        vision_token_id=505,
+        audio_start_token_id=506,
+        audio_end_token_id=507,
     ),
     "cohere2_vision": _of(
         "Cohere2Vision",

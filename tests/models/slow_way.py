@@ -72,7 +72,7 @@ def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
         past_key = None
     if rotary and kind != "cohere2":  # whose layers of full attention do not rotate
         cos, sin = mixed_axes(decoder, tables)
-        interleaved = kind == "glm4v_text"
+        interleaved = kind in ("glm4v_text", "glm_ocr_text")
         if interleaved and torch.equal(*cos.chunk(2, dim=-1)):  # versions whose layers order the entries
             cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))
         query, key = (rotated(x, cos, sin, interleaved) for x in (query, key))
