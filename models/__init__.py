@@ -13,11 +13,15 @@ from reroute_kernels.versions import check_transformers
 
 from .adapter import Adapter
 from .families import (
+    Apertus1p5Adapter,
     AyaVisionAdapter,
+    Ernie4_5VLMoeAdapter,
+    Exaone4_5Adapter,
     Glm4vAdapter,
     Glm4vMoeAdapter,
     Idefics3Adapter,
     InternVLAdapter,
+    Lfm2VLAdapter,
     LlavaAdapter,
     LlavaOnevisionAdapter,
     Mistral3Adapter,
@@ -46,6 +50,7 @@ __all__ = [
 ]
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "apertus1p5": Apertus1p5Adapter,
     "aria": Adapter,
     "aya_vision": AyaVisionAdapter,
     "cohere2_vision": AyaVisionAdapter,
@@ -55,6 +60,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "deepseek_vl": Adapter,
     "deepseek_vl_hybrid": Adapter,
     "emu3": Idefics3Adapter,
+    "ernie4_5_vl_moe": Ernie4_5VLMoeAdapter,
+    "exaone4_5": Exaone4_5Adapter,
     "fast_vlm": Adapter,
     "glm46v": Glm4vAdapter,
     "glm4v": Glm4vAdapter,
@@ -67,6 +74,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "idefics3": Idefics3Adapter,
     "internvl": InternVLAdapter,
     "janus": Adapter,
+    "lfm2_vl": Lfm2VLAdapter,
     "lighton_ocr": Adapter,
     "llava": LlavaAdapter,
     "llava_next": LlavaAdapter,

@@ -95,8 +95,10 @@ class Adapter:
     cache_types: tuple[str, ...] = ()
     """Caches that this family brings along, beside those of transformers."""
 
+    norm_name: str | None = "input_layernorm"
+    """The norm that a layer begins with, by its name there; None if attention reads hidden states as they are."""
+
     layer_attributes: tuple[str, ...] = (
-        "input_layernorm",
         "self_attn.q_proj",
         "self_attn.k_proj",
         "self_attn.head_dim",
@@ -128,6 +130,9 @@ class Adapter:
     layer_arguments: tuple[str, ...] = ("attention_mask", "position_embeddings", "cache")
     """Arguments of its layers, passed by name behind the hidden states."""
 
+    token_arguments: tuple[str, ...] = ()
+    """Arguments of layers that have an entry for each token, (B, L), and follow the tokens that run."""
+
     def __init__(self, model: nn.Module):
         self.model: Module = model
         if not isinstance(getattr(model, "model", None), nn.Module):
@@ -141,7 +146,8 @@ class Adapter:
         check_not_sharded(model, self.core, self.decoder, *self.layers)
         self.layer_types: list[str] = self._layer_types()
         for layer, kind in zip(self.layers, self.layer_types, strict=False):
-            for path in self.layer_attributes if kind == "full_attention" else ():
+            required = self.layer_attributes if self.norm_name is None else (self.norm_name, *self.layer_attributes)
+            for path in required if kind == "full_attention" else ():
                 self._require(layer, path)
             self._require_arguments(layer, self.layer_arguments)
         self._require_arguments(self.core, self.core_arguments)
@@ -192,6 +198,10 @@ class Adapter:
     def cached_keys(self, cache, layer_idx: int) -> Tensor:
         """(B, Hkv, at least P, D), the rotated keys that a cache holds for a layer."""
         return cache.layers[layer_idx].keys
+
+    def states(self, layer: Module, hidden: Tensor) -> Tensor:
+        """Hidden states as the attention of a layer reads them: after the norm that it begins with, if it has one."""
+        return hidden if self.norm_name is None else getattr(layer, self.norm_name)(hidden)
 
     def queries(self, attention: Module, states: Tensor) -> Tensor:
         """(B, Q, Hq, D), as projected, of normalized states (B, Q, d)."""
@@ -259,7 +269,7 @@ class Adapter:
             layer: the decision layer.
             hidden: hidden states of its dtype and on its device, (B, M, d).
         """
-        return known_norm(layer.input_layernorm, hidden)
+        return None if self.norm_name is None else known_norm(getattr(layer, self.norm_name), hidden)
 
     def ranking(
         self,
@@ -286,7 +296,7 @@ class Adapter:
         """
         attention = layer.self_attn
         if states is None:
-            states = layer.input_layernorm(hidden)
+            states = self.states(layer, hidden)
         if positions is None:
             query_states = states[:, -1:]
         else:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from reroute_kernels.attention import Attention
 
-from .adapter import Adapter
+from .adapter import Adapter, rotated
 from .modules import Module
 from .towers import Idefics3Vision, InternVision, PixtralVision, SiglipVision
 from .vision import ClipVision, QwenVision
@@ -175,3 +175,53 @@ class Glm4vMoeAdapter(Adapter):
 
     text_model_types = ("glm4v_moe_text",)
     position_axes = 3
+
+
+class Exaone4_5Adapter(Adapter):
+    """`Exaone4_5_ForConditionalGeneration`: norms behind attention; beside windows, full layers do not rotate."""
+
+    text_model_types = ("exaone4",)
+    norm_name = None
+
+    def ranking(self, *args, **kwargs) -> Attention:
+        attention = super().ranking(*args, **kwargs)
+        if self.decoder.config.sliding_window is None:
+            return attention
+        return attention._replace(cos=None, sin=None)
+
+
+class Apertus1p5Adapter(Adapter):
+    """`Apertus1p5ForConditionalGeneration`: another name of the norm. Tokens of sound run always, as text does."""
+
+    text_model_types = ("apertus1p5_text",)
+    norm_name = "attention_layernorm"
+
+
+class Lfm2VLAdapter(Adapter):
+    """`Lfm2VlForConditionalGeneration`: layers of short convolutions stand between those with attention."""
+
+    text_model_types = ("lfm2",)
+    norm_name = "operator_norm"
+
+    def _layer_types(self) -> list[str]:
+        # They keep a state of the last tokens, as linear attention does.
+        return ["linear_attention" if kind == "conv" else kind for kind in super()._layer_types()]
+
+    def queries(self, attention: Module, states: Tensor) -> Tensor:
+        return attention.q_layernorm(super().queries(attention, states))
+
+    def keys(self, attention: Module, states: Tensor) -> Tensor:
+        return attention.k_layernorm(super().keys(attention, states))
+
+
+class Ernie4_5VLMoeAdapter(Adapter):
+    """`Ernie4_5_VLMoeForConditionalGeneration`: visual tokens have experts of their own; rotated in float32."""
+
+    text_model_types = ("ernie4_5_vl_moe_text",)
+    position_axes = 3
+    rotary_style = "interleaved"
+    token_arguments = ("moe_mm_token_type_ids",)
+
+    def rotated_keys(self, layer: Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        keys = self.keys(layer.self_attn, states)
+        return rotated(keys.float(), cos[:, :, None], sin[:, :, None], self.rotary_style).to(keys.dtype)

@@ -44,7 +44,7 @@ class FrozenRows:
         """
         tokens, layer = self._tokens, self._layer
         hidden, order, *rotary = (on_device(key.device, each) for each in (tokens.hidden, tokens.order, *tokens.rotary))
-        states = layer.input_layernorm(hidden)
+        states = self._adapter.states(layer, hidden)
         keys = self._adapter.rotated_keys(layer, states, *rotary)
         values = self._adapter.values(layer.self_attn, states)
         own = key.transpose(1, 2), value.transpose(1, 2)

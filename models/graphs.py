@@ -196,6 +196,16 @@ class DecoderFacts:
         return next(iter(set(self.adapter.decoder._modules).symmetric_difference(_PARTS)), None)
 
     @property
+    def embedding_scale(self) -> float:
+        """The factor of the embeddings that the decoder multiplies them by, which no prefill here does."""
+        return getattr(self.adapter.decoder, "embedding_multiplier", None) or 1.0
+
+    @property
+    def token_argument(self) -> str | None:
+        """An argument of layers with an entry for each token, which no prefill here hands them."""
+        return next(iter(self.adapter.token_arguments), None)
+
+    @property
     def wrapped_layer(self) -> str | None:
         """Class of the first layer that something is put around."""
         return self.parts.wrapped_layer

@@ -405,6 +405,8 @@ class Routing:
         kwargs["position_embeddings"] = call.position_embeddings
         kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
         kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0])
+        for name in self._adapter.token_arguments:
+            kwargs[name] = call.of_tokens(stage, kwargs.get(name), args[0].device)
         if call.forward.freezes(stage):
             cache_frozen(self._adapter, layer, call.forward.frozen(), kwargs)
         return (args, kwargs) if decides else None

@@ -78,6 +78,12 @@ class Prefill:
         places, rows = forward.frozen().places, cached.shape[1]
         return self._layers.mask_of_places(layer_idx, self.cache, places, before, rows, valid, hidden)
 
+    def of_tokens(self, stage: int, values: Tensor | None, device: torch.device) -> Tensor | None:
+        """Entries (B, M) of the tokens that run in a stage, of those (B, L) of the full sequence; any at padding."""
+        if values is None:
+            return None
+        return values.to(device).gather(1, self.forward.kept[stage].to(device).clamp(min=0))
+
     def fill(self, cache) -> None:
         """Begin a stage, whose layers fill a cache. Rows left there by a failed call are not mistaken for a prompt."""
         self.cache = cache

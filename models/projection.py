@@ -67,7 +67,7 @@ class LayerProjection:
         layer = self.layer
         with onloaded(layer, layer.self_attn):
             if states is None:
-                states = layer.input_layernorm(hidden)
+                states = self.adapter.states(layer, hidden)
             key = self.adapter.unnormalized_keys(layer.self_attn, states)
         check_heads(None, key, self.adapter.heads, self.head_group)
         return key

@@ -492,6 +492,17 @@ GRAPH_MODEL_RULES = (
         lambda c: c.unknown_part is not None,
     ),
     Refusal(
+        "decoders that scale the embeddings (HyperCLOVA X, Granite)",
+        "cuda_graph needs a decoder that takes embeddings as they are, got one that multiplies them by "
+        "{c.embedding_scale}",
+        lambda c: c.embedding_scale != 1.0,
+    ),
+    Refusal(
+        "decoders whose layers take the kind of each token (ERNIE 4.5 VL)",
+        "cuda_graph needs layers without arguments of each token, got {c.token_argument!r}",
+        lambda c: c.token_argument is not None,
+    ),
+    Refusal(
         "layers inside what `torch.compile` or activation checkpointing put around them",
         "cuda_graph needs decoder layers that nothing is put around, got {c.wrapped_layer}",
         lambda c: c.wrapped_layer is not None,

@@ -26,9 +26,6 @@ INDEXER = "whose attention is sparse: an indexer with a cache of its own chooses
 WITHOUT_POSITIONS = "whose layers of full attention are handed no position embeddings, which no adapter knows yet"
 HEADS_DIFFER = "whose layers have different numbers of heads, which no adapter knows yet"
 REFERENCE_WINDOW = "whose text layers see a window and the image beyond it (reference_sliding_attention)"
-EXPERT_TYPES = "whose layers take the kind of each token (moe_mm_token_type_ids), which no adapter knows yet"
-NORMS_AFTER = "whose layers begin without a norm, which no adapter knows yet"
-OWN_NORM = "whose layers begin with a norm of another name, which no adapter knows yet"
 NORM_AFTER_ROTATION = "whose queries and keys are normalized after their rotation, which no adapter knows yet"
 ADDITIONS = "whose decoder adds visual features before or after layers, which no adapter knows yet"
 CONVOLUTION_LAYERS = "whose decoder has layers of short convolutions alone, which no adapter knows yet"
@@ -36,16 +33,13 @@ TOWER = "which is a vision tower alone; the model around it is a llava"
 UNTRIED = "whose text model was not tried yet"
 
 REFUSED: dict[str, str] = {
-    "apertus1p5": OWN_NORM,
     "blip": CROSS_ATTENTION,
     "blip-2": QUERY_TRANSFORMER,
     "chameleon": NO_DECODER,
     "cohere_compass": WITHOUT_POSITIONS,
     "diffusion_gemma": DIFFUSION,
     "dots3_note": INDEXER,
-    "ernie4_5_vl_moe": EXPERT_TYPES,
     "evolla": CROSS_ATTENTION,
-    "exaone4_5": NORMS_AFTER,
     "florence2": ENCODER_DECODER,
     "fuyu": FUSED_PROJECTION,
     "gemma3": BIDIRECTIONAL,
@@ -67,7 +61,6 @@ REFUSED: dict[str, str] = {
     "kimi_k25": LATENT_ATTENTION,
     "kosmos-2": MARKED_BY_MASK,
     "kosmos-2.5": MARKED_BY_MASK,
-    "lfm2_vl": CONVOLUTION_LAYERS,
     "lfm3_vl": CONVOLUTION_LAYERS,
     "llama4": HEAD_INSIDE,
     "minicpmv4_7": UNTRIED,

@@ -43,13 +43,13 @@ def _representatives(lengths: Iterable[int]) -> list[int]:
     return sorted({choose(found) for found in classes.values() for choose in (min, max)})
 
 
-def _weight(layer: Any) -> Tensor:
+def _weight(adapter: Adapter, layer: Any) -> Tensor:
     """(d,), which tells where a layer runs, and in which dtype."""
-    return layer.input_layernorm.weight
+    return getattr(layer, adapter.norm_name or "post_attention_layernorm").weight
 
 
 def _prompt(adapter: Adapter, length: int, batch_size: int, padded: bool) -> Prompt:
-    device = _weight(adapter.layers[0]).device
+    device = _weight(adapter, adapter.layers[0]).device
     visual = torch.zeros(batch_size, length, dtype=torch.bool, device=device)
     text = min(TEXT, length // 2)
     visual[:, 1 : length - text] = True
@@ -66,7 +66,7 @@ def _decide(adapter: Adapter, policy: Policy, layers: RoutedLayers, prompt: Prom
     batch, length = prompt.visual.shape
     for stage, layer_indices in enumerate(layers.stages):
         layer = adapter.layers[layer_indices.start]
-        weight = _weight(layer)
+        weight = _weight(adapter, layer)
         if stage == 0:
             hidden = weight.new_zeros(batch, length, weight.shape[0])
             positions = torch.arange(length, device=weight.device).expand(batch, -1)
@@ -84,6 +84,6 @@ def _decide(adapter: Adapter, policy: Policy, layers: RoutedLayers, prompt: Prom
 def _cache_frozen(adapter: Adapter, layer: Any, forward: RoutedForward, hidden: Tensor) -> None:
     """Make the keys and values of a layer as its attention does, and put those of frozen tokens beside them."""
     with onloaded(layer, layer.self_attn):
-        states = layer.input_layernorm(hidden)
+        states = adapter.states(layer, hidden)
         key, value = adapter.keys(layer.self_attn, states), adapter.values(layer.self_attn, states)
         FrozenRows(adapter, layer, forward.frozen(), None).update(key.transpose(1, 2), value.transpose(1, 2))

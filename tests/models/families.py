@@ -406,6 +406,8 @@ class HandedFamily(Family):
         inputs = batch([Prompt(prompt.ids, {}) for prompt in prompts], side)
         if "mm_token_type_ids" in inspect.signature(type(self.model).forward).parameters:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE) * 1
+        if "moe_mm_token_type_ids" in inspect.signature(type(self.model).forward).parameters:
+            inputs["moe_mm_token_type_ids"] = (inputs["input_ids"] == IMAGE) * 1
         return inputs | self._merged([prompt.features for prompt in prompts], dim=0)
 
 

@@ -15,6 +15,8 @@ from reroute_kernels.models.adapter import cache_of
 from reroute_kernels.rankings import AllText, KeyNorm, Mixed, Random, Remembered, Uniform
 from tests.models.prompts import IMAGE, VIDEO
 
+NORMS = {"exaone4": None, "apertus1p5_text": "attention_layernorm", "lfm2": "operator_norm"}
+"""Norms that layers begin with, by text model, if they have another name or are none."""
 FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 
@@ -28,7 +30,7 @@ def layer_types(decoder):
     if kinds is None:
         sliding = getattr(decoder.config, "sliding_window", None) is not None
         kinds = ["sliding_attention" if sliding else "full_attention"] * len(decoder.layers)
-    return kinds
+    return ["linear_attention" if kind == "conv" else kind for kind in kinds]
 
 
 def mixed_axes(decoder, tables):
@@ -48,7 +50,8 @@ def projected(attention, name, states, gated):
         x = x.unflatten(-1, (-1, 2, attention.head_dim))[:, :, 0]
     else:
         x = x.unflatten(-1, (-1, attention.head_dim))
-    return getattr(attention, f"{name}_norm", torch.nn.Identity())(x).transpose(0, 1).float()
+    norms = (getattr(attention, f"{name}_{kind}", None) for kind in ("norm", "layernorm"))
+    return next((norm for norm in norms if norm is not None), torch.nn.Identity())(x).transpose(0, 1).float()
 
 
 def rotated(x, cos, sin, interleaved):
@@ -65,14 +68,17 @@ def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
 
     Without rotary position, keys of earlier turns do not count.
     """
-    attention, states, kind = layer.self_attn, layer.input_layernorm(hidden), decoder.config.model_type
+    attention, kind = layer.self_attn, decoder.config.model_type
+    name = NORMS.get(kind, "input_layernorm")
+    states = hidden if name is None else getattr(layer, name)(hidden)
     length = hidden.shape[1]
     query, key = (projected(attention, name, states, kind.startswith("qwen3_5")) for name in "qk")
     if not rotary:
         past_key = None
-    if rotary and kind != "cohere2":  # whose layers of full attention do not rotate
+    windowed = kind == "cohere2" or (kind == "exaone4" and decoder.config.sliding_window is not None)
+    if rotary and not windowed:  # beside windows, layers of full attention do not rotate
         cos, sin = mixed_axes(decoder, tables)
-        interleaved = kind in ("glm4v_text", "glm_ocr_text")
+        interleaved = kind in ("glm4v_text", "glm_ocr_text", "ernie4_5_vl_moe_text")
         if interleaved and torch.equal(*cos.chunk(2, dim=-1)):  # versions whose layers order the entries
             cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))
         query, key = (rotated(x, cos, sin, interleaved) for x in (query, key))
@@ -154,6 +160,12 @@ class Proxy:
     def __init__(self, group, tokens):
         self.group = group
         self.state = self.start = tokens.float().mean(dim=1).to(tokens.dtype)
+
+
+def of_tokens(kwargs, given):
+    """Arguments of a layer that have an entry for each token, of those it is given."""
+    kinds = kwargs.get("moe_mm_token_type_ids")
+    return {} if kinds is None else {"moe_mm_token_type_ids": kinds[:, given]}
 
 
 class SlowWay:
@@ -288,6 +300,7 @@ class SlowWay:
                 kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)))
             kwargs["attention_mask"] = self._mask(number, kind, past, given, cache)
             kwargs["position_ids"] = None
+            kwargs |= of_tokens(kwargs, given)
             before, hidden = hidden, self._with_proxies(hidden)
             output = forward(hidden[:, given], *args, **kwargs)
             hidden[:, running] = output[:, running] if len(given) == length else output
