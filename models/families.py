@@ -98,12 +98,12 @@ class Qwen2_5VLAdapter(Qwen2VLAdapter):
 
 
 class Qwen3VLAdapter(Adapter):
-    """`Qwen3VLForConditionalGeneration`, `Qwen3VLMoeForConditionalGeneration`.
+    """`Qwen3VLForConditionalGeneration`, `Qwen3VLMoeForConditionalGeneration`, the thinker of Qwen3-Omni.
 
     DeepStack adds visual features after the first layers.
     """
 
-    text_model_types = ("qwen3_vl_text", "qwen3_vl_moe_text")
+    text_model_types = ("qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text")
     position_axes = 3
     vision = QwenVision
     decoder_arguments = (*Adapter.decoder_arguments, "visual_pos_masks", "deepstack_visual_embeds")
@@ -225,3 +225,29 @@ class Ernie4_5VLMoeAdapter(Adapter):
     def rotated_keys(self, layer: Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         keys = self.keys(layer.self_attn, states)
         return rotated(keys.float(), cos[:, :, None], sin[:, :, None], self.rotary_style).to(keys.dtype)
+
+
+class Granite4VisionAdapter(Adapter):
+    """`Granite4VisionForConditionalGeneration`: visual features are added before any of the layers."""
+
+    text_model_types = ("granite4_vision_text",)
+    decoder_arguments = (*Adapter.decoder_arguments, "vision_mask", "deepstack_features")
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        layers = [layer for _, layer in self._require(model.config, "deepstack_layer_map")]
+        self.feature_layers = max(layers + list(self._require(model.config, "spatial_target_layers")))
+
+    def take_layer_features(self, arguments: dict) -> list[Tensor]:
+        features = arguments.get("deepstack_features")
+        if features is None:
+            return []
+        embeds, mask = arguments["inputs_embeds"], arguments["vision_mask"]
+        # Those of layer 0 belong to the embeddings. Those of later ones are added behind the layer before.
+        arguments["deepstack_features"] = {layer: feature for layer, feature in features.items() if layer == 0}
+        positions = mask.to(embeds.device).expand_as(embeds)
+        added = [torch.zeros_like(embeds) for _ in range(self.feature_layers)]
+        for layer, feature in features.items():
+            if layer > 0:
+                added[layer - 1].masked_scatter_(positions, feature.to(embeds.device, embeds.dtype))
+        return added

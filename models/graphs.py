@@ -202,8 +202,9 @@ class DecoderFacts:
 
     @property
     def token_argument(self) -> str | None:
-        """An argument of layers with an entry for each token, which no prefill here hands them."""
-        return next(iter(self.adapter.token_arguments), None)
+        """An argument with entries for single tokens, which no prefill here hands the layers or adds before them."""
+        features = (name for name in self.adapter.decoder_arguments if name == "deepstack_features")
+        return next(iter((*self.adapter.token_arguments, *features)), None)
 
     @property
     def wrapped_layer(self) -> str | None:

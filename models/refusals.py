@@ -498,8 +498,8 @@ GRAPH_MODEL_RULES = (
         lambda c: c.embedding_scale != 1.0,
     ),
     Refusal(
-        "decoders whose layers take the kind of each token (ERNIE 4.5 VL)",
-        "cuda_graph needs layers without arguments of each token, got {c.token_argument!r}",
+        "decoders that take more of each token than its embedding (ERNIE 4.5 VL, Granite Vision)",
+        "cuda_graph needs a decoder that takes embeddings alone, got one with {c.token_argument!r}",
         lambda c: c.token_argument is not None,
     ),
     Refusal(

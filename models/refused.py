@@ -26,7 +26,7 @@ INDEXER = "whose attention is sparse: an indexer with a cache of its own chooses
 WITHOUT_POSITIONS = "whose layers of full attention are handed no position embeddings, which no adapter knows yet"
 HEADS_DIFFER = "whose layers have different numbers of heads, which no adapter knows yet"
 REFERENCE_WINDOW = "whose text layers see a window and the image beyond it (reference_sliding_attention)"
-NORM_AFTER_ROTATION = "whose queries and keys are normalized after their rotation, which no adapter knows yet"
+NUMBERED_OVER_BATCH = "whose images are numbered over the whole batch, so that a sample depends on those before it"
 ADDITIONS = "whose decoder adds visual features before or after layers, which no adapter knows yet"
 CONVOLUTION_LAYERS = "whose decoder has layers of short convolutions alone, which no adapter knows yet"
 TOWER = "which is a vision tower alone; the model around it is a llava"
@@ -48,9 +48,8 @@ REFUSED: dict[str, str] = {
     "gemma4_unified": BIDIRECTIONAL,
     "git": BEFORE_TEXT,
     "glm5_next": INDEXER,
-    "granite4_vision": ADDITIONS,
     "granite_docling": ADDITIONS,
-    "hunyuan_vl": NORM_AFTER_ROTATION,
+    "hunyuan_vl": NUMBERED_OVER_BATCH,
     "hy_v4_vl": INDEXER,
     "idefics": CROSS_ATTENTION,
     "inkling2": SHORT_CONVOLUTIONS,
@@ -77,7 +76,6 @@ REFUSED: dict[str, str] = {
     "pix2struct": ENCODER_DECODER,
     "pp_formulanet": ENCODER_DECODER,
     "pixtral": TOWER,
-    "qwen3_omni_moe_thinker": UNTRIED,
     "qwen4_exp": INDEXER,
     "shieldgemma2": BIDIRECTIONAL,
     "step3p7": HEADS_DIFFER,

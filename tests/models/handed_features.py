@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import transformers
@@ -184,6 +185,23 @@ def _mrope(*sections, **rope):
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **rope}
 
 
+def _added(module, layers):
+    """Output with features that are added at layers: those of its images, each time on another scale."""
+
+    def output(pooler_output):
+        kind = import_module(f"transformers.models.{module}")
+        made = next(value for name, value in vars(kind).items() if name in _OUTPUTS_WITH_ADDITIONS)
+        scaled = [[features * (layer + 1) for features in pooler_output] for layer in layers]
+        if "Granite" in made.__name__:
+            return made(deepstack_features=list(zip(layers, scaled, strict=True)))
+        return made(pooler_output=pooler_output, deepstack_features=scaled)
+
+    return output
+
+
+_OUTPUTS_WITH_ADDITIONS = ("Granite4VisionImageFeaturesOutput", "BaseModelOutputWithDeepstackFeatures")
+
+
 HANDED: dict[str, Handed] = {
     "aria": _of(
         "Aria",
@@ -227,6 +245,45 @@ HANDED: dict[str, Handed] = {
         },
         GRID,
         video_token_id=VIDEO,
+    ),
+    "granite4_vision": _of(
+        "Granite4Vision",
+        {"model_type": "granite4_vision_text", "attention_multiplier": 0.2, "embedding_multiplier": 1.5},
+        CLIP | {"model_type": "siglip_vision_model", "hidden_size": 64},
+        image="image_token_index",
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0], [-1, 2]],
+        spatial_target_layers=[1, 3, 4, 5],
+        output=_added("granite4_vision.modeling_granite4_vision", [0, 2, 1, 3, 4, 5]),
+    ),
+    "qwen3_omni_moe_thinker": _of(
+        "Qwen3OmniMoeThinker",
+        {
+            "model_type": "qwen3_omni_moe_text",
+            "rope_parameters": _mrope(2, 3, 3),
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+        GRID | {"deepstack_visual_indexes": [0, 0, 0]},
+        brings=_grid,
+        output=_added("qwen3_omni_moe.modeling_qwen3_omni_moe", [0, 1, 2]),
+        video_token_id=VIDEO,
+        audio_token_id=504,
+        audio_config={
+            "encoder_layers": 1,
+            "d_model": 32,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "output_dim": 64,
+            "num_mel_bins": 16,
+            "downsample_hidden_size": 32,
+        },
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        vision_token_id=505,
+        audio_start_token_id=506,
+        audio_end_token_id=507,
     ),
     "lfm2_vl": _of(
         "Lfm2Vl",

@@ -61,7 +61,7 @@ EVIDENCE = {
     refused.WITHOUT_POSITIONS: r"position_embeddings=None|position_embeddings is not None",
     refused.HEADS_DIFFER: r"num_attention_heads_per_layer",
     refused.REFERENCE_WINDOW: r"reference_sliding_attention",
-    refused.NORM_AFTER_ROTATION: r"key_states = self.key_layernorm\(key_states\)",
+    refused.NUMBERED_OVER_BATCH: r"image_index = 0.*for batch_idx.*image_index \+= 1",
     refused.ADDITIONS: r"deepstack",
     refused.CONVOLUTION_LAYERS: r"class Lfm2ShortConv",
     refused.TOWER: r"class PixtralVisionModel",

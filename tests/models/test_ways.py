@@ -66,6 +66,7 @@ class NotOffered(Exception):
         "transformers: Chunked prefill cannot split the raw multimodal inputs",
         "transformers: Cannot use prefill chunking without a cache",
         "transformers: Sizes of tensors must match",  # in chunks
+        "transformers: 'pooler_output'",  # in chunks, features by layer
         "transformers: 'NoneType' object is not subscriptable",  # in chunks, features beside those of the images
         "transformers: Cannot copy out of meta tensor",  # the image encoder calls parts of modules
         r"transformers: Tensor\.item\(\) cannot be called on meta tensors",
@@ -164,7 +165,7 @@ def offered(call):
     """Result of a call on the unrouted model, if transformers does it at all."""
     try:
         return call()
-    except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError, IndexError) as error:
+    except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError, LookupError) as error:
         raise NotOffered(f"transformers: {str(error).splitlines()[0]}") from error
 
 
@@ -250,7 +251,7 @@ def three_axes(case, inputs):
     if not hasattr(core, "get_rope_index"):
         return None
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-    return core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0]
+    return core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0].long()
 
 
 def joined(case, parts):
@@ -434,6 +435,8 @@ def turns(case, *prompts, cache=None):
         for row, places in enumerate(positions):
             at[:, row, mask[row].bool()] = places[:, 0]
         after = at.amax(dim=(0, 2))[None, :, None].expand(3, -1, -1) + 1
+    if cache is None and case.name == "granite4_vision":  # which makes none itself
+        cache = transformers.DynamicCache(config=case.model.config.get_text_config())
     begin = 0
     for turn in inputs:
         end = begin + turn["input_ids"].shape[1]
@@ -708,7 +711,7 @@ def _(case):
         model.zero_grad()
         loss = model(**inputs, labels=labels).loss
         loss.backward()
-        return loss.item(), {name: weight.grad.clone() for name, weight in weights.items()}
+        return loss.item(), {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
 
     with SlowWay(model.get_base_model(), this):
         expected_loss, expected = gradients()
