@@ -400,7 +400,7 @@ HANDED: dict[str, Handed] = {
     "got_ocr2": _of("GotOcr2", "qwen2", SAM, image="image_token_index"),
     "hyperclovax_vision_v2": _of(
         "HyperCLOVAXVisionV2",
-        {"model_type": "hyperclovax", "attention_multiplier": 0.25},
+        {"model_type": "hyperclovax", "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
         GRID | {"model_type": "qwen2_5_vl_vision"},
         video_token_id=VIDEO,
     ),

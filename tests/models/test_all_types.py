@@ -150,3 +150,19 @@ def test_presets_stay_within_the_budget(name):
             reached = rk.cost.average_visual_tokens(policy, len(kinds), 576)
             assert avg_tokens - 576 / len(kinds) / 4 < reached <= avg_tokens
     assert rk.Policy.parse("reroute-fastv/200", config) == rk.preset(config, "reroute-fastv", 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ernie4_5_vl_moe", "cuda_graph needs a decoder that takes embeddings alone, got .* 'moe_mm_token_type_ids'"),
+        ("granite4_vision", r"cuda_graph needs .*, got one that multiplies them by 1\.5"),
+        ("hyperclovax_vision_v2", r"cuda_graph needs .*, got one that multiplies them by 2\.0"),
+    ],
+)
+def test_graphs_refuse_decoders_that_do_more(name, message):
+    """They would run the layers alone, silently without what the decoder does before them."""
+    if name not in OTHERS:
+        pytest.skip("this transformers does not have the type")
+    with pytest.raises(NotImplementedError, match=message):
+        rk.apply(load(name).model, policies(load(name))[0], cuda_graph="require")
