@@ -17,7 +17,7 @@ from tests.models.prompts import IMAGE, VIDEO
 
 NORMS = {"exaone4": None, "apertus1p5_text": "attention_layernorm", "lfm2": "operator_norm"}
 """Norms that layers begin with, by text model, if they have another name or are none."""
-FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
 
 
 def decoder_of(model):
