@@ -1,4 +1,4 @@
-"""Measure what becomes of waiting tokens: as they are, aligned, or frozen, against the paper's rerouting.
+"""Compare waiting tokens that are aligned, or frozen, with those of the paper's rerouting.
 
     python -m bench.grounding.waiting [--scenes N] [--jobs N]
 
@@ -58,7 +58,7 @@ VARIANTS: Mapping[str, Callable[[rk.Policy], rk.Policy | None]] = {
     "freeze, same tokens": lambda policy: replace(policy, action="freeze"),
     "freeze, same FLOPs": frozen_at_equal_flops,
 }
-"""What becomes of waiting tokens in place of the paper's rerouting."""
+"""The policies of each variant, from that of the paper's rerouting; None if there is none."""
 
 
 def policy_for(run: Run) -> rk.Policy | None:

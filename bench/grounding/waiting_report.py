@@ -14,7 +14,7 @@ from .waiting import METHODS, PAPER, VARIANTS
 
 
 def waiting_section(results: dict) -> list[str]:
-    """What becomes of waiting tokens, against the paper's rerouting, with what it costs.
+    """The fate of waiting tokens, against the paper's rerouting, with what it costs.
 
     Args:
         results: the results of `bench.grounding.waiting`.
@@ -37,7 +37,7 @@ def waiting_section(results: dict) -> list[str]:
         "fewer, at the same FLOPs of the prefill; at the smaller budgets, and behind a reducer, freezing alone costs "
         "more than those.",
         "",
-        "In a decoder with grouped queries and wide MLPs freezing costs a smaller share than in this one. By `rk.cost`, "
+        "In a decoder with grouped queries and wide MLPs freezing costs a smaller share than in this one. By `rk.cost` "
         f"`freeze` in place of `reroute`, with the same tokens, multiplies the FLOPs of the prefill {_published()}. "
         "The cache stays as large as without routing.",
         "",
