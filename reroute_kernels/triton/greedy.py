@@ -287,5 +287,5 @@ def loop_sizes(features: Tensor) -> dict[str, int]:
     if is_kept(features):
         tile = max(64, min(2048, next_power_of_2(total)))
         return {"TILE": tile, "BLOCK": 1, "num_warps": max(4, min(16, tile // 128))}
-    block = 64 if features.dtype == torch.float32 else 256  # as registers allow
-    return {"TILE": 64, "BLOCK": min(block, next_power_of_2(width)), "num_warps": 16}
+    block, num_warps = (64, 8) if features.dtype == torch.float32 else (256, 16)  # as registers allow
+    return {"TILE": 64, "BLOCK": min(block, next_power_of_2(width)), "num_warps": num_warps}

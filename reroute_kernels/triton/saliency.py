@@ -22,7 +22,7 @@ from .rank import _tensor_products
 TILE = 32
 """Queries, and keys, that a program multiplies at a time."""
 CHANNELS = 32
-"""Channels that it multiplies at a time; twice as many of 16 bits, where they fill a head."""
+"""Channels that it multiplies at a time: half as many of 32 bits, twice as many of 16 bits where they fill a head."""
 
 
 @triton.jit
@@ -263,13 +263,13 @@ def _plan(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, scale: float | 
         "HEADS": heads,
         "GROUP": heads // kv_heads,
         "HEAD_DIM": head_dim,
-        "CHANNELS": CHANNELS if is_exact or head_dim % (2 * CHANNELS) else 2 * CHANNELS,
+        "CHANNELS": CHANNELS // 2 if is_exact else CHANNELS if head_dim % (2 * CHANNELS) else 2 * CHANNELS,
         "TILE": TILE,
         "EXACT": is_exact,
         "TENSOR_CORES": plan.is_cuda,
         "HAS_BLOCKS": cu_seqlens is not None,
         "LEVELS": blocks.bit_length(),
-        "num_warps": 4,
+        "num_warps": 8 if is_exact else 4,
         "num_stages": 1,
     }
     saliency = plan.result(batch, length, dtype=torch.float32)
