@@ -191,9 +191,9 @@ def column_saliency(
 
     >>> query, key = torch.ones(1, 4, 2, 8), torch.zeros(1, 4, 2, 8)
     >>> key[:, 1] = 10.0  # the token that all attend to
-    >>> column_saliency(query, key)
+    >>> column_saliency(query, key).round(decimals=4)
     tensor([[0., 1., 0., 0.]])
-    >>> column_saliency(query, key, torch.tensor([0, 2, 4]))
+    >>> column_saliency(query, key, torch.tensor([0, 2, 4])).round(decimals=4)
     tensor([[0.0000, 1.0000, 0.5000, 0.5000]])
     """
     if type(query_reduction) is str and (scale is None or type(scale) is float):
