@@ -269,12 +269,13 @@ def _plan(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, scale: float | 
         "TENSOR_CORES": plan.is_cuda,
         "HAS_BLOCKS": cu_seqlens is not None,
         "LEVELS": blocks.bit_length(),
-        "num_warps": 8 if is_exact else 4,
         "num_stages": 1,
     }
     saliency = plan.result(batch, length, dtype=torch.float32)
-    plan.launch(softmax_statistics, (cdiv(queries, TILE) * heads, batch), **given)
-    plan.launch(sum_columns, (cdiv(length, TILE), batch), **given, saliency=saliency, MEAN=query_reduction == "mean")
+    warps = 8 if is_exact else 4  # as registers allow
+    plan.launch(softmax_statistics, (cdiv(queries, TILE) * heads, batch), **given, num_warps=warps)
+    is_mean = query_reduction == "mean"
+    plan.launch(sum_columns, (cdiv(length, TILE), batch), **given, saliency=saliency, MEAN=is_mean, num_warps=4)
     return plan
 
 
