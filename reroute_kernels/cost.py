@@ -489,8 +489,8 @@ def _ranking_flops(ranking: RankingLike | None, decoder: Decoder, tokens: int, t
 
 
 def _alignment_flops(decoder: Decoder, proxies: int, tokens: int) -> int:
-    """FLOPs of a sample: similarities to the leaders, means of their groups, and what these receive later."""
-    return 3 * 2 * proxies * tokens * decoder.hidden_size
+    """FLOPs of a sample: similarities of all tokens to the leaders."""
+    return 2 * proxies * tokens * decoder.hidden_size
 
 
 def _method(owner: object, name: str, method: str):

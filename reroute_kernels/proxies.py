@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from . import ops
+from .positions import flags_of, positions_of
 from .precision import full_precision
 from .rankings import evenly
 
@@ -21,9 +22,9 @@ from .rankings import evenly
 class Proxies:
     """The proxies of one stage; M rows run in it, up to G of them are proxies, P tokens are in the parent sequence.
 
-    rows: (B, G) int64, the rows of the compact sequence in which they run, -1 where a sample has fewer; groups:
-    (B, G, P) bool, the deferred tokens for which each stands; start: (B, G, d), what each was when its change was last
-    added.
+    rows: (B, G) int64, the rows of the compact sequence in which they run, -1 where a sample has fewer; groups: (B, P)
+    int64, the proxy that stands for each token, -1 if none does; start: (B, G, d), what each was when its change was
+    last added.
     """
 
     rows: Tensor
@@ -44,7 +45,7 @@ class Proxies:
         Returns:
             (B, M, d), the latter with other rows for the proxies.
         """
-        means = _means(self.groups, addition)
+        means, _ = ops.merge_tokens(addition.contiguous(), self.groups, self.rows.shape[1])
         self.start = self.start + means
         return _with_rows(own, self.rows, means)
 
@@ -59,11 +60,9 @@ class Proxies:
             (B, P, d). The sums are made in float32.
         """
         (now,) = ops.gather_tokens(self.rows, compact)
-        change = now.float() - self.start.float()
+        (received,) = ops.gather_tokens(self.groups, now.float() - self.start.float())
         self.start = now
-        with full_precision(hidden.device):
-            received = self.groups.float().transpose(1, 2) @ change
-        waits = self.groups.any(dim=1)[:, :, None]
+        waits = (self.groups >= 0)[:, :, None]
         return torch.where(waits, (hidden.float() + received).to(hidden.dtype), hidden)
 
     def without(self, index: Tensor) -> Tensor:
@@ -101,42 +100,22 @@ def start_proxies(compact: Tensor, index: Tensor, hidden: Tensor, pool: Tensor, 
     Returns:
         (B, M, d), the compact rows with those of proxies; and the proxies.
     """
-    batch, length = index.shape
-    runs = flags_of(index, pool.shape[1])
-    none = torch.zeros_like(pool)
-    counted = torch.zeros(batch, dtype=torch.int64, device=pool.device)
-    scores = torch.zeros(pool.shape, dtype=torch.float32, device=pool.device)
-    places = ops.select_tokens(scores, none, led, counted, most)
-    rows_led = led.gather(1, index.clamp(min=0)) & (index >= 0)
-    rows = ops.select_tokens(scores.new_zeros(batch, length), torch.zeros_like(rows_led), rows_led, counted, most)
+    places = positions_of(led, most)
+    rows = positions_of(led.gather(1, index.clamp(min=0)) & (index >= 0), most)
     with torch.no_grad():
         unit = normalize(hidden.detach().float(), dim=-1)
         (heads,) = ops.gather_tokens(places, unit)
         with full_precision(hidden.device):
             similarity = heads @ unit.transpose(1, 2)  # [B, G, P]
-        similarity = similarity.masked_fill((places < 0)[:, :, None], -torch.inf)
-        nearest = similarity.argmax(dim=1, keepdim=True)
-        numbers = torch.arange(most, device=pool.device)[:, None]
-        own = places[:, :, None] == torch.arange(pool.shape[1], device=pool.device)
-        groups = torch.where(led[:, None], own, (nearest == numbers) & (pool & ~runs)[:, None])
-        groups = groups & (places >= 0)[:, :, None]
-    start = _means(groups, hidden)
+        nearest = similarity.masked_fill((places < 0)[:, :, None], -torch.inf).argmax(dim=1)
+        numbers = torch.arange(most, device=pool.device).expand_as(places).contiguous()
+        groups = torch.where(pool & ~flags_of(index, pool.shape[1]), nearest, -1)
+        groups = ops.scatter_tokens_(groups, places, numbers)
+        groups = torch.where((places >= 0).any(dim=1, keepdim=True), groups, -1)
+    start, _ = ops.merge_tokens(hidden, groups, most)
     return _with_rows(compact, rows, start), Proxies(rows, groups, start)
-
-
-def _means(groups: Tensor, tokens: Tensor) -> Tensor:
-    """(B, G, d), the means of groups (B, G, P) of tokens (B, P, d)."""
-    with full_precision(tokens.device):
-        total = groups.float() @ tokens.float()
-    return (total / groups.sum(dim=2).clamp(min=1)[:, :, None]).to(tokens.dtype)
 
 
 def _with_rows(compact: Tensor, rows: Tensor, other: Tensor) -> Tensor:
     """A copy of compact rows (B, M, d) with others (B, G, d) at `rows`."""
     return ops.scatter_tokens_(compact.clone(), rows, other)
-
-
-def flags_of(index: Tensor, length: int) -> Tensor:
-    """(B, length) bool, true at the positions (B, S) that hold a token."""
-    flags = torch.zeros(len(index), length, dtype=torch.bool, device=index.device)
-    return ops.scatter_tokens_(flags, index, torch.ones_like(index, dtype=torch.bool))

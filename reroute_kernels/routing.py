@@ -17,7 +17,8 @@ from .attention import Attention
 from .backends import active_backend
 from .memory import Memory
 from .policy import Policy
-from .proxies import Proxies, flags_of, leaders, start_proxies
+from .positions import flags_of, positions_of
+from .proxies import Proxies, leaders, start_proxies
 from .rankings import Candidates, Norm, Projection, RankingLike, Remembered, evenly, part_of
 from .trace import DecisionScores
 
@@ -443,11 +444,8 @@ class RoutedForward:
         most = max(count - ran for count, ran in zip(counts, self.row_lengths[stage], strict=True))
         cached, ragged = self.cached(stage)
         size = cached.shape
-        runs = torch.zeros(size, dtype=torch.bool, device=device)
-        runs = ops.scatter_tokens_(runs, places, torch.ones_like(places, dtype=torch.bool))
-        waits = (cached >= 0) & ~runs if ragged else ~runs
-        none, keep = torch.zeros_like(runs), torch.zeros(batch, dtype=torch.int64, device=device)
-        index = ops.select_tokens(torch.zeros(size, dtype=torch.float32, device=device), none, waits, keep, most)
+        runs = flags_of(places, size[1])
+        index = positions_of((cached >= 0) & ~runs if ragged else ~runs, most)
         order = torch.full(size, -1, dtype=torch.int64, device=device)
         numbers = torch.arange(rows + most, device=device).expand(batch, -1)
         order = ops.scatter_tokens_(order, torch.cat([places, index], dim=1), numbers.contiguous())
