@@ -22,7 +22,7 @@ from .rank import _tensor_products
 TILE = 32
 """Queries, and keys, that a program multiplies at a time."""
 CHANNELS = 32
-"""Channels that it multiplies at a time: half as many of 32 bits, twice as many of 16 bits where they fill a head."""
+"""Channels that it multiplies at a time; twice as many where they fill a head."""
 
 
 @triton.jit
@@ -247,6 +247,7 @@ def _plan(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, scale: float | 
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     is_exact = query.dtype == torch.float32
+    channels = CHANNELS if head_dim % (2 * CHANNELS) else 2 * CHANNELS
     blocks = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     given = {
         "query": Slot(0),
@@ -263,19 +264,20 @@ def _plan(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, scale: float | 
         "HEADS": heads,
         "GROUP": heads // kv_heads,
         "HEAD_DIM": head_dim,
-        "CHANNELS": CHANNELS // 2 if is_exact else CHANNELS if head_dim % (2 * CHANNELS) else 2 * CHANNELS,
+        "CHANNELS": channels,
         "TILE": TILE,
         "EXACT": is_exact,
         "TENSOR_CORES": plan.is_cuda,
         "HAS_BLOCKS": cu_seqlens is not None,
         "LEVELS": blocks.bit_length(),
+        "num_warps": 8 if is_exact else 4,  # as registers allow, with the channels below
         "num_stages": 1,
     }
     saliency = plan.result(batch, length, dtype=torch.float32)
-    warps = 8 if is_exact else 4  # as registers allow
-    plan.launch(softmax_statistics, (cdiv(queries, TILE) * heads, batch), **given, num_warps=warps)
+    fewer = given | {"CHANNELS": CHANNELS if is_exact else channels}
+    plan.launch(softmax_statistics, (cdiv(queries, TILE) * heads, batch), **fewer)
     is_mean = query_reduction == "mean"
-    plan.launch(sum_columns, (cdiv(length, TILE), batch), **given, saliency=saliency, MEAN=is_mean, num_warps=4)
+    plan.launch(sum_columns, (cdiv(length, TILE), batch), **given, saliency=saliency, MEAN=is_mean)
     return plan
 
 
