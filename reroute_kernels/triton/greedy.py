@@ -23,7 +23,7 @@ from .plan import Plan, Slot
 from .select import _order_preserving, _write_filler
 
 COMPARED = 64
-"""Tokens of each side that a program compares at a time."""
+"""Tokens of each side that a program compares at a time; half as many in float32."""
 WORST = tl.constexpr(-3.4028234663852886e38)
 """The smallest finite float32: no entry that can be picked lies below it."""
 
@@ -268,16 +268,17 @@ def add_comparison(plan: Plan, given: dict[str, Any], **others: Any) -> None:
     assert features is not None
     rows, total, width = features.shape
     is_half = features.dtype != torch.float32
+    tile = COMPARED if is_half else COMPARED // 2
     plan.launch(
         compare_tokens,
-        (cdiv(total, COMPARED), rows),
+        (cdiv(total, tile), rows),
         **given,
         **others,
-        TILE=COMPARED,
+        TILE=tile,
         BLOCK=max(16, min(64 if is_half else 16, next_power_of_2(width))),  # as registers allow
         WIDENS=not is_half or triton.knobs.runtime.interpret,  # the interpreter multiplies no bfloat16
         num_warps=8,
-        num_stages=3 if is_half else 2,
+        num_stages=3,
     )
 
 

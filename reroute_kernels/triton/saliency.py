@@ -22,22 +22,22 @@ from .rank import _tensor_products
 TILE = 32
 """Queries, and keys, that a program multiplies at a time."""
 CHANNELS = 32
-"""Channels that it multiplies at a time; twice as many where they fill a head."""
+"""Channels that it multiplies at a time."""
 
 
 @triton.jit
 def _blocks_of(cu_seqlens, tokens, length, blocks, LEVELS: tl.constexpr):
     """Where the blocks of tokens begin and end; the end is 0, and the beginning the length, outside of all blocks."""
     # The last bound at or before the token begins its block.
-    low = tl.zeros_like(tokens)
-    high = tl.zeros_like(tokens) + blocks
+    low = tl.zeros_like(tokens).to(tl.int64)
+    high = low + blocks
     for _ in tl.static_range(LEVELS):
         middle = (low + high) // 2
         is_before = tl.load(cu_seqlens + middle) <= tokens
         low = tl.where(is_before, middle, low)
         high = tl.where(is_before, high, middle)
-    start = tl.maximum(tl.load(cu_seqlens + low).to(tl.int64), 0)
-    end = tl.minimum(tl.load(cu_seqlens + low + 1).to(tl.int64), length)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + low).to(tl.int64), 0), length).to(tl.int32)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + low + 1).to(tl.int64), 0), length).to(tl.int32)
     inside = (tokens < length) & (start <= tokens) & (tokens < end)
     return tl.where(inside, start, length), tl.where(inside, end, 0)
 
@@ -105,20 +105,20 @@ def softmax_statistics(
     _wait_for_launches_before(FOLLOWS)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     sample = tl.program_id(1).to(tl.int64)
-    rows = (tl.program_id(0) // HEADS).to(tl.int64) * TILE + tl.arange(0, TILE)
+    rows = tl.program_id(0) // HEADS * TILE + tl.arange(0, TILE)
     is_query = rows < queries
     if HAS_BLOCKS:
         start, end = _blocks_of(cu_seqlens, rows, length, blocks, LEVELS)
     else:
-        start, end = tl.zeros_like(rows), tl.where(is_query, length, 0).to(tl.int64)
-    query_rows = query + sample * stride_query_b + head * stride_query_h + rows[:, None] * stride_query_q
+        start, end = tl.zeros_like(rows), tl.where(is_query, length, 0)
+    query_rows = query + sample * stride_query_b + head * stride_query_h + rows.to(tl.int64)[:, None] * stride_query_q
     keys = key + sample * stride_key_b + head // GROUP * stride_key_h
     row_max = tl.full([TILE], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE], tl.float32)
     for first in range(tl.min(start, axis=0), tl.max(end, axis=0), TILE):
-        tokens = first + tl.arange(0, TILE).to(tl.int64)
+        tokens = first + tl.arange(0, TILE)
         logits = _logits(
-            keys + tokens[:, None] * stride_key_l,
+            keys + tokens.to(tl.int64)[:, None] * stride_key_l,
             query_rows,
             tokens < length,
             is_query,
@@ -172,24 +172,24 @@ def sum_columns(
 ):
     _wait_for_launches_before(FOLLOWS)
     sample = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
     is_token = tokens < length
     if HAS_BLOCKS:
         start, end = _blocks_of(cu_seqlens, tokens, length, blocks, LEVELS)
     else:
-        start, end = tl.zeros_like(tokens), tl.where(is_token, queries, 0).to(tl.int64)
+        start, end = tl.zeros_like(tokens), tl.where(is_token, queries, 0)
     first_query, last_query = tl.min(start, axis=0), tl.max(end, axis=0)
     total = tl.zeros([TILE], tl.float32)
     for head_number in range(HEADS):
         head = sample * 0 + head_number
-        keys = key + sample * stride_key_b + head // GROUP * stride_key_h + tokens[:, None] * stride_key_l
+        keys = key + sample * stride_key_b + head // GROUP * stride_key_h + tokens.to(tl.int64)[:, None] * stride_key_l
         query_rows = query + sample * stride_query_b + head * stride_query_h
         for first in range(first_query, last_query, TILE):
-            rows = first + tl.arange(0, TILE).to(tl.int64)
+            rows = first + tl.arange(0, TILE)
             is_query = rows < queries
             logits = _logits(
                 keys,
-                query_rows + rows[:, None] * stride_query_q,
+                query_rows + rows.to(tl.int64)[:, None] * stride_query_q,
                 is_token,
                 is_query,
                 scale,
@@ -247,7 +247,6 @@ def _plan(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, scale: float | 
     batch, queries, heads, head_dim = query.shape
     length, kv_heads = key.shape[1:3]
     is_exact = query.dtype == torch.float32
-    channels = CHANNELS if head_dim % (2 * CHANNELS) else 2 * CHANNELS
     blocks = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     given = {
         "query": Slot(0),
@@ -264,20 +263,18 @@ def _plan(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, scale: float | 
         "HEADS": heads,
         "GROUP": heads // kv_heads,
         "HEAD_DIM": head_dim,
-        "CHANNELS": channels,
+        "CHANNELS": CHANNELS,
         "TILE": TILE,
         "EXACT": is_exact,
         "TENSOR_CORES": plan.is_cuda,
         "HAS_BLOCKS": cu_seqlens is not None,
         "LEVELS": blocks.bit_length(),
-        "num_warps": 8 if is_exact else 4,  # as registers allow, with the channels below
-        "num_stages": 1,
+        "num_warps": 4,
+        "num_stages": 2,
     }
     saliency = plan.result(batch, length, dtype=torch.float32)
-    fewer = given | {"CHANNELS": CHANNELS if is_exact else channels}
-    plan.launch(softmax_statistics, (cdiv(queries, TILE) * heads, batch), **fewer)
-    is_mean = query_reduction == "mean"
-    plan.launch(sum_columns, (cdiv(length, TILE), batch), **given, saliency=saliency, MEAN=is_mean)
+    plan.launch(softmax_statistics, (cdiv(queries, TILE) * heads, batch), **given)
+    plan.launch(sum_columns, (cdiv(length, TILE), batch), **given, saliency=saliency, MEAN=query_reduction == "mean")
     return plan
 
 
