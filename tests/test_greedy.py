@@ -281,7 +281,7 @@ def test_launches(made, launches, kind, total, width):
     """One for all picks; no memory for the cosines of all pairs where they are more than the features."""
     getattr(rk.triton, kind.name)(*made(3, total, width), keep=6)
     compares = kind is Diverse or total <= width
-    assert launches == [("compare_tokens", ((total + 63) // 64, 3))] * compares + [
+    assert launches == [("compare_tokens", ((total + 31) // 32, 3))] * compares + [  # of float32
         (kind.name.replace("select", "pick"), (3,))
     ]
 
