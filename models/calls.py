@@ -426,7 +426,9 @@ class CallReader:
             Those that change; None if nothing does.
         """
         cache, tokens = cache_of(arguments), arguments.get("input_ids")
-        if tokens is None or tokens.shape[1] == 1 or not self._layers.length_is_routed or not has_record(cache):
+        if not self._layers.length_is_routed or not has_record(cache):
+            return None
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[1] == 1:  # of others the model complains
             return None
         prompt, whole = record_of(cache), self._prompt_call(self._adapter.core).conversation
         if prompt is None or whole is None:
