@@ -46,7 +46,8 @@ def _rules(kind: str) -> dict[str, type]:
 def _is_rule(name: str, found: object, module: ModuleType, base: type) -> bool:
     if not isinstance(found, type) or not issubclass(found, base) or inspect.isabstract(found):
         return False
-    return is_dataclass(found) and found.__module__ == module.__name__ and not name.startswith("_")
+    ships = f"{found.__module__}.".startswith(f"{module.__name__}.")
+    return is_dataclass(found) and ships and not name.startswith("_")
 
 
 # Written

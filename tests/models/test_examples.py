@@ -21,7 +21,7 @@ MODULES = (
     "policy",
     "presets",
     "rankings",
-    "reducers",
+    "reducers.nuwa",
     "roofline",
 )
 EXPLAINED = (

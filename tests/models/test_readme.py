@@ -54,7 +54,16 @@ def test_map_names_what_exists(name):
 
 @pytest.mark.parametrize(
     "folder",
-    ["reroute_kernels", "reroute_kernels/cli", "reroute_kernels/vllm", "models", "bench", "bench/speed", "bench/pages"],
+    [
+        "reroute_kernels",
+        "reroute_kernels/cli",
+        "reroute_kernels/reducers",
+        "reroute_kernels/vllm",
+        "models",
+        "bench",
+        "bench/speed",
+        "bench/pages",
+    ],
 )
 def test_map_names_every_file(folder):
     mapped = DESIGN.partition("## Map")[2].partition("## Rules")[0]

@@ -1,86 +1,16 @@
-"""Reducers: rules that leave only some of an image's visual tokens before the language model runs.
-
-A reducer is any object with a method `reduce(image)`, which gives the tokens that stay, and their features. Dropped
-tokens never enter the language model; the others are the pool of all decisions. `survivors` is needed to cost it.
-
-Equally many tokens of each of T images are given as (T, K); frames of a video that keep different numbers of tokens as
-one flat index over all T x N.
-"""
+"""Nüwa: spread anchors that absorb near, similar tokens."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
-from numbers import Real
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from .precision import full_precision
-
-
-@dataclass(eq=False)
-class VisionFeatures:
-    """Output of the vision tower for T images, tiles or frames of one size, in patch order.
-
-    `saliency` and `similarity_features` are computed when they are asked for.
-    """
-
-    features: Tensor
-    """(T, N, d), before the projector into the language model, or after the merger if the tower has one."""
-    grid: tuple[int, int]
-    """Rows and columns of the N tokens."""
-    _saliency: Callable[[], Tensor] = field(repr=False)
-    _similarity_features: Callable[[], Tensor] = field(repr=False)
-    is_video: bool = False
-    """Whether the T are the frames of one video, in order; else they are images or tiles."""
-
-    @cached_property
-    def saliency(self) -> Tensor:
-        """(T, N) float32, attention that each token receives in the vision tower.
-
-        From the class token in the layer whose output becomes the features, summed over heads, if there is a class
-        token; else from all tokens in the last layer, summed over them, averaged over heads and merged patches.
-        """
-        return self._saliency()
-
-    @cached_property
-    def similarity_features(self) -> Tensor:
-        """(T, N, d'), the mean of hidden states over many layers, to tell which tokens show the same."""
-        return self._similarity_features()
-
-
-class ReducerLike(Protocol):
-    """Anything that reduces: `Policy.reducer` needs no base class."""
-
-    def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
-        """The tokens that stay, each once, and their features in the dtype of `image.features`.
-
-        (T, K) int64 and (T, K, d); or, where images or frames keep different numbers of tokens, (M,) int64, ascending
-        over T x N, and (M, d), with at least one token in all.
-        """
-
-
-class Reducer(ABC):
-    """Base of the reducers here. One's own needs no base, only `reduce`; and `survivors`, to be costed."""
-
-    @abstractmethod
-    def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
-        """Choose tokens, and make their features.
-
-        Returns:
-            (T, K) int64, the tokens that stay, each once, and (T, K, d), their features in the dtype of
-            `image.features`; or (M,) int64, ascending over T x N, and (M, d).
-        """
-
-    @abstractmethod
-    def survivors(self, visual_tokens: int) -> int:
-        """K, the tokens that stay of an image of `visual_tokens`."""
+from ..precision import full_precision
+from .base import Reducer, VisionFeatures, check_bools, check_numbers, check_share, rounded_up
 
 
 def nuwa_anchors(
@@ -116,7 +46,7 @@ def nuwa_anchors(
         (T, K) int64 anchors, ascending, and (T, K, d), their features in the dtype of `features`. Ties go to the
         smaller position.
     """
-    from . import ops  # a policy that names a reducer needs no kernels
+    from .. import ops  # a policy that names a reducer needs no kernels
 
     height, width = grid
     count = min(count, _proposals(grid, per_cell))
@@ -198,20 +128,15 @@ class Nuwa(Reducer):
     keeps_own: bool = True
 
     def __post_init__(self):
-        for name in ("keep", "distance", "quantile"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be in (0, 1], got {self.keep}")
+        check_share(self, "keep")
+        check_numbers(self, "distance", "quantile")
         if not self.distance > 0:
             raise ValueError(f"distance must be above 0, got {self.distance}")
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"quantile must be in [0, 1], got {self.quantile}")
         if self.per_cell not in (1, 2, 3, 4) or not isinstance(self.per_cell, int) or isinstance(self.per_cell, bool):
             raise ValueError(f"per_cell must be 1, 2, 3 or 4, got {self.per_cell!r}")
-        if not isinstance(self.keeps_own, bool):
-            raise TypeError(f"keeps_own must be a bool, got {self.keeps_own!r}")
+        check_bools(self, "keeps_own")
 
     def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
         even = [size + size % 2 for size in image.grid]
@@ -220,7 +145,7 @@ class Nuwa(Reducer):
             image.similarity_features,
             image.saliency,
             grid=image.grid,
-            count=self._anchors(image.features.shape[1]),
+            count=rounded_up(image.features.shape[1], self.keep),
             per_cell=self.per_cell,
             distance=self.distance * math.hypot(*(size - 1 for size in even)),
             quantile=self.quantile,
@@ -229,7 +154,4 @@ class Nuwa(Reducer):
 
     def survivors(self, visual_tokens: int) -> int:
         """Number of anchors of an image; exact for grids of even sides."""
-        return min(self._anchors(visual_tokens), math.ceil(visual_tokens * self.per_cell / 4))
-
-    def _anchors(self, visual_tokens: int) -> int:
-        return math.ceil(visual_tokens * self.keep - 1e-9)  # 576 * (112 / 576) may be a little above 112
+        return min(rounded_up(visual_tokens, self.keep), math.ceil(visual_tokens * self.per_cell / 4))

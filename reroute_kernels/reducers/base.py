@@ -1,0 +1,100 @@
+"""The interface of reducers: the images that they are handed, and the class that those of this library derive from."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class VisionFeatures:
+    """Output of the vision tower for T images, tiles or frames of one size, in patch order.
+
+    `saliency` and `similarity_features` are computed when they are asked for.
+    """
+
+    features: Tensor
+    """(T, N, d), before the projector into the language model, or after the merger if the tower has one."""
+    grid: tuple[int, int]
+    """Rows and columns of the N tokens."""
+    _saliency: Callable[[], Tensor] = field(repr=False)
+    _similarity_features: Callable[[], Tensor] = field(repr=False)
+    is_video: bool = False
+    """Whether the T are the frames of one video, in order; else they are images or tiles."""
+
+    @cached_property
+    def saliency(self) -> Tensor:
+        """(T, N) float32, attention that each token receives in the vision tower.
+
+        From the class token in the layer whose output becomes the features, summed over heads, if there is a class
+        token; else from all tokens in the last layer, summed over them, averaged over heads and merged patches.
+        """
+        return self._saliency()
+
+    @cached_property
+    def similarity_features(self) -> Tensor:
+        """(T, N, d'), the mean of hidden states over many layers, to tell which tokens show the same."""
+        return self._similarity_features()
+
+
+class ReducerLike(Protocol):
+    """Anything that reduces: `Policy.reducer` needs no base class."""
+
+    def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
+        """The tokens that stay, each once, and their features in the dtype of `image.features`.
+
+        (T, K) int64 and (T, K, d); or, where images or frames keep different numbers of tokens, (M,) int64, ascending
+        over T x N, and (M, d), with at least one token in all.
+        """
+
+
+class Reducer(ABC):
+    """Base of the reducers here. One's own needs no base, only `reduce`; and `survivors`, to be costed."""
+
+    @abstractmethod
+    def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
+        """Choose tokens, and make their features.
+
+        Returns:
+            (T, K) int64, the tokens that stay, each once, and (T, K, d), their features in the dtype of
+            `image.features`; or (M,) int64, ascending over T x N, and (M, d).
+        """
+
+    @abstractmethod
+    def survivors(self, visual_tokens: int) -> int:
+        """K, the tokens that stay of an image of `visual_tokens`."""
+
+
+def check_numbers(owner: object, *names: str) -> None:
+    """Refuse attributes that are no numbers."""
+    for name in names:
+        value = getattr(owner, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_bools(owner: object, *names: str) -> None:
+    """Refuse attributes that are no booleans."""
+    for name in names:
+        if not isinstance(getattr(owner, name), bool):
+            raise TypeError(f"{name} must be a bool, got {getattr(owner, name)!r}")
+
+
+def check_share(owner: object, *names: str) -> None:
+    """Refuse attributes that are no share of the tokens, in (0, 1]."""
+    check_numbers(owner, *names)
+    for name in names:
+        if not 0 < getattr(owner, name) <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {getattr(owner, name)}")
+
+
+def rounded_up(tokens: int, share: float) -> int:
+    """Smallest number that is at least this share of the tokens."""
+    return math.ceil(tokens * share - 1e-9)  # 576 * (112 / 576) may be a little above 112
