@@ -15,10 +15,15 @@ import reroute_kernels as rk
 from reroute_kernels import Policy, Stage, policy_file, rankings, reducers
 from reroute_kernels.policy import Budget
 from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
-from reroute_kernels.reducers import Nuwa
+from reroute_kernels.reducers import FlashVid, Nuwa
 
 PLAIN = {"version": 1, "schedule": [{"layer": 3, "keep": 0.25}]}
 REDUCER = Nuwa(keep=1 / 3, per_cell=2, distance=0.1 + 0.2, quantile=0.55, keeps_own=False)
+REDUCERS = [
+    REDUCER,
+    FlashVid(0.1, expansion=1.2, alpha=1, tau=0.7, segment_threshold=0.8, min_segments=4, selection="v1"),
+]
+NAMES = ", ".join(repr(name) for name in vars(reducers) if name in {type(each).__name__ for each in REDUCERS})
 RANKINGS = [
     LastQuery(),
     LastQuery("previous", queries=3, query_reduction="max", head_reduction="max"),
@@ -84,13 +89,14 @@ def test_every_ranking_comes_back(ranking, tmp_path):
     comes_back(Policy([Stage(3, 0.25), Stage(5, 0.1, ranking)]), tmp_path / "policy.json")
 
 
-def test_every_reducer_comes_back(tmp_path):
-    comes_back(Policy([], reducer=REDUCER), tmp_path / "policy.json")
+@pytest.mark.parametrize("reducer", REDUCERS, ids=repr)
+def test_every_reducer_comes_back(reducer, tmp_path):
+    comes_back(Policy([], reducer=reducer), tmp_path / "policy.json")
     comes_back(Policy([Stage(3, math.nextafter(0.1, 1))], reducer=Nuwa(1, 3)), tmp_path / "policy.json")
 
 
 def test_all_that_is_shipped_is_in_these_tests():
-    for module, base, found in ((rankings, rankings.Ranking, RANKINGS), (reducers, reducers.Reducer, [REDUCER])):
+    for module, base, found in ((rankings, rankings.Ranking, RANKINGS), (reducers, reducers.Reducer, REDUCERS)):
         shipped = {
             each
             for name, each in vars(module).items()
@@ -254,7 +260,7 @@ def keyed(**values):
             ValueError,
             "ranking: layer must be one of 'this', 'previous', got 'last'",
         ),
-        (keyed(reducer={"name": "Uniform"}), ValueError, "reducer.name must be one of 'Nuwa', got 'Uniform'"),
+        (keyed(reducer={"name": "Uniform"}), ValueError, f"reducer.name must be one of {NAMES}, got 'Uniform'"),
         (keyed(reducer={"name": "Nuwa", "keep": 0.5}), ValueError, "reducer must hold 'per_cell', got {'keep': 0.5}"),
         (
             keyed(reducer={"name": "Nuwa", "keep": "0.5", "per_cell": 2}),
@@ -333,7 +339,11 @@ def test_numbers_too_large_for_a_float(tmp_path):
             r"schedule\[1\].ranking must be of reroute_kernels.rankings \(.*\) to be written, got Own\(",
         ),
         ({"ranking": type("LastQuery", (LastQuery,), {})()}, TypeError, "ranking must be of reroute_kernels.rankings"),
-        ({"reducer": OwnReducer()}, TypeError, r"reducer must be of reroute_kernels.reducers \(Nuwa\) to be written"),
+        (
+            {"reducer": OwnReducer()},
+            TypeError,
+            r"reducer must be of reroute_kernels.reducers \(.*Nuwa.*\) to be written",
+        ),
         ({"budget": ("flops", 1, 1)}, TypeError, "budget must be a Budget or None to be written, got"),
         (
             {"budget": Budget("flops", Fraction(1, 3), 0.1)},

@@ -8,12 +8,17 @@ one flat index over all T x N.
 """
 
 from .base import Reducer, ReducerLike, VisionFeatures
+from .flashvid import FlashVid, flashvid_diverse, flashvid_segments, flashvid_tokens
 from .nuwa import Nuwa, nuwa_anchors
 
 __all__ = [
+    "FlashVid",
     "Nuwa",
     "Reducer",
     "ReducerLike",
     "VisionFeatures",
+    "flashvid_diverse",
+    "flashvid_segments",
+    "flashvid_tokens",
     "nuwa_anchors",
 ]

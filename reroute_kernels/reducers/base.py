@@ -12,6 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..checks import FLOATING, expect_tensor
+
 
 @dataclass(eq=False)
 class VisionFeatures:
@@ -95,6 +97,26 @@ def check_share(owner: object, *names: str) -> None:
             raise ValueError(f"{name} must be in (0, 1], got {getattr(owner, name)}")
 
 
+def check_count(name: str, value: object) -> None:
+    """Refuse a value that is no integer of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}")
+
+
 def rounded_up(tokens: int, share: float) -> int:
     """Smallest number that is at least this share of the tokens."""
     return math.ceil(tokens * share - 1e-9)  # 576 * (112 / 576) may be a little above 112
+
+
+def check_clip(features: Tensor, saliency: Tensor) -> None:
+    """Refuse tensors that are no features and saliencies of the tokens of T images or frames."""
+    expect_tensor("features", features)
+    expect_tensor("saliency", saliency)
+    if features.ndim != 3 or features.dtype not in FLOATING or not features.numel():
+        got = f"{tuple(features.shape)} {features.dtype}"
+        raise ValueError(f"features must be (T, N, d) float32, float16 or bfloat16, none of them 0, got {got}")
+    if saliency.shape != features.shape[:2] or saliency.device != features.device:
+        got = f"{tuple(saliency.shape)} on {saliency.device}"
+        raise ValueError(f"saliency must be {tuple(features.shape[:2])} on {features.device}, got {got}")

@@ -21,6 +21,7 @@ MODULES = (
     "policy",
     "presets",
     "rankings",
+    "reducers.flashvid",
     "reducers.nuwa",
     "roofline",
 )
@@ -28,7 +29,7 @@ EXPLAINED = (
     *(getattr(rk.ops, name) for name in rk.ref.__all__),
     *(rk.Calibration, rk.calibrate, rk.measure_layers),
     *(rk.Policy, rk.apply, rk.backend, rk.cost, rk.preset, rk.presets, rk.solve, rk.suggest, rk.models.unrouted),
-    *(rk.rankings.LastQuery, rk.reducers.Nuwa),
+    *(rk.rankings.LastQuery, rk.reducers.FlashVid, rk.reducers.Nuwa),
 )
 
 
