@@ -15,13 +15,15 @@ import reroute_kernels as rk
 from reroute_kernels import Policy, Stage, policy_file, rankings, reducers
 from reroute_kernels.policy import Budget
 from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
-from reroute_kernels.reducers import FlashVid, Nuwa
+from reroute_kernels.reducers import CDPruner, DivPrune, FlashVid, HoloV, Nuwa, VidCom2, VisionZip, VisPruner
 
 PLAIN = {"version": 1, "schedule": [{"layer": 3, "keep": 0.25}]}
 REDUCER = Nuwa(keep=1 / 3, per_cell=2, distance=0.1 + 0.2, quantile=0.55, keeps_own=False)
 REDUCERS = [
     REDUCER,
     FlashVid(0.1, expansion=1.2, alpha=1, tau=0.7, segment_threshold=0.8, min_segments=4, selection="v1"),
+    *(CDPruner(0.1), DivPrune(1 / 9), VidCom2(0.25), VisionZip(1 / 3, contextual=0.1 + 0.2)),
+    *(HoloV(0.1, chunks=4, variation=0.1), VisPruner(1, salient=1 / 3)),
 ]
 NAMES = ", ".join(repr(name) for name in vars(reducers) if name in {type(each).__name__ for each in REDUCERS})
 RANKINGS = [

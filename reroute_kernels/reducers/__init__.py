@@ -8,17 +8,35 @@ one flat index over all T x N.
 """
 
 from .base import Reducer, ReducerLike, VisionFeatures
+from .cdpruner import CDPruner, cdpruner_relevance, cdpruner_tokens
+from .divprune import DivPrune
 from .flashvid import FlashVid, flashvid_diverse, flashvid_segments, flashvid_tokens
+from .holov import HoloV, holov_tokens
 from .nuwa import Nuwa, nuwa_anchors
+from .vidcom2 import VidCom2, vidcom2_tokens
+from .visionzip import VisionZip, visionzip_tokens
+from .vispruner import VisPruner, vispruner_tokens
 
 __all__ = [
+    "CDPruner",
+    "DivPrune",
     "FlashVid",
+    "HoloV",
     "Nuwa",
     "Reducer",
     "ReducerLike",
+    "VidCom2",
+    "VisPruner",
     "VisionFeatures",
+    "VisionZip",
+    "cdpruner_relevance",
+    "cdpruner_tokens",
     "flashvid_diverse",
     "flashvid_segments",
     "flashvid_tokens",
+    "holov_tokens",
     "nuwa_anchors",
+    "vidcom2_tokens",
+    "visionzip_tokens",
+    "vispruner_tokens",
 ]

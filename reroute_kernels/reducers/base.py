@@ -10,6 +10,7 @@ from functools import cached_property
 from numbers import Real
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..checks import FLOATING, expect_tensor
@@ -30,6 +31,9 @@ class VisionFeatures:
     _similarity_features: Callable[[], Tensor] = field(repr=False)
     is_video: bool = False
     """Whether the T are the frames of one video, in order; else they are images or tiles."""
+    _keys: Callable[[], Tensor] | None = field(default=None, repr=False)
+    _projected: Callable[[], Tensor] | None = field(default=None, repr=False)
+    _text: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @cached_property
     def saliency(self) -> Tensor:
@@ -44,6 +48,40 @@ class VisionFeatures:
     def similarity_features(self) -> Tensor:
         """(T, N, d'), the mean of hidden states over many layers, to tell which tokens show the same."""
         return self._similarity_features()
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """(T, N, d'), the keys of the layer whose attention is the saliency, before rotation, averaged over heads.
+
+        Raises:
+            NotImplementedError: the tower gives none. No tower does yet.
+        """
+        if self._keys is None:
+            raise NotImplementedError("reducer must not compare keys on this vision tower, which gives none")
+        return self._keys()
+
+    @cached_property
+    def projected(self) -> Tensor:
+        """(T, N, d'), the features as the language model receives them, if none is dropped.
+
+        `features` where a tower does not give them. No tower does yet: before a projector, these are unprojected.
+        """
+        return self.features if self._projected is None else self._projected()
+
+    @cached_property
+    def text(self) -> Tensor:
+        """(M, d'), embeddings of the prompt's text, in the space of `projected`.
+
+        Raises:
+            NotImplementedError: the text is not known where the images are encoded. Models give none: `generate`
+                encodes the images of a whole batch before it calls the model with the prompts.
+        """
+        if self._text is None:
+            raise NotImplementedError(
+                "reducer must not depend on text, which is not known where the images are encoded; "
+                "reroute_kernels.reducers.cdpruner_tokens takes both as tensors"
+            )
+        return self._text()
 
 
 class ReducerLike(Protocol):
@@ -72,6 +110,42 @@ class Reducer(ABC):
     @abstractmethod
     def survivors(self, visual_tokens: int) -> int:
         """K, the tokens that stay of an image of `visual_tokens`."""
+
+
+@dataclass(frozen=True)
+class ShareReducer(Reducer):
+    """Base of reducers that leave a share of an image's tokens.
+
+    Args:
+        keep: share of the tokens that stay, in (0, 1]; their number is rounded up.
+    """
+
+    keep: float
+
+    def __post_init__(self):
+        check_share(self, "keep")
+
+    def survivors(self, visual_tokens: int) -> int:
+        """Number of tokens that stay of an image."""
+        return rounded_up(visual_tokens, self.keep)
+
+
+def with_features(features: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """An index (T, K) int64, and the features (T, K, d) of (T, N, d) that it names, as they are."""
+    return index, features.gather(1, index[:, :, None].expand(-1, -1, features.shape[2]))
+
+
+def best_tokens(scores: Tensor, keep: int, pool: Tensor | None = None) -> Tensor:
+    """(T, keep) int64, ascending: the tokens of a pool with the highest scores (T, N); of all tokens without one."""
+    from .. import ops  # a policy that names a reducer needs no kernels
+
+    pool = torch.ones_like(scores, dtype=torch.bool) if pool is None else pool
+    return ops.select_tokens(scores, pool=pool, pinned=torch.zeros_like(pool), keep=keep, length=keep)
+
+
+def flags(index: Tensor, tokens: int) -> Tensor:
+    """(T, N) bool, True at the tokens of an index (T, K)."""
+    return torch.zeros(len(index), tokens, dtype=torch.bool, device=index.device).scatter(1, index, True)
 
 
 def check_numbers(owner: object, *names: str) -> None:

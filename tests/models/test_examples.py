@@ -21,15 +21,22 @@ MODULES = (
     "policy",
     "presets",
     "rankings",
+    "reducers.cdpruner",
+    "reducers.divprune",
     "reducers.flashvid",
+    "reducers.holov",
     "reducers.nuwa",
+    "reducers.vidcom2",
+    "reducers.visionzip",
+    "reducers.vispruner",
     "roofline",
 )
 EXPLAINED = (
     *(getattr(rk.ops, name) for name in rk.ref.__all__),
     *(rk.Calibration, rk.calibrate, rk.measure_layers),
     *(rk.Policy, rk.apply, rk.backend, rk.cost, rk.preset, rk.presets, rk.solve, rk.suggest, rk.models.unrouted),
-    *(rk.rankings.LastQuery, rk.reducers.FlashVid, rk.reducers.Nuwa),
+    *(rk.rankings.LastQuery, rk.reducers.CDPruner, rk.reducers.DivPrune, rk.reducers.FlashVid, rk.reducers.HoloV),
+    *(rk.reducers.Nuwa, rk.reducers.VidCom2, rk.reducers.VisPruner, rk.reducers.VisionZip),
 )
 
 
