@@ -552,7 +552,8 @@ class RoutedForward:
             return full, full.normed(norm)
         active.take(hidden)
         if not self._drops(len(self.kept) - 1):
-            return active.write_back(norm, aligns=self.policy.align is not None)
+            aligns = self.policy.align == "stage" or active.proxies is not None  # a small stage has no proxies
+            return active.write_back(norm, aligns=aligns)
         if self.policy.action == "remove":  # the tokens that a reducer left are written back once, at the end
             active.write_back()
         return active, active.normed(norm)

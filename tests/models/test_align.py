@@ -53,6 +53,15 @@ def test_proxies_equal_the_slow_way(family, ranking):
         assert (family.model(**inputs).logits - logits).abs().max() > 1e-2
 
 
+def test_a_stage_of_few_tokens_has_no_proxies(family, inputs):
+    policy = aligned(align="proxy", schedule=[rk.Stage(2, 0.6), rk.Stage(3, 0.02), rk.Stage(4, 0.4)])
+    candidates = int((inputs["input_ids"] == family.model.config.image_token_id).sum())
+    first, second, _ = policy.proxy_counts(policy.selected_counts(candidates), candidates)
+    assert first > 0
+    assert second == 0
+    check(family.model, inputs, policy)
+
+
 RANKINGS = [LastQuery(), LastQuery("previous"), AllText(), KeyNorm("previous")]
 
 

@@ -158,7 +158,7 @@ class Case:
     mode: str = "call"
     """How prompts run: "call", or a way of `generate`."""
     turns: tuple[Turn, ...] = ()
-    aligns: bool = False
+    align: str | None = None
     own: tuple[int | None, ...] = ()
     """Rankings of the stages, if any has its own."""
 
@@ -167,8 +167,7 @@ class Case:
         rankings = [None if number is None else RANKINGS[number] for number in self.own] or [None] * len(self.stages)
         stages = [rk.Stage(*stage, ranking) for stage, ranking in zip(self.stages, rankings, strict=True)]
         reducer = MODELS[self.model].reducer if self.reduces else None
-        align = "stage" if self.aligns else None
-        return rk.Policy(stages, self.action, RANKINGS[self.ranking], self.positions, reducer, align=align)
+        return rk.Policy(stages, self.action, RANKINGS[self.ranking], self.positions, reducer, align=self.align)
 
     @property
     def keeps_all(self) -> bool:
@@ -263,10 +262,10 @@ class Sampler:
             turns.append(self.later(case, batch, turns))
         # By a draw of its own, so that the other parts of a case stay what they were.
         draw = random.Random(1_000_000 + self.seed).random()
-        aligns = case.action == "reroute" and draw < 0.3
+        align = ("stage" if draw < 0.15 else "proxy") if case.action == "reroute" and draw < 0.3 else None
         freezes = draw > 0.8 and case.positions == "original" and case.model in ("llava", "qwen2_5_vl", "qwen3_vl")
         action = "freeze" if freezes else case.action
-        return replace(case, turns=tuple(turns), aligns=aligns, action=action)
+        return replace(case, turns=tuple(turns), align=align, action=action)
 
     def stages(self, model: str, after_first: bool) -> tuple[tuple[int, float], ...]:
         kinds = layer_types(decoder_of(load(model, torch.float32, "unrouted")))
@@ -765,7 +764,7 @@ class Alone:
         by_hand, visual, kept, _ = reduced_prompt(
             self.model,
             inputs,
-            reducer._anchors,
+            reducer.survivors,
             reducer.per_cell,
             distance,
             reducer.quantile,
@@ -1106,9 +1105,9 @@ def test_cases_do_not_degenerate():
     for name, values in (("mask", MASKS), ("positions", POSITIONS)):
         assert {getattr(turn, name) for turn in turns} == set(values)
         assert {getattr(turn, name) for turn in later} == set(values)
-    for name in ("dtype", "attention", "action"):
+    for name in ("dtype", "attention", "action", "align"):
         assert len({getattr(case, name) for case in cases}) == 3
-    for name in ("positions", "reduces", "aligns", "keeps_all", "is_plain"):
+    for name in ("positions", "reduces", "keeps_all", "is_plain"):
         assert len({getattr(case, name) for case in cases}) == 2
     assert {case.ranking for case in cases} == set(range(len(RANKINGS)))
     assert {number for case in cases for number in case.own} == {None, *range(len(RANKINGS))}
