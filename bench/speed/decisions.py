@@ -37,7 +37,7 @@ SHAPES = (
     Shape("Qwen2.5-VL-7B", 28, 4, 128, 3584, 1500),
     Shape("Qwen2.5-VL-7B", 28, 4, 128, 3584, 16384),
 )
-TINY_SHAPES = (Shape("tiny", 4, 2, 16, 32, 80), Shape("tiny, long", 1, 1, 4, 8, 4200, 0.01))
+TINY_SHAPES = (Shape("tiny", 4, 2, 16, 32, 80),)
 BATCHES = (1, 8, 32)
 
 
