@@ -13,7 +13,7 @@ CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable
 NEWEST := transformers accelerate peft tokenizers safetensors huggingface_hub
 NEWEST_TESTS := $(addprefix tests/models/test_,$(addsuffix .py,golden families generate generation_loop invariants packed))
 
-.PHONY: help browser test test-oldest test-newest test-install test-lmms-eval test-vllm test-matrix test-triton fuzz \
+.PHONY: help browser test test-rest test-oldest test-newest test-install test-lmms-eval test-vllm test-matrix test-triton fuzz \
   compile-matrix gpu-report demo bench \
   bench-vllm grounding train scenes docs lint format clean
 
@@ -22,6 +22,9 @@ help:  ## list the targets
 
 test: .venv/ready lint  ## check the style and run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
+
+test-rest: .venv/ready  ## run the cases of the tests that make test leaves out for their time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) --cases rest
 
 test-oldest: .venv-oldest/ready  ## run the adapters' tests under the oldest supported transformers
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q $(PARALLEL) tests/models tests/cli
@@ -53,7 +56,7 @@ test-vllm: .venv-vllm/ready  ## run the tests of routing inside vLLM, on its CPU
 test-matrix: .venv-oldest/ready .venv-middle/ready .venv-previous/ready .venv/ready  ## call every model in every way under four transformers; rewrites docs/models.md
 	@set -e; for environment in .venv-oldest .venv-middle .venv-previous .venv; do \
 	  OMP_NUM_THREADS=1 $$environment/bin/python -m pytest -q $(PARALLEL:loadfile=load) \
-	    --support-record=bench/results/models --all-types tests/models; \
+	    --support-record=bench/results/models --all-types --cases all tests/models; \
 	done
 	$(BIN)/python -m bench.pages
 
@@ -81,7 +84,7 @@ compile-matrix: .venv/ready  ## compile every kernel with every supported Triton
 	  test -e .triton/$$version/triton || $(BIN)/python -m pip install -q --disable-pip-version-check \
 	    --no-deps --target .triton/$$version triton==$$version; \
 	  echo "triton $$version"; \
-	  PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -q tests/test_compile.py \
+	  PYTHONPATH=.triton/$$version $(BIN)/python -m pytest -q tests/test_compile.py --cases all \
 	    --compile-record bench/results/compile; \
 	done
 	$(BIN)/python -m bench.pages

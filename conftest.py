@@ -25,9 +25,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--support-record", metavar="FOLDER", help="call every model in every way, and keep what happened, as JSON"
     )
-
     parser.addoption(
         "--all-types", action="store_true", help="call every type that is routed in every way, not the families alone"
+    )
+    parser.addoption(
+        "--cases",
+        choices=("everyday", "rest", "all"),
+        default="everyday",
+        help="the cases of `make test`, those that it leaves out for their time, or both (everyday)",
     )
 
 

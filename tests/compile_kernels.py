@@ -1,11 +1,14 @@
 """Compile every kernel as the library launches it, for GPUs that need not be here, and print the results as JSON.
 
+    python tests/compile_kernels.py sm_90 gfx942
+
 Run with TRITON_INTERPRET=0: kernels are decorated when they are imported, for the interpreter or for the compiler.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from itertools import product
 from multiprocessing import get_context
@@ -305,5 +308,5 @@ def compile_case(target_and_case):
 
 if __name__ == "__main__":
     with get_context("fork").Pool(2) as pool:
-        rows = [row for rows in pool.imap_unordered(compile_case, product(TARGETS, CASES)) for row in rows]
+        rows = [row for rows in pool.imap_unordered(compile_case, product(sys.argv[1:], CASES)) for row in rows]
     print(json.dumps(sorted(rows, key=lambda row: (row["kernel"], row["case"], row["target"])), indent=1))

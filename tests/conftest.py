@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import random
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
@@ -16,11 +18,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if (cases := config.getoption("cases")) != "all":
+        left = left_out(items)
+        wanted = [item for item in items if (item in left) == (cases == "rest")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
+        items[:] = wanted
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+def left_out(items) -> set:
+    """The items that `make test` does not run: those marked so, and all but n of the cases of `everyday(n)` tests.
+
+    The n are drawn by the name of the test.
+    """
+    cases = defaultdict(list)
+    left = {item for item in items if item.get_closest_marker("rest")}
+    for item in items:
+        if item.get_closest_marker("everyday"):
+            cases[item.nodeid.split("[")[0]].append(item)
+    for name, those in cases.items():
+        (count,) = those[0].get_closest_marker("everyday").args
+        left |= {*those} - {*random.Random(name).sample(those, min(count, len(those)))}
+    return left
 
 
 @pytest.fixture(autouse=True, scope="session")

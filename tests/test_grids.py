@@ -37,6 +37,7 @@ def test_ranking_in_parts(device, few_programs, launches, batch, tables):
     assert all(size <= 2 for grid in grids for size in grid[1:])
 
 
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("total", [20, 5000, 66_000], ids=["one-program", "passes", "tiles"])
 @pytest.mark.parametrize("batch", [2, 3, 5])
 def test_selection_in_parts(device, few_programs, launches, batch, total):

@@ -73,6 +73,7 @@ def assert_same(actual, expected):
         assert torch.equal(one, other)
 
 
+@pytest.mark.everyday(20)
 @pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padding"])
 @pytest.mark.parametrize(
     ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES.values(), ids=SHAPES
@@ -127,6 +128,7 @@ def test_nothing_to_compact(device, operations):
     assert torch.equal(index, one_after_the_other(rk.ref, arguments)[0])
 
 
+@pytest.mark.everyday(8)
 @pytest.mark.parametrize(
     ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES.values(), ids=SHAPES
 )

@@ -13,6 +13,7 @@ from tests.models.test_reducers import LLAVA, QWEN
 DTYPES = (torch.bfloat16, torch.float16)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("reduces", [False, True], ids=["no reducer", "reducer"])
 @pytest.mark.parametrize("action", ACTIONS)
 @torch.no_grad()

@@ -49,6 +49,7 @@ def test_forward_of_a_padded_batch(model, prompts, action, side, attention):
     assert cached_lengths(output.past_key_values)[first:] == longest[first:]
 
 
+@pytest.mark.everyday(10)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("action", ACTIONS)

@@ -159,6 +159,7 @@ def test_checkpoint_around_the_whole_call(family, reentrant):
     check(case, policy_of(case), call=call)
 
 
+@pytest.mark.everyday(8)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("use_cache", [False, True], ids=["no-cache", "cache"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,16 +22,19 @@ def case(request):
     return load(request.param)
 
 
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("ranking", RANKINGS, ids=str)
 def test_generate(case, ranking):
     compare(case, generate(case, [two_images(case)]), ranking=ranking)
 
 
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("ranking", RANKINGS, ids=str)
 def test_padded_batch(case, ranking):
     compare_batch(case, choices={"ranking": ranking})
 
 
+@pytest.mark.everyday(5)
 @pytest.mark.parametrize("ranking", RANKINGS, ids=str)
 def test_turn_with_an_image(case, ranking):
     """On the cache of one with text, and of one with an image."""

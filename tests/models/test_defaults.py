@@ -44,6 +44,7 @@ def routed(model, inputs, policy):
     return selected, [stage.scores[row] for stage in trace.stages for row in rows], torch.stack(answer.logits)
 
 
+@pytest.mark.everyday(3)
 @pytest.mark.parametrize("action", ["reroute", "remove"])
 @pytest.mark.parametrize("reduces", [False, True], ids=["no reducer", "reducer"])
 def test_every_ranking_under_every_default_dtype(model, family, prompt, action, reduces):

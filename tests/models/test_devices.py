@@ -80,6 +80,7 @@ OFFLOADED = {
 }
 
 
+@pytest.mark.everyday(9)
 @pytest.mark.parametrize("loaded_with", ["itself", "layer", "attention"])
 @pytest.mark.parametrize("way", OFFLOADED)
 def test_offloaded(case, way, loaded_with, tmp_path):
@@ -159,6 +160,7 @@ def elsewhere(model):
     hooks.attach_align_device_hook(model.model.language_model, "cpu:1")
 
 
+@pytest.mark.everyday(6)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("place", [alternating, elsewhere])

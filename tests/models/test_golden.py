@@ -102,6 +102,7 @@ def test_eager_attention_selects_and_answers_the_same(family, model, golden, inp
     assert torch.equal(tokens, golden[f"{name}/new_tokens"])
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("name", ["pdrop_remove", "reroute_pyramid"])
 @torch.no_grad()
 def test_triton_kernels_reproduce_the_golden_case(family, model, golden, inputs, name, device, launches, tolerance):

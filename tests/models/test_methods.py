@@ -33,6 +33,7 @@ def deep_model(name):
     return model
 
 
+@pytest.mark.everyday(10)
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("name", FOLDERS)

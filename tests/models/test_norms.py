@@ -162,6 +162,7 @@ def check(case, inputs, policy, launches):
 pytest_device = pytest.mark.skipif(torch.cuda.is_available(), reason="the models of this file are on the CPU")
 
 
+@pytest.mark.everyday(7)
 @pytest_device
 @pytest.mark.parametrize("name", MODELS)
 def test_same_with_and_without(name, launches):
@@ -184,6 +185,7 @@ RANKINGS = [
 ]
 
 
+@pytest.mark.everyday(3)
 @pytest_device
 @pytest.mark.parametrize(("name", "action", "ranking", "samples"), RANKINGS, ids=str)
 def test_rankings(name, ranking, action, samples, launches):

@@ -98,7 +98,9 @@ def pytest_generate_tests(metafunc):
         ]
         if metafunc.config.getoption("--all-types"):
             cells += [(name, title) for name in OTHERS for title in WAYS if title not in NEEDS_CHECKPOINT]
-        metafunc.parametrize(("name", "title"), cells, ids=["-".join(cell).replace(" ", "_") for cell in cells])
+        compiled = [cell for cell in cells if cell[1] == "torch.compile"]  # which take longest
+        marked = [pytest.param(*cell, marks=pytest.mark.rest if cell in compiled[1:] else ()) for cell in cells]
+        metafunc.parametrize(("name", "title"), marked, ids=["-".join(cell).replace(" ", "_") for cell in cells])
 
 
 def test_way_of_calling(name, title, record_property):

@@ -54,6 +54,7 @@ def compiled_regions(model):
     return pytest.importorskip("accelerate.utils").compile_regions(model, backend="eager")
 
 
+@pytest.mark.everyday(2)
 @pytest.mark.parametrize("wrap", [compiled_layers, compiled_decoder, compiled_in_place, compiled_regions])
 @torch.no_grad()
 def test_compiled_parts(case, inputs, expected, wrap):
@@ -67,6 +68,7 @@ def test_compiled_parts(case, inputs, expected, wrap):
     assert torch.equal(tokens, expected[2])
 
 
+@pytest.mark.rest
 @torch.no_grad()
 def test_core_that_is_compiled_later(case, inputs, expected):
     model = copy.deepcopy(case.model)
