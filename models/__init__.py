@@ -31,6 +31,7 @@ from .families import (
     Qwen3_5Adapter,
     Qwen3VLAdapter,
 )
+from .gemma import Gemma3Adapter, ShieldGemma2Adapter
 from .graphs import CudaGraphs, Graphs, UnroutedPrefills
 from .hooks import Routing, routings_on
 from .refusals import MODEL_TYPE, OTHER_KIND
@@ -64,6 +65,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "ernie4_5_vl_moe": Ernie4_5VLMoeAdapter,
     "exaone4_5": Exaone4_5Adapter,
     "fast_vlm": Adapter,
+    "gemma3": Gemma3Adapter,
     "glm46v": Glm4vAdapter,
     "glm4v": Glm4vAdapter,
     "glm4v_moe": Glm4vMoeAdapter,
@@ -98,6 +100,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "qwen3_omni_moe_thinker": Qwen3VLAdapter,
     "qwen3_vl": Qwen3VLAdapter,
     "qwen3_vl_moe": Qwen3VLAdapter,
+    "shieldgemma2": ShieldGemma2Adapter,
     "smolvlm": Idefics3Adapter,
     "video_llama_3": Adapter,
     "video_llava": Adapter,

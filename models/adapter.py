@@ -92,6 +92,13 @@ class Adapter:
     feature_layers: int = 0
     """After how many of the first layers the decoder adds features to visual tokens."""
 
+    cuts_masks: bool = False
+    """Whether masks depend on tokens, as where those of an image see each other in both directions: then masks of
+    compact sequences are cut out of the model's own."""
+
+    rotates_by_kind: bool = False
+    """Whether layers of each kind of attention have a rotary embedding of their own."""
+
     cache_types: tuple[str, ...] = ()
     """Caches that this family brings along, beside those of transformers."""
 
@@ -257,8 +264,14 @@ class Adapter:
         """
         return []
 
-    def embeddings_at(self, hidden: Tensor, positions: Tensor) -> object:
-        """Position embeddings of layers at positions (B, M) that count tokens, on the device of `hidden`."""
+    def embeddings_at(self, hidden: Tensor, positions: Tensor, kind: str = "full_attention") -> object:
+        """Position embeddings at positions (B, M) that count tokens, on the device of `hidden`.
+
+        Args:
+            hidden: (B, M, d).
+            positions: (B, M) int64.
+            kind: type of attention of the layers, which matters where `rotates_by_kind`.
+        """
         axes = self.position_axes
         return self.decoder.rotary_emb(hidden, positions if axes == 1 else positions.expand(axes, -1, -1))
 

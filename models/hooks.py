@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reroute_kernels import ops
 from reroute_kernels.checks import FLOATING
 from reroute_kernels.policy import Policy
+from reroute_kernels.routing import on_device
 from reroute_kernels.trace import Trace
 
 from . import refusals
@@ -392,8 +394,8 @@ class Routing:
             return None
         if not isinstance(call, Prefill):
             if self.policy.positions == "contiguous":
-                embeddings_at = partial(self._adapter.embeddings_at, args[0])
-                kwargs["position_embeddings"] = call.position_embeddings(stage, embeddings_at)
+                embeddings_at = partial(self._adapter.embeddings_at, args[0], kind=self._layers.kinds[layer_idx])
+                kwargs["position_embeddings"] = call.position_embeddings(stage, layer_idx, embeddings_at)
             kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0], kwargs)
             return None
         given = kwargs["position_embeddings"]  # of the full sequence
@@ -402,9 +404,9 @@ class Routing:
             args = self._decide(call, layer_idx, layer, args[0], kwargs), *args[1:]
         if layer_idx in self._ranks_ahead:
             self._rank_ahead(call, layer_idx, layer, args[0], given)
-        kwargs["position_embeddings"] = call.position_embeddings
+        kwargs["position_embeddings"] = self._position_embeddings(call, stage, layer_idx, args[0], given)
         kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
-        kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0])
+        kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0], kwargs["attention_mask"])
         for name in self._adapter.token_arguments:
             kwargs[name] = call.of_tokens(stage, kwargs.get(name), args[0].device)
         if call.forward.freezes(stage):
@@ -422,12 +424,27 @@ class Routing:
         hidden = to_execution_device(self._modules_of[layer_idx], hidden)
         rotary = self._adapter.tables(layer, kwargs["position_embeddings"], hidden.shape[0])
         hidden = call.forward.decide(hidden, rotary, LayerProjection(self._adapter, layer_idx, self._head_group, call))
+        kind = self._layers.kinds[layer_idx]
         if self.policy.positions == "contiguous":
-            call.position_embeddings = self._adapter.embeddings_at(hidden, call.forward.position_ids(hidden.device))
-            call.forward.rotary = self._adapter.tables(layer, call.position_embeddings, hidden.shape[0])
+            embeddings = self._adapter.embeddings_at(hidden, call.forward.position_ids(hidden.device), kind)
+            call.forward.rotary = self._adapter.tables(layer, embeddings, hidden.shape[0])
         else:
-            call.position_embeddings = self._adapter.position_embeddings(*call.forward.rotary)
+            embeddings = self._adapter.position_embeddings(*call.forward.rotary)
+        call.position_embeddings = {kind: embeddings}
         return hidden
+
+    def _position_embeddings(self, call: Prefill, stage: int, layer_idx: int, hidden: Tensor, given: object) -> object:
+        """Those of the tokens that run in a layer of a stage; given: those of the full sequence."""
+        adapter, found = self._adapter, call.position_embeddings
+        kind = self._layers.kinds[layer_idx if adapter.rotates_by_kind else self._layers.stages[stage].start]
+        if kind not in found:
+            if self.policy.positions == "contiguous":
+                found[kind] = adapter.embeddings_at(hidden, call.forward.position_ids(hidden.device), kind)
+            else:
+                tables = adapter.tables(adapter.layers[layer_idx], given, hidden.shape[0])
+                index = on_device(tables[0].device, call.forward.kept[-1])
+                found[kind] = adapter.position_embeddings(*ops.gather_tokens(index, *tables))
+        return found[kind]
 
     def _rank_ahead(
         self, call: Prefill, layer_idx: int, layer: Module, hidden: Tensor, position_embeddings: object

@@ -11,7 +11,7 @@ from reroute_kernels.policy import Policy
 from reroute_kernels.routing import on_device
 
 from .adapter import Adapter
-from .masks import FORMATS, attention_mask, is_flash_attention, mask_format
+from .masks import FORMATS, attention_mask, is_flash_attention, mask_format, part_of_mask
 from .refusals import ATTENTION_RULES, LAYER_RULES, refuse
 
 _KINDS = ("full_attention", "sliding_attention", "linear_attention")
@@ -36,6 +36,7 @@ class RoutedLayers:
             inside such a stage.
         has_states: whether any stage contains recurrent (linear-attention) layers.
         slides: whether any stage contains sliding-window layers.
+        cuts_masks: whether masks of compact sequences are cut out of the model's own.
         model_class: name of the model's class.
 
     Raises:
@@ -64,6 +65,7 @@ class RoutedLayers:
         self.padding_is_hidden = not caches_all and first <= self.kinds.index("full_attention")
         self.has_states = "linear_attention" in self.kinds[first:]
         self.slides = "sliding_attention" in self.kinds[first:]
+        self.cuts_masks = adapter.cuts_masks
         self.check_attention()
 
     def cached_first(self, layers: range) -> list[int]:
@@ -79,6 +81,11 @@ class RoutedLayers:
     @property
     def last_decision(self) -> int:
         return self._policy.stage_layers[-1]
+
+    @property
+    def bidirectional(self) -> object:
+        """Which tokens see those behind them, in the words of Gemma's configurations."""
+        return getattr(self._config, "use_bidirectional_attention", None)
 
     @property
     def deciding_layers(self) -> str:
@@ -238,3 +245,35 @@ class RoutedLayers:
         keys = getattr(cached, "max_cache_len", past + rows)
         places = on_device(hidden.device, places).clamp(min=0)
         return attention_mask(self._form, places.shape[1], past, keys, hidden, valid, places=places)
+
+    def part_of_mask(
+        self,
+        layer_idx: int,
+        cache,
+        given: object,
+        queries: Tensor,
+        cached: Tensor,
+        hidden: Tensor,
+        places: Tensor | None = None,
+    ) -> object:
+        """The attention mask of a layer, cut out of the model's own.
+
+        Args:
+            layer_idx: the layer.
+            cache: of the call, or None; it holds no tokens yet.
+            given: the model's mask of the full sequence for this layer.
+            queries: (B, M), positions in the full sequence of the tokens that run, -1 for none.
+            cached: (B, S), those of the tokens that the layer caches in this call.
+            hidden: the layer's input.
+            places: (B, M), where the tokens that run stand among those; None if they are the same.
+        """
+        assert self._form is not None  # checked at the start of the call
+        places = None if places is None else places.clamp(min=0)
+        keys = self._keys(cache, layer_idx, cached.shape[1])
+        return part_of_mask(self._form, given, queries, cached, keys, hidden, places)
+
+    @staticmethod
+    def _keys(cache, layer_idx: int, filled: int) -> int:
+        """How many keys a layer is handed: those that are filled, or all that a cache of fixed size has room for."""
+        layers = getattr(cache, "layers", ())
+        return getattr(layers[layer_idx], "max_cache_len", filled) if layer_idx < len(layers) else filled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -108,15 +109,57 @@ def attention_mask(
         # A row without a token sees itself, so that no softmax is over nothing.
         return seen | (key == own)
 
-    device = like.device
     batch = next((rows.shape[0] for rows in (valid, positions, places) if rows is not None and rows.shape[0] > 1), 1)
+    return _made(form, allowed, (batch, 1, queries, keys), like)
+
+
+def part_of_mask(
+    form: str, given: Any, queries: Tensor, cached: Tensor, keys: int, like: Tensor, places: Tensor | None = None
+):
+    """Mask of a compact sequence, cut out of the model's own mask of the full one.
+
+    A query sees the keys that it sees in the full sequence, of those that are there.
+
+    Args:
+        form: one of `FORMATS` but flash attention, as `mask_format` gives it.
+        given: the model's mask of the full sequence, in that form; (B or 1, 1, L, at least L) if it is a tensor.
+        queries: (B, M) int64, positions of the queries in the full sequence, -1 for none.
+        cached: (B, S) int64, those of the keys.
+        keys: how many keys the layer is handed: S, or more if a cache has room left.
+        like: a tensor with the dtype and the device of the hidden states.
+        places: (B, M) int64, where each query stands among the keys; any for rows without a token. None: in order.
+
+    Returns:
+        (B, 1, M, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention.
+    """
+    device = like.device
+    queries, cached, places = (on_device(device, rows) for rows in (queries, cached, places))
+    cached = torch.nn.functional.pad(cached, (0, keys - cached.shape[1]), value=-1)
+    rows, columns, holds = queries.clamp(min=0), cached.clamp(min=0), cached >= 0
+    if form != "flex_attention":
+        given = on_device(device, given)
+        given = (given if given.dtype == torch.bool else given == 0)[:, 0].expand(len(rows), -1, -1)
+
+    def allowed(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row, column = rows[sample, query], columns[sample, key]
+        seen = given.mask_mod(sample, head, row, column) if form == "flex_attention" else given[sample, row, column]
+        # A row without a token sees itself, so that no softmax is over nothing.
+        return (seen & holds[sample, key]) | (key == (query if places is None else places[sample, query]))
+
+    return _made(form, allowed, (len(rows), 1, rows.shape[1], keys), like)
+
+
+def _made(form: str, allowed: Callable[..., Tensor], shape: tuple[int, int, int, int], like: Tensor):
+    """A mask (B, 1, Q, K) of a form, from a function that tells which query sees which key."""
+    batch, _, queries, keys = shape
+    device = like.device
     if form == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
 
         return create_block_mask(allowed, batch, None, queries, keys, device=device)
     sample = torch.arange(batch, device=device)[:, None, None, None]
     query, key = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
-    mask = allowed(sample, sample, query, key).expand(batch, 1, queries, keys)
+    mask = allowed(sample, sample, query, key).expand(shape)
     if form == "sdpa":
         return mask
-    return torch.zeros(mask.shape, dtype=like.dtype, device=device).masked_fill_(~mask, torch.finfo(like.dtype).min)
+    return torch.zeros(shape, dtype=like.dtype, device=device).masked_fill_(~mask, torch.finfo(like.dtype).min)

@@ -32,7 +32,7 @@ class Prefill:
         self.cache = None
         self.finished = False
         self.layer_features: list[Tensor] = []  # (B, L, d), added after the first layers
-        self.position_embeddings: object = None  # of the stage
+        self.position_embeddings: dict[str, object] = {}  # of the stage, by kind of layer
         self._layers = layers
         self._last_position: Tensor | None = None
         self._masks: dict[int, object] = {}
@@ -42,15 +42,22 @@ class Prefill:
         """Index of the stage that runs, or of the next one before its decision is made."""
         return len(self.forward.kept)
 
-    def mask(self, stage: int, layer_idx: int, hidden: Tensor) -> object:
-        """The mask of a layer that is handed `hidden` and `kwargs`; all layers of a stage and a kind share one."""
+    def mask(self, stage: int, layer_idx: int, hidden: Tensor, given: object) -> object:
+        """The mask of a layer that is handed `hidden`; all layers of a stage and a kind share one.
+
+        given: the model's mask of the full sequence for this layer.
+        """
         group = self._layers.groups[layer_idx]
         if group not in self._masks:
-            self._masks[group] = self._new_mask(stage, layer_idx, hidden)
+            self._masks[group] = self._new_mask(stage, layer_idx, hidden, given)
         return self._masks[group]
 
-    def _new_mask(self, stage: int, layer_idx: int, hidden: Tensor) -> object:
+    def _new_mask(self, stage: int, layer_idx: int, hidden: Tensor, given: object) -> object:
         forward, past, layers = self.forward, self.past, self._layers
+        if layers.cuts_masks and given is not None:
+            cached, _ = forward.cached(stage)
+            places = forward.frozen().places if forward.freezes(stage) else None
+            return layers.part_of_mask(layer_idx, self.cache, given, forward.kept[stage], cached, hidden, places)
         if forward.freezes(stage):
             return self._mask_of_places(stage, layer_idx, hidden)
         kept, ragged = forward.kept[stage], forward.is_ragged(stage)
@@ -203,12 +210,13 @@ class Continuation:
             return later[None, -self._queries :].expand(self._batch, -1)
         return last + 1 + self._offsets(last.device)
 
-    def position_embeddings(self, stage: int, embeddings_at: Callable[[Tensor], object]) -> object:
-        """Those of a stage that numbers its tokens from 0; `embeddings_at` takes positions (batch, queries)."""
-        if stage not in self._embeddings:
+    def position_embeddings(self, stage: int, layer_idx: int, embeddings_at: Callable[[Tensor], object]) -> object:
+        """Those of a layer whose stage numbers its tokens from 0; `embeddings_at` takes positions (batch, queries)."""
+        group = self._layers.groups[layer_idx]
+        if group not in self._embeddings:
             rows = self._prompt.rows[stage].repeat_interleave(self._batch // self._prompt.batch)
-            self._embeddings[stage] = embeddings_at(rows[:, None] + self._offsets(rows.device))
-        return self._embeddings[stage]
+            self._embeddings[group] = embeddings_at(rows[:, None] + self._offsets(rows.device))
+        return self._embeddings[group]
 
     def _offsets(self, device: torch.device) -> Tensor:
         """(queries,) or (batch, queries), how many tokens stand between the prompt and each new one."""

@@ -98,6 +98,12 @@ LAYER_RULES = (
         ValueError,
     ),
     Refusal(
+        "decoders in which all tokens see each other (`use_bidirectional_attention` of their configuration)",
+        "model must have a decoder that generates, in which text sees what is before it alone, got "
+        "use_bidirectional_attention={c.bidirectional!r} of this {c.model_class}",
+        lambda c: c.bidirectional not in (None, False, "vision"),
+    ),
+    Refusal(
         "decisions at layers without full attention",
         "schedule must decide at layers with full attention, of this {c.model_class} {c.deciding_layers}; got layer "
         "{c.unable_layer} of {c.unable_kind!r}",
@@ -143,6 +149,13 @@ ATTENTION_RULES = (
         "{c.implementation!r}",
         lambda c: c.slides and c.uses_flash_attention,
     ),
+    # It is causal by itself: the tokens of an image would not see those that follow.
+    Refusal(
+        "flash attention where the tokens of an image see each other",
+        "attn_implementation must not be flash attention for a model in which the tokens of an image see each other, "
+        "got {c.implementation!r}",
+        lambda c: c.cuts_masks and c.uses_flash_attention,
+    ),
     # It takes the last key for the last query's own, and the others in order.
     Refusal(
         "flash attention under the action `freeze`",
@@ -166,13 +179,20 @@ CAUSAL = Refusal(
     "in {c.unlike_causal} places",
     lambda c: c.unlike_causal,
 )
+IMAGE_MASK = Refusal(
+    "attention masks of four dimensions, which `generate` makes for static caches, where the tokens of an image see "
+    "each other",
+    "attention_mask must have two dimensions for a model in which the tokens of an image see each other (generate "
+    "makes one of four for a static cache), got {c.given_mask_shape}",
+    lambda c: c.layers.cuts_masks and c.unlike_causal,
+)
 WINDOWS = Refusal(
     "one mask of four dimensions for layers with and without sliding windows",
     "attention_mask must have two dimensions, or be a dict of masks by the kind of layer, on a routed model with "
     "sliding windows, got {c.given_mask_shape} for {c.total} tokens",
     lambda c: c.has_one_mask_for_windows,
 )
-MASK_RULES = (MASK_SHAPE, CAUSAL)
+MASK_RULES = (MASK_SHAPE, IMAGE_MASK, CAUSAL)
 
 PROMPT_RULES = (
     WINDOWS,
@@ -258,6 +278,13 @@ PROMPT_RULES = (
         "{c.cache_name} must be empty where a prompt brings images and the first decision is at layer {c.first_layer}, "
         "by whose cache transformers counts tokens; got one with tokens",
         lambda c: c.past and c.layers.length_is_routed,
+    ),
+    # transformers finds the image by its place in the cache, which layers of stages hold in part.
+    Refusal(
+        "a new image on a filled cache where the tokens of an image see each other",
+        "{c.cache_name} must be empty where a prompt brings images to a model in which the tokens of an image see each "
+        "other, got one with tokens",
+        lambda c: c.past and c.layers.cuts_masks,
     ),
     Refusal(
         "a new image on a filled cache that is offloaded",
@@ -470,6 +497,12 @@ GRAPH_MODEL_RULES = (
         "layers without full attention (sliding windows, recurrent states), before the first decision, too",
         "cuda_graph needs full attention in all layers, got layer {c.unable_layer} of {c.unable_kind!r}",
         lambda c: c.unable_layer is not None,
+    ),
+    Refusal(
+        "models in which the tokens of an image see each other",
+        "cuda_graph needs a model whose tokens see those before them alone, got one in which the tokens of an image "
+        "see each other",
+        lambda c: c.adapter.cuts_masks,
     ),
     Refusal(
         "rankings that are not of `reroute_kernels.rankings`, whose shapes may depend on data",

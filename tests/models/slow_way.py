@@ -18,6 +18,8 @@ from tests.models.prompts import IMAGE, VIDEO
 NORMS = {"exaone4": None, "apertus1p5_text": "attention_layernorm", "lfm2": "operator_norm"}
 """Norms that layers begin with, by text model, if they have another name or are none."""
 FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
+SEES_IMAGES = ("gemma3_text",)
+"""Decoders of models in which the tokens of an image see each other."""
 
 
 def decoder_of(model):
@@ -63,6 +65,13 @@ def rotated(x, cos, sin, interleaved):
     return torch.cat([x * cos[0].float() + turned * sin[0].float(), rest], dim=-1)
 
 
+def scale_of(config, attention):
+    """Of logits of attention."""
+    if config.model_type.startswith("gemma3"):
+        return config.query_pre_attn_scalar**-0.5
+    return getattr(config, "attention_multiplier", None) or attention.head_dim**-0.5
+
+
 def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
     """(H, L, L), the whole attention matrix of one sample, at the tokens of this call; past_seen: (P,) bool.
 
@@ -85,8 +94,7 @@ def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
     if past_key is not None:
         key = torch.cat([past_key[0].float(), key], dim=1)
     key = key.repeat_interleave(len(query) // len(key), dim=0)
-    scale = getattr(decoder.config, "attention_multiplier", None) or attention.head_dim**-0.5
-    logits = query @ key.transpose(1, 2) * scale
+    logits = query @ key.transpose(1, 2) * scale_of(decoder.config, attention)
     past = key.shape[1] - length
     causal = torch.ones(length, past + length, dtype=torch.bool).tril(past)
     if past_key is not None:
@@ -182,6 +190,8 @@ class SlowWay:
         self.model, self.policy, self.visual, self.total_before = model, policy, visual, total
         self.decoder = decoder_of(model)
         self.kinds = layer_types(self.decoder)
+        # Whether the tokens of an image see each other.
+        self.sees_images = self.decoder.config.model_type in SEES_IMAGES
         self.stages = {stage.layer: stage for stage in policy.schedule}
         # Selections of the latest routed prompt as positions in the conversation; candidates' scores by place in the
         # prompt.
@@ -242,7 +252,7 @@ class SlowWay:
             among = self.running if survivors else torch.arange(length)
             compact = tuple(table[..., :1, among, :] for table in tables)
             if survivors and self.policy.positions == "contiguous":
-                compact = self._numbered(hidden, torch.arange(len(among)))
+                compact = self._numbered(hidden, torch.arange(len(among)), self.kinds[number])
             places = among.tolist()
             pool = [row for row, place in enumerate(places) if place in self.current]
             text = [row for row, place in enumerate(places) if place not in self.visual_places]
@@ -297,8 +307,8 @@ class SlowWay:
             kwargs["position_embeddings"] = tuple(table[..., given, :] for table in kwargs["position_embeddings"])
             is_routed = bool(self.selected) or self.beside_images
             if self.policy.positions == "contiguous" and is_routed and number >= min(self.stages):
-                kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)))
-            kwargs["attention_mask"] = self._mask(number, kind, past, given, cache)
+                kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)), kind)
+            kwargs["attention_mask"] = self._mask(number, kind, past, given, cache, kwargs["attention_mask"])
             kwargs["position_ids"] = None
             kwargs |= of_tokens(kwargs, given)
             before, hidden = hidden, self._with_proxies(hidden)
@@ -365,9 +375,11 @@ class SlowWay:
         hidden[:, waiting] = (hidden[:, waiting].float() + change).to(hidden.dtype)
         return hidden
 
-    def _numbered(self, hidden, positions):
+    def _numbered(self, hidden, positions, kind):
         """Rotary tables of text at these positions."""
         positions = positions[None]
+        if "full_attention" in (self.decoder.config.rope_parameters or {}):  # each kind of layer has its own
+            return self.decoder.rotary_emb(hidden, positions, kind)
         if "mrope_section" in (self.decoder.config.rope_parameters or {}):
             positions = positions.expand(3, -1, -1)
         return self.decoder.rotary_emb(hidden, positions)
@@ -378,8 +390,11 @@ class SlowWay:
             return None
         return ~torch.isin(self.positions[id(cache), number][:past], self.hidden)
 
-    def _mask(self, number, kind, past, running, cache):
-        """Causal, by rows; in a sliding window also by positions in the conversation."""
+    def _mask(self, number, kind, past, running, cache, full):
+        """Causal, by rows; in a sliding window also by positions in the conversation.
+
+        Where the tokens of an image see each other, a token sees what the model's own mask lets it see, of what runs.
+        """
         if kind == "linear_attention":
             return None
         places = running + self.past
@@ -387,6 +402,8 @@ class SlowWay:
             earlier = self.positions.get((id(cache), number), torch.empty(0, dtype=torch.int64))[:past]
             places = torch.cat([earlier, places])
             self.positions[id(cache), number] = places
+        if self.routes and self.sees_images and full is not None:
+            return full[:, :, running][..., running]
         window = self.decoder.config.sliding_window if kind == "sliding_attention" else None
         sdpa = self.decoder.config._attn_implementation == "sdpa"
         hides = len(self.hidden) > 0

@@ -139,7 +139,7 @@ def test_padding_that_the_first_layer_with_full_attention_hides():
     torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["Gemma3", "PaliGemma"])
+@pytest.mark.parametrize("kind", ["PaliGemma"])
 def test_images_that_attend_in_both_directions_are_refused_by_name(kind):
     model = tiny(
         kind, vision_config={**CLIP, "model_type": "siglip_vision_model"}, text_config={**TEXT, "head_dim": 16}

@@ -1,0 +1,226 @@
+"""Gemma's families, whose masks and rotary embeddings differ between kinds of layers, against the slow way."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+import reroute_kernels as rk
+from reroute_kernels.models.adapter import cache_name
+from reroute_kernels.models.masks import part_of_mask
+from tests.models import gemma_families
+from tests.models.conftest import no_layer_runs
+from tests.models.gemma_families import MODELS, WINDOW, load
+from tests.models.prompts import ACTIONS, IMAGE, policy, selections
+from tests.models.slow_way import SlowWay, decoder_of, layer_types
+from tests.models.test_ways import GREEDY, WAYS, Refused, refusal
+
+STAGES = (rk.Stage(1, 0.4), rk.Stage(3, 0.3), rk.Stage(5, 0.2))
+SEE_IMAGES = ("gemma3",)
+CALLS = ("prompt", "padding left", "contiguous positions", "later turn of text", "several tokens on a cache")
+
+
+@pytest.fixture(params=SEE_IMAGES)
+def family(request):
+    return load(request.param)
+
+
+@pytest.mark.parametrize("title", CALLS)
+@pytest.mark.parametrize("name", MODELS)
+def test_ways_of_calling(name, title):
+    WAYS[title](load(name))
+
+
+@pytest.mark.parametrize("title", ["padding right", "ranking by the layer before", "flash attention"])
+@pytest.mark.parametrize("name", MODELS)
+def test_refused_ways_of_calling(name, title):
+    with pytest.raises(Refused):
+        WAYS[title](load(name))
+
+
+def masks_of(model, inputs, this):
+    """The mask that each layer is handed, (L, L) bool, and the positions of the tokens that run there."""
+    masks = []
+    handles = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs["attention_mask"][0, 0]), with_kwargs=True
+        )
+        for layer in decoder_of(model).layers
+    ]
+    try:
+        with rk.apply(model, this) as routing, torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    length = inputs["input_ids"].shape[1]
+    rows, starts = torch.arange(length), [stage.layer for stage in this.schedule]
+    visual = inputs["input_ids"][0] == IMAGE
+    for layer_idx, mask in enumerate(masks):
+        if layer_idx in starts:
+            selected = routing.trace.stages[starts.index(layer_idx)].selected[0]
+            rows = torch.tensor(sorted({*selected.tolist(), *torch.arange(length)[~visual].tolist()}))
+        yield layer_idx, mask, rows
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_what_a_token_sees(family, action):
+    """Tokens before it and those of its own image, by positions in the full sequence; in some layers, in a window."""
+    inputs = family.batch([family.prompt(2, 6, 15, seed=1)])
+    visual = inputs["input_ids"][0] == IMAGE
+    image = (visual & ~visual.roll(1)).cumsum(dim=0).masked_fill(~visual, 0)
+    kinds = layer_types(decoder_of(family.model))
+    for layer_idx, mask, rows in masks_of(family.model, inputs, policy(action, STAGES)):
+        query, key = rows[:, None], rows
+        same = (image[query] == image[key]) & (image[query] > 0)
+        near = query - key < WINDOW
+        assert (same & (key > query)).any()  # tokens of an image see others behind them
+        if kinds[layer_idx] == "full_attention":
+            assert torch.equal(mask, (key <= query) | same)
+            continue
+        assert torch.equal(mask & near, ((key <= query) | same) & near)
+        # Whether the window limits an image, too, differs between versions of transformers.
+        far = mask & ~near
+        assert torch.equal(far, torch.zeros_like(far)) or torch.equal(far, same & ~near)
+
+
+@torch.no_grad()
+def test_images_and_rotary_embeddings_matter(family):
+    """The tests above would see causal masks, and tables of another kind of layer."""
+    model, inputs = family.model, family.batch([family.prompt(1, 6, 15, seed=1)])
+    with rk.apply(model, policy(schedule=STAGES)) as routing:
+        expected = model(**inputs).logits
+        for name in ("cuts_masks", "rotates_by_kind"):
+            owner = routing._layers if name == "cuts_masks" else routing._adapter
+            setattr(owner, name, False)
+            assert (model(**inputs).logits - expected).abs().max() > 1e-2
+            setattr(owner, name, True)
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_without_types_of_tokens_images_are_causal(family):
+    """As in the model: it makes masks of images by the types of tokens alone."""
+    inputs = family.batch([family.prompt(1, 6, 15, seed=1)])
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        inputs.pop(name, None)
+    this = policy(schedule=STAGES)
+    with SlowWay(family.model, this) as slow:
+        expected = family.model(**inputs).logits
+    with rk.apply(family.model, this) as routing:
+        logits = family.model(**inputs).logits
+    assert selections(routing.trace) == slow.selected
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_attention_implementations_agree(family):
+    """sdpa takes boolean masks, eager additive ones, flex attention functions."""
+    model = copy.deepcopy(family.model)
+    prompts = [family.prompt(1, 6, 15, seed=1), family.prompt(2, 4, 9, seed=2)]
+    found = []
+    with torch.compiler.set_stance("force_eager"):
+        for implementation in ("sdpa", "eager", "flex_attention"):
+            model.set_attn_implementation(implementation)
+            with rk.apply(model, policy(schedule=STAGES)):
+                found.append(model(**family.batch(prompts)).logits[:, -1])
+    for logits in found[1:]:
+        torch.testing.assert_close(logits, found[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("places", [None, torch.tensor([[0, 3], [2, 0]])], ids=["in-order", "apart"])
+def test_parts_of_masks(form, places):
+    """Each key is seen that is seen in the full sequence; a row without a token sees itself, and no one sees it."""
+    torch.manual_seed(0)
+    full = torch.rand(2, 1, 6, 6) < 0.6
+    full |= torch.eye(6, dtype=torch.bool)
+    queries = torch.tensor([[1, 4], [3, -1]])
+    cached = queries if places is None else torch.tensor([[1, 2, 3, 4], [-1, 0, 3, 5]])
+    like, keys = torch.zeros(1, dtype=torch.float16), cached.shape[1] + 1
+    given = full
+    if form == "eager":
+        given = torch.zeros(full.shape).masked_fill(~full, torch.finfo(torch.float32).min)
+    if form == "flex_attention":
+        given = torch.nn.attention.flex_attention.create_block_mask(
+            lambda sample, head, query, key: full[sample, 0, query, key], 2, None, 6, 6, device="cpu"
+        )
+    mask = part_of_mask(form, given, queries, cached, keys, like, places)
+    for sample in range(2):
+        for query in range(2):
+            own = query if places is None else int(places[sample, query])
+            row, columns = int(queries[sample, query]), [*cached[sample].tolist(), -1]
+            expected = [
+                key == own or (column >= 0 and bool(full[sample, 0, row, column])) for key, column in enumerate(columns)
+            ]
+            if form == "flex_attention":
+                seen = [bool(mask.mask_mod(*map(torch.tensor, (sample, 0, query, key)))) for key in range(keys)]
+            else:
+                seen = (mask if form == "sdpa" else mask == 0)[sample, 0, query].tolist()
+            assert seen == expected if row >= 0 else seen[own]
+
+
+def test_calls_that_are_refused(family):
+    model, image = family.model, family.batch([family.prompt(1, 6, 15, seed=1)])
+    text = family.batch([family.prompt(0, 4, 30, seed=3)])
+    with rk.apply(model, policy(schedule=STAGES)), torch.no_grad():
+        cache = model(**text, use_cache=True).past_key_values
+        mask = torch.cat([text["attention_mask"], image["attention_mask"]], dim=1)
+        with (
+            no_layer_runs(model),
+            pytest.raises(NotImplementedError, match="must be empty where a prompt brings images to a model in which"),
+        ):
+            model(**image | {"attention_mask": mask, cache_name(model): cache})
+    call = partial(model.generate, **image, **GREEDY, cache_implementation="static")
+    with rk.apply(model, policy(schedule=STAGES)), pytest.raises(Refused):
+        refusal("attention_mask must have two dimensions for a model in which", call, model)
+
+
+def test_models_that_are_refused(family):
+    model = copy.deepcopy(family.model)
+    with pytest.raises(NotImplementedError, match="needs full attention in all layers from the first decision on"):
+        rk.apply(model, rk.Policy(STAGES, "freeze"))
+    with pytest.raises(NotImplementedError, match=r"full attention, of this \w+ 1, 3, 5; got layer 2 of 'sliding"):
+        rk.apply(model, policy(schedule=(rk.Stage(2, 0.5),)))
+    with pytest.raises(NotImplementedError, match="cuda_graph needs full attention"):
+        rk.apply(model, policy(schedule=STAGES), cuda_graph="require")
+    decoder_of(model).config.layer_types = ["full_attention"] * 6
+    with pytest.raises(NotImplementedError, match="cuda_graph needs a model whose tokens see those before them alone"):
+        rk.apply(model, policy(schedule=STAGES), cuda_graph="require")
+    decoder_of(model).config._attn_implementation = "flash_attention_2"
+    with pytest.raises(NotImplementedError, match="for a model in which the tokens of an image see each other"):
+        rk.apply(model, policy(schedule=STAGES))
+    decoder_of(model).config.use_bidirectional_attention = True
+    with pytest.raises(NotImplementedError, match="got use_bidirectional_attention=True"):
+        rk.apply(model, policy(schedule=STAGES))
+
+
+@torch.no_grad()
+def test_frozen_tokens_where_all_layers_of_the_stages_have_full_attention(family):
+    """They are read by the tokens of their image, too, that stand before them."""
+    inputs = family.batch([family.prompt(2, 6, 15, seed=1)])
+    this = rk.Policy([rk.Stage(5, 0.3)], "freeze")
+    with SlowWay(family.model, this) as slow:
+        expected = family.model(**inputs).logits
+    with rk.apply(family.model, this) as routing:
+        logits = family.model(**inputs).logits
+    assert selections(routing.trace) == slow.selected
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_classifier_around_gemma3():
+    """Routed by the outer model or by the Gemma 3 in it, which is what the automatic class makes of its folder."""
+    model = gemma_families.shieldgemma2().eval()
+    inputs = load("gemma3").batch([load("gemma3").prompt(1, 6, 15, seed=1)])
+    this, plain = policy(schedule=STAGES), model(**inputs).logits
+    with SlowWay(model.model, this) as slow:
+        expected = model(**inputs).logits
+    for routed in (model, model.model):
+        with rk.apply(routed, this) as routing:
+            logits = model(**inputs).logits
+        assert selections(routing.trace) == slow.selected
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    assert not torch.equal(logits, plain)
+    assert torch.equal(model(**inputs).logits, plain)
