@@ -31,7 +31,7 @@ from .families import (
     Qwen3_5Adapter,
     Qwen3VLAdapter,
 )
-from .gemma import Gemma3Adapter, ShieldGemma2Adapter
+from .gemma import Gemma3Adapter, Gemma4Adapter, ShieldGemma2Adapter
 from .graphs import CudaGraphs, Graphs, UnroutedPrefills
 from .hooks import Routing, routings_on
 from .refusals import MODEL_TYPE, OTHER_KIND
@@ -66,6 +66,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "exaone4_5": Exaone4_5Adapter,
     "fast_vlm": Adapter,
     "gemma3": Gemma3Adapter,
+    "gemma4": Gemma4Adapter,
+    "gemma4_unified": Gemma4Adapter,
     "glm46v": Glm4vAdapter,
     "glm4v": Glm4vAdapter,
     "glm4v_moe": Glm4vMoeAdapter,

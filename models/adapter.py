@@ -96,6 +96,9 @@ class Adapter:
     """Whether masks depend on tokens, as where those of an image see each other in both directions: then masks of
     compact sequences are cut out of the model's own."""
 
+    reusing_layers: frozenset[int] = frozenset()
+    """Layers that read the keys and values of an earlier layer and cache none."""
+
     rotates_by_kind: bool = False
     """Whether layers of each kind of attention have a rotary embedding of their own."""
 
@@ -138,7 +141,7 @@ class Adapter:
     """Arguments of its layers, passed by name behind the hidden states."""
 
     token_arguments: tuple[str, ...] = ()
-    """Arguments of layers that have an entry for each token, (B, L), and follow the tokens that run."""
+    """Arguments of layers that have an entry or a row for each token, (B, L, ...), and follow the tokens that run."""
 
     def __init__(self, model: nn.Module):
         self.model: Module = model
@@ -152,9 +155,10 @@ class Adapter:
         self.layers: nn.ModuleList = self._require(self.decoder, "layers")
         check_not_sharded(model, self.core, self.decoder, *self.layers)
         self.layer_types: list[str] = self._layer_types()
-        for layer, kind in zip(self.layers, self.layer_types, strict=False):
-            required = self.layer_attributes if self.norm_name is None else (self.norm_name, *self.layer_attributes)
-            for path in required if kind == "full_attention" else ():
+        able = set(self.deciding_layers())
+        required = self.layer_attributes if self.norm_name is None else (self.norm_name, *self.layer_attributes)
+        for layer_idx, layer in enumerate(self.layers):
+            for path in required if layer_idx in able else ():
                 self._require(layer, path)
             self._require_arguments(layer, self.layer_arguments)
         self._require_arguments(self.core, self.core_arguments)
@@ -201,6 +205,21 @@ class Adapter:
             sliding = getattr(config, "sliding_window", None) is not None
             kinds = ["sliding_attention" if sliding else "full_attention"] * len(self.layers)
         return list(kinds)[: len(self.layers)]
+
+    def deciding_layers(self) -> list[int]:
+        """Layers that can rank, and before which tokens can be selected: those with full attention."""
+        return [layer_idx for layer_idx, kind in enumerate(self.layer_types) if kind == "full_attention"]
+
+    def keep_rows(self, arguments: dict) -> bool:
+        """Have the decoder run all tokens of a call through its layers, if it would leave some out by itself.
+
+        Args:
+            arguments: of the decoder, by name; changed if it would.
+
+        Returns:
+            Whether they were changed.
+        """
+        return False
 
     def cached_keys(self, cache, layer_idx: int) -> Tensor:
         """(B, Hkv, at least P, D), the rotated keys that a cache holds for a layer."""

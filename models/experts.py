@@ -36,7 +36,11 @@ def with_tokens(router_logits: tuple[Tensor, ...], layers: nn.ModuleList, starts
     Raises:
         RuntimeError: it cannot be told which layers they are of.
     """
-    sparse = [layer_idx for layer_idx, layer in enumerate(layers) if hasattr(checkpointed(layer.mlp), "gate")]
+    sparse = [
+        layer_idx
+        for layer_idx, layer in enumerate(layers)
+        if hasattr(checkpointed(layer.mlp), "gate") or hasattr(checkpointed(layer), "router")
+    ]
     if len(sparse) != len(router_logits):
         raise RuntimeError(
             f"router logits of a routed prompt must be of all {len(sparse)} layers with experts, got "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import Tensor, nn
 
 from .adapter import Adapter
+from .modules import Module
 
 
 class Gemma3Adapter(Adapter):
@@ -16,6 +19,56 @@ class Gemma3Adapter(Adapter):
 
     def embeddings_at(self, hidden: Tensor, positions: Tensor, kind: str = "full_attention") -> object:
         return self.decoder.rotary_emb(hidden, positions, kind)
+
+
+class Gemma4Adapter(Gemma3Adapter):
+    """`Gemma4ForConditionalGeneration`, `Gemma4UnifiedForConditionalGeneration`.
+
+    The tokens of an image see each other in the layers with sliding windows, if `use_bidirectional_attention` of the
+    text model is "vision". Layers with full attention have heads of another size. The smaller models have an input of
+    each layer for each token, and the last layers read the keys and values of the last layer of their kind before them.
+    """
+
+    text_model_types = ("gemma4_text", "gemma4_unified_text")
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        config = self.decoder.config
+        self.cuts_masks = config.use_bidirectional_attention == "vision"
+        self.reusing_layers = frozenset(range(self._unshared(), len(self.layers)))
+        if getattr(config, "hidden_size_per_layer_input", None):
+            self.token_arguments = ("per_layer_input",)
+        needed = (*self.token_arguments, *(["shared_kv_states"] if self.reusing_layers else []))
+        self._require_arguments(self.layers[0], needed)
+
+    def _unshared(self) -> int:
+        """How many of the first layers have keys and values of their own."""
+        return len(self.layers) - (getattr(self.decoder.config, "num_kv_shared_layers", None) or 0)
+
+    def deciding_layers(self) -> list[int]:
+        unshared, able = self._unshared(), super().deciding_layers()
+        if unshared == len(self.layers):
+            return able
+        kinds = self.layer_types[:unshared][::-1]
+        first = min((unshared - 1 - kinds.index(kind) for kind in set(kinds)), default=-1)
+        return [layer_idx for layer_idx in able if layer_idx <= first]
+
+    def keep_rows(self, arguments: dict) -> bool:
+        # Layers that cache nothing would be handed the last tokens alone. The head takes those in any case.
+        if not self.reusing_layers or arguments.get("logits_to_keep") is None:
+            return False
+        arguments["logits_to_keep"] = 0
+        return True
+
+    @cached_property
+    def heads(self) -> tuple[int, int]:
+        queries = self.decoder.config.num_attention_heads
+        attention = self.layers[self.deciding_layers()[0]].self_attn
+        return queries, queries // attention.num_key_value_groups
+
+    def values(self, attention: Module, states: Tensor) -> Tensor:
+        project = attention.k_proj if attention.v_proj is None else attention.v_proj
+        return attention.v_norm(project(states).unflatten(-1, (-1, attention.head_dim)))
 
 
 class ShieldGemma2Adapter(Gemma3Adapter):

@@ -26,7 +26,7 @@ from . import refusals
 from .adapter import Adapter, cache_of
 from .answers import Answers, checked
 from .calls import CallReader, by_name
-from .checkpointing import runs_first
+from .checkpointing import checkpointed, runs_first
 from .experts import asks_for_router_logits, with_tokens, without_padding
 from .frozen import cache_frozen
 from .graphs import CudaGraphs, Graphs, RoutedPrefills
@@ -165,6 +165,8 @@ class Routing:
     def _install(self) -> None:
         adapter, add = self._adapter, self._handles.append
         self._hooked_layers = tuple(adapter.layers)
+        parameters = list(inspect.signature(checkpointed(uncompiled(adapter.layers[0])).forward).parameters)
+        self._token_arguments = {name: parameters.index(name) for name in adapter.token_arguments}
         deciding = {stage.start for stage in self._layers.stages} | self._ranks_ahead
         self._modules_of = {layer_idx: tuple(adapter.layers[layer_idx].modules()) for layer_idx in deciding}
         self._model_signature = inspect.signature(adapter.model.forward)
@@ -347,13 +349,16 @@ class Routing:
         if call is None:
             return (), arguments
         given = arguments.get("position_ids")
+        changed = self._adapter.keep_rows(arguments)
         if isinstance(call, Prefill):
             call.note_positions(given)
             if self._routes_features:
                 call.layer_features = self._adapter.take_layer_features(arguments)
-            return ((), arguments) if call.layer_features or self._vision is not None else None
+            return ((), arguments) if changed or call.layer_features or self._vision is not None else None
         positions = call.position_ids(given)
-        return None if positions is None else ((), {**arguments, "position_ids": positions})
+        if positions is not None:
+            arguments["position_ids"] = positions
+        return ((), arguments) if changed or positions is not None else None
 
     def _enter_first_layer(self, layer: Module, args: tuple) -> None:
         if self._call is None and self._decoder_runs():  # by its `forward`, past its hooks
@@ -407,11 +412,21 @@ class Routing:
         kwargs["position_embeddings"] = self._position_embeddings(call, stage, layer_idx, args[0], given)
         kwargs["position_ids"] = None  # of the full sequence; layers rotate by the embeddings
         kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0], kwargs["attention_mask"])
-        for name in self._adapter.token_arguments:
-            kwargs[name] = call.of_tokens(stage, kwargs.get(name), args[0].device)
         if call.forward.freezes(stage):
             cache_frozen(self._adapter, layer, call.forward.frozen(), kwargs)
-        return (args, kwargs) if decides else None
+        if self._token_arguments:
+            args = self._of_running_tokens(call, stage, args, kwargs)
+        return (args, kwargs) if decides or self._token_arguments else None
+
+    def _of_running_tokens(self, call: Prefill, stage: int, args: tuple, kwargs: dict) -> tuple:
+        """Arguments of a layer, those with a row for each token cut to the tokens that run; kwargs are changed."""
+        arguments = list(args)
+        for name, place in self._token_arguments.items():
+            if name in kwargs:
+                kwargs[name] = call.of_tokens(stage, kwargs[name])
+            elif place < len(arguments):
+                arguments[place] = call.of_tokens(stage, arguments[place])
+        return tuple(arguments)
 
     def _enter_last_unrouted_layer(self, layer: Module, args: tuple, kwargs: dict) -> None:
         call = self._routed

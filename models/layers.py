@@ -50,7 +50,7 @@ class RoutedLayers:
         self.kinds = adapter.layer_types
         self._adapter = adapter
         self._policy = policy
-        self._able = [layer_idx for layer_idx, kind in enumerate(self.kinds) if kind == "full_attention"]
+        self._able = adapter.deciding_layers()
         refuse(self, LAYER_RULES)
         layers = policy.stage_layers
         first = layers[0]
@@ -58,7 +58,11 @@ class RoutedLayers:
         of_stage = [-1] * first + [stage for stage, layers in enumerate(self.stages) for _ in layers]
         numbers: dict[tuple[int, str], int] = {}
         self.groups = [numbers.setdefault(pair, len(numbers)) for pair in zip(of_stage, self.kinds, strict=True)]
-        self.attention = [layer_idx for layer_idx, kind in enumerate(self.kinds) if kind != "linear_attention"]
+        self.attention = [
+            layer_idx
+            for layer_idx, kind in enumerate(self.kinds)
+            if kind != "linear_attention" and layer_idx not in adapter.reusing_layers
+        ]
         self.pad_left = any(kind != "full_attention" for kind in self.kinds[first:])
         caches_all = policy.action == "freeze" and policy.reducer is None
         self.length_is_routed = not caches_all and first <= self.attention[0]

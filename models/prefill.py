@@ -8,7 +8,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from reroute_kernels.routing import RoutedForward
+from reroute_kernels import ops
+from reroute_kernels.routing import RoutedForward, on_device
 
 from .adapter import cache_of
 from .cached import CachedPrompt, CacheState, begin_record, set_record
@@ -85,11 +86,15 @@ class Prefill:
         places, rows = forward.frozen().places, cached.shape[1]
         return self._layers.mask_of_places(layer_idx, self.cache, places, before, rows, valid, hidden)
 
-    def of_tokens(self, stage: int, values: Tensor | None, device: torch.device) -> Tensor | None:
-        """Entries (B, M) of the tokens that run in a stage, of those (B, L) of the full sequence; any at padding."""
+    def of_tokens(self, stage: int, values: Tensor | None) -> Tensor | None:
+        """Entries (B, M, ...) of the tokens that run in a stage, of those (B, L, ...) of the full sequence.
+
+        Those at padding are any; None stays None.
+        """
         if values is None:
             return None
-        return values.to(device).gather(1, self.forward.kept[stage].to(device).clamp(min=0))
+        kept = on_device(values.device, self.forward.kept[stage])
+        return values.gather(1, kept.clamp(min=0)) if values.ndim == 2 else ops.gather_tokens(kept, values)[0]
 
     def fill(self, cache) -> None:
         """Begin a stage, whose layers fill a cache. Rows left there by a failed call are not mistaken for a prompt."""

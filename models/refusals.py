@@ -103,6 +103,13 @@ LAYER_RULES = (
         "use_bidirectional_attention={c.bidirectional!r} of this {c.model_class}",
         lambda c: c.bidirectional not in (None, False, "vision"),
     ),
+    # A token that does not run in the layer that caches has no keys in those that read them.
+    Refusal(
+        "decisions behind the first layer whose keys and values later layers reuse",
+        "schedule must decide no later than the first layer whose keys and values later layers reuse, of this "
+        "{c.model_class} at {c.deciding_layers}; got layer {c.unable_layer}",
+        lambda c: c.unable_kind == "full_attention",
+    ),
     Refusal(
         "decisions at layers without full attention",
         "schedule must decide at layers with full attention, of this {c.model_class} {c.deciding_layers}; got layer "

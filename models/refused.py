@@ -43,8 +43,6 @@ REFUSED: dict[str, str] = {
     "florence2": ENCODER_DECODER,
     "fuyu": FUSED_PROJECTION,
     "gemma3n": PER_LAYER_INPUTS,
-    "gemma4": BIDIRECTIONAL,
-    "gemma4_unified": BIDIRECTIONAL,
     "git": BEFORE_TEXT,
     "glm5_next": INDEXER,
     "granite_docling": ADDITIONS,

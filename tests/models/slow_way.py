@@ -18,7 +18,7 @@ from tests.models.prompts import IMAGE, VIDEO
 NORMS = {"exaone4": None, "apertus1p5_text": "attention_layernorm", "lfm2": "operator_norm"}
 """Norms that layers begin with, by text model, if they have another name or are none."""
 FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
-SEES_IMAGES = ("gemma3_text",)
+SEES_IMAGES = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
 """Decoders of models in which the tokens of an image see each other."""
 
 
@@ -67,6 +67,8 @@ def rotated(x, cos, sin, interleaved):
 
 def scale_of(config, attention):
     """Of logits of attention."""
+    if config.model_type.startswith("gemma4"):
+        return 1.0
     if config.model_type.startswith("gemma3"):
         return config.query_pre_attn_scalar**-0.5
     return getattr(config, "attention_multiplier", None) or attention.head_dim**-0.5
@@ -190,6 +192,9 @@ class SlowWay:
         self.model, self.policy, self.visual, self.total_before = model, policy, visual, total
         self.decoder = decoder_of(model)
         self.kinds = layer_types(self.decoder)
+        # The layers that cache; those after them read what the last of their kind among these has cached, as it does.
+        self.caching = len(self.kinds) - (getattr(self.decoder.config, "num_kv_shared_layers", None) or 0)
+        self.masks, self.pasts = {}, {}
         # Whether the tokens of an image see each other.
         self.sees_images = self.decoder.config.model_type in SEES_IMAGES
         self.stages = {stage.layer: stage for stage in policy.schedule}
@@ -204,6 +209,10 @@ class SlowWay:
 
     def __enter__(self):
         self.handle = self.model.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        # Layers that cache nothing are not to leave tokens out by themselves.
+        self.unshared = getattr(self.decoder, "first_kv_shared_layer_idx", None)
+        if self.unshared is not None:
+            self.decoder.first_kv_shared_layer_idx = len(self.kinds)
         self.positions = {}  # of the tokens that each layer has cached, by cache
         self.ends = {}  # of conversations, by cache
         for number, layer in enumerate(self.decoder.layers):
@@ -212,6 +221,8 @@ class SlowWay:
 
     def __exit__(self, *exception):
         self.handle.remove()
+        if self.unshared is not None:
+            self.decoder.first_kv_shared_layer_idx = self.unshared
         for layer in self.decoder.layers:
             del layer.forward
 
@@ -290,8 +301,8 @@ class SlowWay:
         def slow(hidden, *args, **kwargs):
             cache = cache_of(kwargs)
             kind, length = self.kinds[number], hidden.shape[1]
-            counts = cache is not None and kind != "linear_attention"
-            past = int(cache.get_seq_length(number)) if counts else 0
+            counts = cache is not None and kind != "linear_attention" and number < self.caching
+            past = int(cache.get_seq_length(number)) if counts else self._past_of(number, kind)
             running = torch.arange(length)
             if self.routes:
                 self.full = hidden = self._aligned(number, self._added(hidden))
@@ -312,13 +323,18 @@ class SlowWay:
             kwargs["position_ids"] = None
             kwargs |= of_tokens(kwargs, given)
             before, hidden = hidden, self._with_proxies(hidden)
-            output = forward(hidden[:, given], *args, **kwargs)
+            # Further tensors have a row for each token.
+            output = forward(hidden[:, given], *(arg if arg is None else arg[:, given] for arg in args), **kwargs)
             hidden[:, running] = output[:, running] if len(given) == length else output
             self._note_change(hidden - before)
             self._take_proxies(hidden, before)
             return hidden
 
         return slow
+
+    def _past_of(self, number, kind):
+        """Tokens that the layer whose keys this one reads had cached before the call."""
+        return 0 if number < self.caching else self.pasts[kind]
 
     def _proxies_of(self, number, count, candidates, sure):
         if self.policy.align != "proxy" or number == max(self.stages):
@@ -397,12 +413,18 @@ class SlowWay:
         """
         if kind == "linear_attention":
             return None
+        if number < self.caching:
+            self.pasts[kind] = past
+            self.masks[kind] = self._new_mask(number, kind, past, running, cache, full)
+        return self.masks[kind]
+
+    def _new_mask(self, number, kind, past, running, cache, full):
         places = running + self.past
         if cache is not None:
             earlier = self.positions.get((id(cache), number), torch.empty(0, dtype=torch.int64))[:past]
             places = torch.cat([earlier, places])
             self.positions[id(cache), number] = places
-        if self.routes and self.sees_images and full is not None:
+        if self.routes and self.sees_images and full is not None and past == 0:
             return full[:, :, running][..., running]
         window = self.decoder.config.sliding_window if kind == "sliding_attention" else None
         sdpa = self.decoder.config._attn_implementation == "sdpa"

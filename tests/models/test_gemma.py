@@ -9,7 +9,7 @@ import torch
 import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_name
 from reroute_kernels.models.masks import part_of_mask
-from tests.models import gemma_families
+from tests.models import gemma_families, test_ways
 from tests.models.conftest import no_layer_runs
 from tests.models.gemma_families import MODELS, WINDOW, load
 from tests.models.prompts import ACTIONS, IMAGE, policy, selections
@@ -17,7 +17,8 @@ from tests.models.slow_way import SlowWay, decoder_of, layer_types
 from tests.models.test_ways import GREEDY, WAYS, Refused, refusal
 
 STAGES = (rk.Stage(1, 0.4), rk.Stage(3, 0.3), rk.Stage(5, 0.2))
-SEE_IMAGES = ("gemma3",)
+SEE_IMAGES = tuple(name for name in MODELS if name != "gemma4_e")
+HAS_GEMMA4 = pytest.mark.skipif("gemma4" not in MODELS, reason="this transformers has no Gemma 4")
 CALLS = ("prompt", "padding left", "contiguous positions", "later turn of text", "several tokens on a cache")
 
 
@@ -27,16 +28,28 @@ def family(request):
 
 
 @pytest.mark.parametrize("title", CALLS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in SEE_IMAGES if name != "gemma4_unified"])
 def test_ways_of_calling(name, title):
     WAYS[title](load(name))
 
 
+@pytest.mark.skipif("gemma4_unified" not in MODELS, reason="this transformers has no Gemma 4 without an encoder")
+@pytest.mark.parametrize("title", CALLS[:2])
+def test_images_without_an_encoder(title):
+    WAYS[title](load("gemma4_unified"))
+
+
 @pytest.mark.parametrize("title", ["padding right", "ranking by the layer before", "flash attention"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SEE_IMAGES)
 def test_refused_ways_of_calling(name, title):
     with pytest.raises(Refused):
         WAYS[title](load(name))
+
+
+def seen_by(kwargs):
+    """(M, M) bool, the keys that each query of a layer sees; it is causal without a mask."""
+    mask, queries = kwargs["attention_mask"], kwargs["hidden_states"].shape[1]
+    return torch.ones(queries, queries, dtype=torch.bool).tril() if mask is None else mask[0, 0]
 
 
 def masks_of(model, inputs, this):
@@ -44,7 +57,7 @@ def masks_of(model, inputs, this):
     masks = []
     handles = [
         layer.self_attn.register_forward_pre_hook(
-            lambda _, args, kwargs: masks.append(kwargs["attention_mask"][0, 0]), with_kwargs=True
+            lambda _, args, kwargs: masks.append(seen_by(kwargs)), with_kwargs=True
         )
         for layer in decoder_of(model).layers
     ]
@@ -77,7 +90,7 @@ def test_what_a_token_sees(family, action):
         near = query - key < WINDOW
         assert (same & (key > query)).any()  # tokens of an image see others behind them
         if kinds[layer_idx] == "full_attention":
-            assert torch.equal(mask, (key <= query) | same)
+            assert torch.equal(mask, (key <= query) | (same & (family.name != "gemma4")))
             continue
         assert torch.equal(mask & near, ((key <= query) | same) & near)
         # Whether the window limits an image, too, differs between versions of transformers.
@@ -91,7 +104,8 @@ def test_images_and_rotary_embeddings_matter(family):
     model, inputs = family.model, family.batch([family.prompt(1, 6, 15, seed=1)])
     with rk.apply(model, policy(schedule=STAGES)) as routing:
         expected = model(**inputs).logits
-        for name in ("cuts_masks", "rotates_by_kind"):
+        # Gemma 4 could not run with the tables of another kind of layer, whose heads have another size.
+        for name in ("cuts_masks", "rotates_by_kind")[: 1 + (family.name == "gemma3")]:
             owner = routing._layers if name == "cuts_masks" else routing._adapter
             setattr(owner, name, False)
             assert (model(**inputs).logits - expected).abs().max() > 1e-2
@@ -173,8 +187,9 @@ def test_calls_that_are_refused(family):
         ):
             model(**image | {"attention_mask": mask, cache_name(model): cache})
     call = partial(model.generate, **image, **GREEDY, cache_implementation="static")
+    reason = "attention_mask must have two dimensions for a model in which|must be a DynamicCache"
     with rk.apply(model, policy(schedule=STAGES)), pytest.raises(Refused):
-        refusal("attention_mask must have two dimensions for a model in which", call, model)
+        refusal(reason, call, model)
 
 
 def test_models_that_are_refused(family):
@@ -191,8 +206,8 @@ def test_models_that_are_refused(family):
     decoder_of(model).config._attn_implementation = "flash_attention_2"
     with pytest.raises(NotImplementedError, match="for a model in which the tokens of an image see each other"):
         rk.apply(model, policy(schedule=STAGES))
-    decoder_of(model).config.use_bidirectional_attention = True
-    with pytest.raises(NotImplementedError, match="got use_bidirectional_attention=True"):
+    decoder_of(model).config.use_bidirectional_attention = all_tokens = True if family.name == "gemma3" else "all"
+    with pytest.raises(NotImplementedError, match=f"got use_bidirectional_attention={all_tokens!r}"):
         rk.apply(model, policy(schedule=STAGES))
 
 
@@ -224,3 +239,53 @@ def test_a_classifier_around_gemma3():
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
     assert not torch.equal(logits, plain)
     assert torch.equal(model(**inputs).logits, plain)
+
+
+# Gemma 4 with inputs of each layer for each token, and layers that reuse keys
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Decides at the layers that may: the fifth is the first whose keys and values others reuse."""
+    monkeypatch.setattr(test_ways, "schedule", lambda case: STAGES[:2])
+    return load("gemma4_e")
+
+
+@HAS_GEMMA4
+@pytest.mark.parametrize("title", ["greedy", "padding left", *CALLS[2:], "later turn with an image"])
+def test_reused_keys_in_every_way_of_calling(small, title):
+    """`generate` asks for the last logits alone, for which the model would leave out the other tokens."""
+    WAYS[title](small)
+
+
+@HAS_GEMMA4
+@torch.no_grad()
+def test_inputs_of_layers_follow_their_tokens(small):
+    """The rows of the tokens that run, in every layer of a stage."""
+    model, inputs, given = small.model, small.batch([small.prompt(1, 6, 15, seed=1)]), {}
+    layers = decoder_of(model).layers
+
+    def noted(layer_idx):
+        return lambda _, args: given.setdefault(layer_idx, []).append(args[1])
+
+    model(**inputs)
+    with rk.apply(model, policy(schedule=STAGES[:2])) as routing:
+        handles = [layer.register_forward_pre_hook(noted(layer_idx)) for layer_idx, layer in enumerate(layers)]
+        routed = model(**inputs)
+        kept = [stage.selected[0].tolist() for stage in routing.trace.stages]
+    plain = model(**inputs)
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(routed.logits, plain.logits)
+    text = (inputs["input_ids"][0] != IMAGE).nonzero().flatten().tolist()
+    for layer_idx in range(1, len(layers)):
+        first, second = given[layer_idx]
+        rows = sorted({*text, *kept[layer_idx >= 3]})
+        assert torch.equal(first, second[:, rows])
+
+
+@HAS_GEMMA4
+@pytest.mark.parametrize("layer", [5, 7])
+def test_decisions_behind_layers_whose_keys_are_reused_are_refused(small, layer):
+    with pytest.raises(NotImplementedError, match=rf"reuse, of this \w+ at 1, 3; got layer {layer}"):
+        rk.apply(small.model, policy(schedule=(rk.Stage(1, 0.5), rk.Stage(layer, 0.5))))
