@@ -31,7 +31,7 @@ from .families import (
     Qwen3_5Adapter,
     Qwen3VLAdapter,
 )
-from .gemma import Gemma3Adapter, Gemma4Adapter, ShieldGemma2Adapter
+from .gemma import Gemma3Adapter, Gemma4Adapter, PaliGemmaAdapter, ShieldGemma2Adapter
 from .graphs import CudaGraphs, Graphs, UnroutedPrefills
 from .hooks import Routing, routings_on
 from .refusals import MODEL_TYPE, OTHER_KIND
@@ -91,6 +91,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "mistral3": Mistral3Adapter,
     "ovis2": Adapter,
     "paddleocr_vl": Qwen2VLAdapter,
+    "paligemma": PaliGemmaAdapter,
     "perception_lm": Adapter,
     "pp_chart2table": Adapter,
     "qianfan_ocr": Adapter,

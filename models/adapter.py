@@ -83,6 +83,9 @@ class Adapter:
     rotary_style: str = "rotate_half"
     """Which channels of a head are rotated together, as in `reroute_kernels.ops.rank_tokens`."""
 
+    first_position: int = 0
+    """Position of the first token, if the caller gives none."""
+
     position_axes: int = 1
     """How many position ids a token has."""
 
@@ -95,6 +98,9 @@ class Adapter:
     cuts_masks: bool = False
     """Whether masks depend on tokens, as where those of an image see each other in both directions: then masks of
     compact sequences are cut out of the model's own."""
+
+    sees_prefix: bool = False
+    """Whether the tokens of a prompt see all of it where layers are handed no mask."""
 
     reusing_layers: frozenset[int] = frozenset()
     """Layers that read the keys and values of an earlier layer and cache none."""

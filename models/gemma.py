@@ -71,6 +71,18 @@ class Gemma4Adapter(Gemma3Adapter):
         return attention.v_norm(project(states).unflatten(-1, (-1, attention.head_dim)))
 
 
+class PaliGemmaAdapter(Adapter):
+    """`PaliGemmaForConditionalGeneration`: the image and the text of a prompt see each other, what follows is causal.
+
+    The text model of PaliGemma 2 caps its logits of attention, which rankings do not: it is refused.
+    """
+
+    text_model_types = ("gemma",)
+    cuts_masks = True
+    sees_prefix = True
+    first_position = 1
+
+
 class ShieldGemma2Adapter(Gemma3Adapter):
     """`ShieldGemma2ForImageClassification`, which answers by the logits of the Gemma 3 that it holds."""
 

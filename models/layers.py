@@ -37,6 +37,8 @@ class RoutedLayers:
         has_states: whether any stage contains recurrent (linear-attention) layers.
         slides: whether any stage contains sliding-window layers.
         cuts_masks: whether masks of compact sequences are cut out of the model's own.
+        sees_prefix: whether the tokens of a prompt see all of it where layers are handed no mask.
+        first_position: position of the first token of a prompt for which the caller gives none.
         model_class: name of the model's class.
 
     Raises:
@@ -51,6 +53,7 @@ class RoutedLayers:
         self._adapter = adapter
         self._policy = policy
         self._able = adapter.deciding_layers()
+        self.sees_prefix = adapter.sees_prefix
         refuse(self, LAYER_RULES)
         layers = policy.stage_layers
         first = layers[0]
@@ -70,6 +73,7 @@ class RoutedLayers:
         self.has_states = "linear_attention" in self.kinds[first:]
         self.slides = "sliding_attention" in self.kinds[first:]
         self.cuts_masks = adapter.cuts_masks
+        self.first_position = adapter.first_position
         self.check_attention()
 
     def cached_first(self, layers: range) -> list[int]:
@@ -89,7 +93,7 @@ class RoutedLayers:
     @property
     def bidirectional(self) -> object:
         """Which tokens see those behind them, in the words of Gemma's configurations."""
-        return getattr(self._config, "use_bidirectional_attention", None)
+        return None if self.sees_prefix else getattr(self._config, "use_bidirectional_attention", None)
 
     @property
     def deciding_layers(self) -> str:

@@ -55,6 +55,9 @@ class Prefill:
 
     def _new_mask(self, stage: int, layer_idx: int, hidden: Tensor, given: object) -> object:
         forward, past, layers = self.forward, self.past, self._layers
+        if layers.sees_prefix and given is None:
+            length = forward.prompt.length
+            given = torch.ones(1, 1, length, length, dtype=torch.bool, device=hidden.device)
         if layers.cuts_masks and given is not None:
             cached, _ = forward.cached(stage)
             places = forward.frozen().places if forward.freezes(stage) else None
@@ -211,7 +214,11 @@ class Continuation:
             last = last[last.shape[0] - given.shape[0] :]
         if last.ndim == 2 and not self._prompt.right_padded:
             # A model with one axis that is given no positions counts the tokens in its cache, padding included.
-            later = self._prompt.past.length + torch.arange(self._new_tokens, device=last.device)
+            later = (
+                self._layers.first_position
+                + self._prompt.past.length
+                + torch.arange(self._new_tokens, device=last.device)
+            )
             return later[None, -self._queries :].expand(self._batch, -1)
         return last + 1 + self._offsets(last.device)
 

@@ -68,7 +68,6 @@ REFUSED: dict[str, str] = {
     "muse_glimmer": WITHOUT_POSITIONS,
     "muse_spark": WITHOUT_POSITIONS,
     "nemotron_h_omni": MAMBA,
-    "paligemma": BIDIRECTIONAL,
     "pi0": ACTIONS,
     "pix2struct": ENCODER_DECODER,
     "pp_formulanet": ENCODER_DECODER,

@@ -13,6 +13,8 @@ from tests.models.families import CLIP, TEXT, Family, tiny
 from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START, Prompt, batch
 
 AUDIO = 504
+SIDES = {"gemma3": 168, "paligemma": 84}
+"""Pixels of images that a family takes as pixels, not as patches."""
 WINDOW = 24
 """Of sliding layers: shorter than an image."""
 
@@ -115,21 +117,36 @@ def gemma4_unified():
     )
 
 
+def paligemma():
+    """All of a prompt sees all of it."""
+    return scattered(
+        tiny(
+            "PaliGemma",
+            vision_config={**CLIP, "model_type": "siglip_vision_model", "image_size": 84, "vision_use_head": False},
+            text_config={**TEXT, "model_type": "gemma", "head_dim": 16},
+            image_token_index=IMAGE,
+            projection_dim=64,
+        )
+    )
+
+
 MODELS: dict[str, Callable] = {
     "gemma3": gemma3,
     "gemma4": gemma4,
     "gemma4_e": gemma4_e,
     "gemma4_unified": gemma4_unified,
+    "paligemma": paligemma,
 }
-MODELS = {name: make for name, make in MODELS.items() if name == "gemma3" or has(name)}
+MODELS = {name: make for name, make in MODELS.items() if "gemma4" not in name or has(name)}
 
 
 class GemmaFamily(Family):
     """A tiny model and its prompts."""
 
     def _picture(self, generator) -> dict[str, Tensor]:
-        if self.name == "gemma3":
-            return {"pixel_values": torch.randn(1, 3, 168, 168, generator=generator)}
+        if self.name in SIDES:
+            side = SIDES[self.name]
+            return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
         side, patch = (6, 3 * 8 * 8) if self.name == "gemma4_unified" else (12, 3 * 4 * 4)
         places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), dim=-1)
         pixels = torch.rand(1, side * side, patch, generator=generator)
@@ -151,9 +168,11 @@ class GemmaFamily(Family):
 
     def batch(self, prompts: list[Prompt], side: str = "left") -> dict[str, Tensor]:
         inputs = batch([Prompt(prompt.ids, {}) for prompt in prompts], side)
-        inputs["token_type_ids" if self.name == "gemma3" else "mm_token_type_ids"] = (
-            inputs["input_ids"] == IMAGE
-        ).long()
+        images = (inputs["input_ids"] == IMAGE).long()
+        if self.name == "paligemma":  # 0 is the prefix, 1 an answer
+            inputs["token_type_ids"] = torch.zeros_like(images)
+        else:
+            inputs["token_type_ids" if self.name == "gemma3" else "mm_token_type_ids"] = images
         return inputs | self._merged([prompt.features for prompt in prompts], dim=0)
 
 

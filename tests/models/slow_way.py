@@ -18,7 +18,7 @@ from tests.models.prompts import IMAGE, VIDEO
 NORMS = {"exaone4": None, "apertus1p5_text": "attention_layernorm", "lfm2": "operator_norm"}
 """Norms that layers begin with, by text model, if they have another name or are none."""
 FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
-SEES_IMAGES = ("gemma3_text", "gemma4_text", "gemma4_unified_text")
+SEES_IMAGES = ("gemma", "gemma3_text", "gemma4_text", "gemma4_unified_text")
 """Decoders of models in which the tokens of an image see each other."""
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from tests.models.families import CLIP, MODELS, TEXT, load, tiny
+from tests.models.families import MODELS, load
 from tests.models.prompts import ACTIONS, policy, selections
 from tests.models.slow_way import SlowWay, decoder_of, layer_types
 from tests.models.test_slow_way import check
@@ -137,15 +137,6 @@ def test_padding_that_the_first_layer_with_full_attention_hides():
     with rk.apply(model, policy(schedule=(rk.Stage(1, 0.4), rk.Stage(3, 0.3)))):
         together, alone = turns([0, 1], text, padding=4), turns([1], text[1:, 4:])
     torch.testing.assert_close(together[1:], alone, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["PaliGemma"])
-def test_images_that_attend_in_both_directions_are_refused_by_name(kind):
-    model = tiny(
-        kind, vision_config={**CLIP, "model_type": "siglip_vision_model"}, text_config={**TEXT, "head_dim": 16}
-    )
-    with pytest.raises(NotImplementedError, match=rf"'{kind.lower()}', whose image tokens attend in both directions"):
-        rk.apply(model, policy(schedule=STAGES))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from reroute_kernels.models.adapter import cache_name
+from reroute_kernels.models.adapter import cache_name, cache_of
 from reroute_kernels.models.masks import part_of_mask
 from tests.models import gemma_families, test_ways
 from tests.models.conftest import no_layer_runs
@@ -17,7 +17,7 @@ from tests.models.slow_way import SlowWay, decoder_of, layer_types
 from tests.models.test_ways import GREEDY, WAYS, Refused, refusal
 
 STAGES = (rk.Stage(1, 0.4), rk.Stage(3, 0.3), rk.Stage(5, 0.2))
-SEE_IMAGES = tuple(name for name in MODELS if name != "gemma4_e")
+SEE_IMAGES = tuple(name for name in MODELS if name not in ("gemma4_e", "paligemma"))
 HAS_GEMMA4 = pytest.mark.skipif("gemma4" not in MODELS, reason="this transformers has no Gemma 4")
 CALLS = ("prompt", "padding left", "contiguous positions", "later turn of text", "several tokens on a cache")
 
@@ -179,7 +179,7 @@ def test_calls_that_are_refused(family):
     model, image = family.model, family.batch([family.prompt(1, 6, 15, seed=1)])
     text = family.batch([family.prompt(0, 4, 30, seed=3)])
     with rk.apply(model, policy(schedule=STAGES)), torch.no_grad():
-        cache = model(**text, use_cache=True).past_key_values
+        cache = cache_of(model(**text, use_cache=True))
         mask = torch.cat([text["attention_mask"], image["attention_mask"]], dim=1)
         with (
             no_layer_runs(model),
@@ -289,3 +289,63 @@ def test_inputs_of_layers_follow_their_tokens(small):
 def test_decisions_behind_layers_whose_keys_are_reused_are_refused(small, layer):
     with pytest.raises(NotImplementedError, match=rf"reuse, of this \w+ at 1, 3; got layer {layer}"):
         rk.apply(small.model, policy(schedule=(rk.Stage(1, 0.5), rk.Stage(layer, 0.5))))
+
+
+# PaliGemma, in which all of a prompt sees all of it
+
+
+@pytest.mark.parametrize("title", [*CALLS, "padding right"])
+def test_prefixes_in_every_way_of_calling(title):
+    WAYS[title](load("paligemma"))
+
+
+@pytest.mark.parametrize("title", ["static cache", "flash attention"])
+def test_refused_calls_of_prefixes(title):
+    with pytest.raises(NotImplementedError, match="for a model in which the tokens of an image see each other"):
+        WAYS[title](load("paligemma"))
+
+
+@pytest.mark.parametrize("action", [*ACTIONS, "freeze"])
+@pytest.mark.parametrize("typed", [True, False])
+@torch.no_grad()
+def test_prefixes_with_and_without_types_of_tokens(action, typed):
+    """Without them layers are handed no mask, and rows without a token must be hidden from the others all the same."""
+    family = load("paligemma")
+    prompts = [family.prompt(1, 6, 56, seed=1), family.prompt(2, 6, 15, seed=2)]
+    this = rk.Policy(STAGES, action)
+
+    def call(*prompts):
+        inputs = family.batch(list(prompts))
+        if not typed:
+            del inputs["token_type_ids"]
+        return family.model(**inputs).logits
+
+    with rk.apply(family.model, this) as routing:
+        together = call(*prompts)
+        found = [selections(routing.trace, row) for row in range(2)]
+    for row, prompt in enumerate(prompts):
+        with SlowWay(family.model, this) as slow:
+            alone = call(prompt)
+        assert found[row] == slow.selected
+        torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_positions_of_a_prefix_begin_at_one():
+    """Where the first layer lacks tokens, by whose cache the model would count them."""
+    model, inputs = load("paligemma").model, load("paligemma").batch([load("paligemma").prompt(1, 6, 15, seed=1)])
+    later = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 65, dtype=torch.int64)}
+
+    def call():
+        return model(**later, **{cache_name(model): cache_of(model(**inputs, use_cache=True))}).logits
+
+    expected = call()
+    with rk.apply(model, policy(schedule=(rk.Stage(0, 1.0),))):
+        torch.testing.assert_close(call(), expected, atol=1e-4, rtol=0)
+
+
+def test_a_text_model_that_caps_its_logits_is_refused():
+    model = copy.deepcopy(load("paligemma").model)
+    model.model.language_model.config.model_type = "gemma2"
+    with pytest.raises(NotImplementedError, match="text model of type gemma, got 'gemma2'"):
+        rk.apply(model, policy(schedule=STAGES))
