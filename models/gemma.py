@@ -6,6 +6,8 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from reroute_kernels.cost import deciding_layers
+
 from .adapter import Adapter
 from .modules import Module
 
@@ -46,12 +48,7 @@ class Gemma4Adapter(Gemma3Adapter):
         return len(self.layers) - (getattr(self.decoder.config, "num_kv_shared_layers", None) or 0)
 
     def deciding_layers(self) -> list[int]:
-        unshared, able = self._unshared(), super().deciding_layers()
-        if unshared == len(self.layers):
-            return able
-        kinds = self.layer_types[:unshared][::-1]
-        first = min((unshared - 1 - kinds.index(kind) for kind in set(kinds)), default=-1)
-        return [layer_idx for layer_idx in able if layer_idx <= first]
+        return deciding_layers(self.decoder.config)
 
     def keep_rows(self, arguments: dict) -> bool:
         # Layers that cache nothing would be handed the last tokens alone. The head takes those in any case.

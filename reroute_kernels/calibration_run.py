@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibration_log import Log, SampleRecord
+from .cost import deciding_layers as able_layers
 from .cost import layer_types, text_config
 from .policy import Policy, Stage
 from .rankings import Candidates, RankingLike
@@ -76,12 +77,14 @@ def deciding_layers(model: nn.Module, ranking: RankingLike) -> list[int]:
         TypeError: the argument is no transformers model.
         ValueError: there are none.
     """
-    kinds = layer_types(text_config(model))
-    able = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    config = text_config(model)
+    able = able_layers(config)
     if getattr(ranking, "layer", "this") == "previous":
         able = [layer for layer in able if layer - 1 in able]
     if not able:
-        raise ValueError(f"model must have layers that may decide, got {', '.join(sorted(set(kinds)))} only")
+        raise ValueError(
+            f"model must have layers that may decide, got {', '.join(sorted(set(layer_types(config))))} only"
+        )
     return able
 
 

@@ -140,6 +140,24 @@ def layer_types(config) -> list[str]:
     return list(kinds)[: config.num_hidden_layers]
 
 
+def deciding_layers(config) -> list[int]:
+    """Layers before which tokens can be selected: those with full attention.
+
+    If the last layers read keys of others (`num_kv_shared_layers`), none behind the first of these others: a token that
+    did not run there has no keys in the layers that read them.
+
+    Args:
+        config: of a text model.
+    """
+    kinds = layer_types(config)
+    able = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    own = kinds[: len(kinds) - (getattr(config, "num_kv_shared_layers", None) or 0)]
+    if len(own) == len(kinds):
+        return able
+    last = {kind: layer for layer, kind in enumerate(own)}  # of each kind, whose keys are read
+    return [layer for layer in able if layer <= min(last.values(), default=-1)]
+
+
 def _check_attention(config) -> None:
     """Refuse decoders whose attention costs otherwise."""
     model_type = getattr(config, "model_type", type(config).__name__)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .budget import keep_ratio, solve, solve_like
 from .checks import expect_one_of
-from .cost import DECODERS, Decoder, layer_types, text_config, unknown_name
+from .cost import DECODERS, Decoder, deciding_layers, layer_types, text_config, unknown_name
 from .policy import Policy, Stage
 from .rankings import LastQuery
 from .reducers import Nuwa
@@ -215,15 +215,16 @@ def _solved(config_or_model: object, method: str, avg_tokens: float, matched: bo
     expect_one_of(method=(method, METHODS))
     if isinstance(avg_tokens, bool) or not isinstance(avg_tokens, Real):
         raise TypeError(f"avg_tokens must be a number, got {avg_tokens!r}")
-    kinds = layer_types(text_config(config_or_model))
+    config = text_config(config_or_model)
+    count = config.num_hidden_layers
     tier = min(TIERS, key=lambda tier: abs(tier - avg_tokens))
     published = _published(_LLAVA, method.removesuffix("-stagewise"), tier)
-    shape = _at_relative_depth(published, kinds, avg_tokens)
+    shape = _at_relative_depth(published, config, avg_tokens)
     limit = avg_tokens
     if matched and published.action == "reroute":
         limit = _partners_average(config_or_model, method, avg_tokens)
     return solve(
-        _of_layers(len(kinds)),
+        _of_layers(count),
         list(shape),
         list(shape.values()),
         avg_tokens=limit,
@@ -232,13 +233,13 @@ def _solved(config_or_model: object, method: str, avg_tokens: float, matched: bo
     )
 
 
-def _at_relative_depth(published: Policy, kinds: list[str], avg_tokens: float) -> dict[int, float]:
+def _at_relative_depth(published: Policy, config: Any, avg_tokens: float) -> dict[int, float]:
     """Keep ratios of LLaVA-1.5 by layers at the same depth of a decoder; the first leaves room in the budget."""
-    able = _able_layers(kinds)
-    spent = [layer for layer in able if (layer * (VISUAL_TOKENS - 1) + len(kinds)) / len(kinds) <= avg_tokens]
+    able, count = _able_layers(config), config.num_hidden_layers
+    spent = [layer for layer in able if (layer * (VISUAL_TOKENS - 1) + count) / count <= avg_tokens]
     ratios: dict[int, float] = {}
     for stage in published.schedule:
-        depth = stage.layer * len(kinds) / _LLAVA.decoder.layers
+        depth = stage.layer * count / _LLAVA.decoder.layers
         among = able if ratios else spent or able[:1]
         ratios.setdefault(min(among, key=lambda layer: abs(layer - depth)), stage.keep)
     return dict(sorted(ratios.items()))
@@ -283,8 +284,8 @@ def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:
     if published is not None:
         count, layers = published.decoder.layers, [3, *published.later_layers]
     else:
-        kinds = layer_types(text_config(config_or_model))
-        count, layers = len(kinds), _decision_layers(kinds)
+        config = text_config(config_or_model)
+        count, layers = config.num_hidden_layers, _decision_layers(config)
     first = layers[0]
     if not first / count < keep <= 1:
         least = f"{first / count:.4g} ({first} of {count} layers run all tokens)"
@@ -304,15 +305,15 @@ def _suggested_preset(model: PublishedModel) -> Preset:
     return Preset(model.name, "reroute-fastv", 192)
 
 
-def _decision_layers(kinds: list[str]) -> list[int]:
+def _decision_layers(config: Any) -> list[int]:
     """Layers with full attention at four depths, or next behind these."""
-    able = _able_layers(kinds)
-    depths = (len(kinds) * eighths // 8 for eighths in (1, 2, 4, 6))
+    able = _able_layers(config)
+    depths = (config.num_hidden_layers * eighths // 8 for eighths in (1, 2, 4, 6))
     return sorted({next((layer for layer in able if layer >= depth), able[-1]) for depth in depths})
 
 
-def _able_layers(kinds: list[str]) -> list[int]:
-    able = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+def _able_layers(config: Any) -> list[int]:
+    able, kinds = deciding_layers(config), layer_types(config)
     if not able:
         raise ValueError(f"config_or_model must have layers with full attention, got {', '.join(sorted(set(kinds)))}")
     return able

@@ -154,8 +154,8 @@ def test_other_names_are_refused(arguments, message):
         rk.preset(*arguments)
 
 
-def model(layers, kinds=None, model_type="qwen3_vl"):
-    text = SimpleNamespace(num_hidden_layers=layers, layer_types=kinds)
+def model(layers, kinds=None, model_type="qwen3_vl", shared=0):
+    text = SimpleNamespace(num_hidden_layers=layers, layer_types=kinds, num_kv_shared_layers=shared)
     return SimpleNamespace(model_type=model_type, get_text_config=lambda: text)
 
 
@@ -168,6 +168,8 @@ def model(layers, kinds=None, model_type="qwen3_vl"):
         (model(36), "pdrop", [2, 8, 17, 26]),
         (model(40, (["linear_attention"] * 3 + ["full_attention"]) * 10), "reroute-fastv-stagewise", [3, 7, 19, 27]),
         (model(48, (["sliding_attention"] * 5 + ["full_attention"]) * 8), "reroute-fastv", [5, 11, 23, 35]),
+        # The last layer before those that read keys of others stands at 29, the last with a window at 28.
+        (model(60, (["sliding_attention"] * 5 + ["full_attention"]) * 10, shared=30), "reroute-fastv", [5, 11, 23]),
         (model(4), "reroute-fastv", [0, 1, 2, 3]),  # layer 1 alone would cost 144 tokens
         (model(32, model_type="llava"), "reroute-fastv", [3, 7, 15, 23]),
     ],

@@ -404,17 +404,19 @@ class HandedFamily(Family):
 
     def batch(self, prompts: list[Prompt], side: str = "left") -> dict[str, Tensor]:
         inputs = batch([Prompt(prompt.ids, {}) for prompt in prompts], side)
-        if "mm_token_type_ids" in inspect.signature(type(self.model).forward).parameters:
-            inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE) * 1
-        if "moe_mm_token_type_ids" in inspect.signature(type(self.model).forward).parameters:
-            inputs["moe_mm_token_type_ids"] = (inputs["input_ids"] == IMAGE) * 1
+        parameters = inspect.signature(type(self.model).forward).parameters
+        for name in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
+            if name in parameters:
+                # PaliGemma's are 0 for the prefix, images among it, and 1 for an answer.
+                inputs[name] = (inputs["input_ids"] == IMAGE) * int(self.name != "paligemma")
         return inputs | self._merged([prompt.features for prompt in prompts], dim=0)
 
 
 OTHERS = tuple(
     name
     for name in (*ALIKE, *HANDED)
-    if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and (name in ALIKE or HANDED[name].can_be_called)
+    if name.split("-")[0] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    and (name in ALIKE or HANDED[name].can_be_called)
 )
 """Names of the types that are not called in every way each time, of those that can be built here."""
 
@@ -449,5 +451,7 @@ def first_layers(model: torch.nn.Module, layers: int) -> torch.nn.Module:
 def load_shallow(name: str) -> Family:
     """A family's model with the first decoder layers alone: three, or two pairs of different ones."""
     family = load(name)
+    if getattr(decoder_of(family.model).config, "num_kv_shared_layers", None):
+        return family  # its embeddings have a part for each layer
     kinds = set(layer_types(decoder_of(family.model)))
     return replace(family, model=first_layers(family.model, 3 if kinds == {"full_attention"} else 4))

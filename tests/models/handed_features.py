@@ -97,6 +97,7 @@ class Handed:
         config: of the whole.
         brings: arguments of a call with an image, beside its pixels: those of an image with `TOKENS` tokens.
         output: as in `Features`.
+        prepared: applied to the model.
     """
 
     kind: str
@@ -105,6 +106,7 @@ class Handed:
     config: dict
     brings: Callable[[], dict[str, Tensor]] = dict
     output: Callable = BaseModelOutputWithPooling
+    prepared: Callable[[torch.nn.Module], object] = lambda model: None
 
     @property
     def config_class(self):
@@ -132,11 +134,12 @@ class Handed:
         listed = "torch.cat(" in inspect.getsource(type(core).forward)
         settings = listed, self.packs_images, self.output
         core.get_image_features, core.get_video_features = Features(*settings), VideoFeatures(*settings)
+        self.prepared(model)
         return model
 
 
 def _of(kind, text="llama", vision=None, image="image_token_id", **config):
-    made = {name: config.pop(name) for name in ("brings", "output") if name in config}
+    made = {name: config.pop(name) for name in ("brings", "output", "prepared") if name in config}
     text = {"model_type": text} if isinstance(text, str) else text
     config = {image: IMAGE, **config}
     return Handed(kind, text, CLIP if vision is None else vision, config, **made)
@@ -200,6 +203,41 @@ def _added(module, layers):
 
 
 _OUTPUTS_WITH_ADDITIONS = ("Granite4VisionImageFeaturesOutput", "BaseModelOutputWithDeepstackFeatures")
+
+
+def scattered(model):
+    """Make weights random that begin as zeros or ones, so that leaving one out shows."""
+    for name, weight in model.model.language_model.named_parameters():
+        if "norm" in name:
+            weight.data.add_(torch.randn_like(weight), alpha=0.2)
+
+
+def _prepared4(model):
+    """Attention of Gemma 4 is not scaled: of random queries it is so sharp that rounding shows."""
+    scattered(model)
+    for layer in model.model.language_model.layers:
+        layer.layer_scalar.fill_(0.8)
+        layer.self_attn.q_norm.weight.data.mul_(0.3)
+
+
+WINDOW = 20
+"""Of Gemma's sliding layers: shorter than an image."""
+_WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3}
+_GEMMA3 = {"model_type": "gemma3_text", "query_pre_attn_scalar": 25, **_WINDOWS}
+_GEMMA4 = {
+    **_WINDOWS,
+    "global_head_dim": 32,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1000.0},
+    },
+}
+
+
+def _gemma4(kind, text, vision):
+    text = {**_GEMMA4, **text}
+    config = {"video_token_id": VIDEO, "audio_token_id": 504, "audio_config": None}
+    return _of(kind, text, vision, prepared=_prepared4, **config)
 
 
 HANDED: dict[str, Handed] = {
@@ -326,6 +364,43 @@ HANDED: dict[str, Handed] = {
         vocabulary_map={"<image>": IMAGE, "<|visual token 000000|>": 1},
         vq_config={"base_channels": 32, "codebook_size": 4, "embed_dim": 8, "latent_channels": 8, "hidden_size": 32},
     ),
+    "gemma3": _of("Gemma3", _GEMMA3, _siglip(), image="image_token_index", prepared=scattered),
+    # Experts, keys that are values in layers of full attention, heads of two sizes, images that see themselves.
+    "gemma4": _gemma4(
+        "Gemma4",
+        {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "initializer_range": 0.1,
+        },
+        CLIP,
+    ),
+    # An input of each layer for each token; the last three layers read keys and values of others. Causal.
+    "gemma4-e": _gemma4(
+        "Gemma4",
+        {
+            "model_type": "gemma4_text",
+            "num_hidden_layers": 8,
+            "layer_types": ["sliding_attention", "full_attention"] * 4,
+            "num_kv_shared_layers": 3,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 512,
+            "initializer_range": 0.1,
+        },
+        CLIP,
+    ),
+    "gemma4_unified": _gemma4(
+        "Gemma4Unified",
+        {"model_type": "gemma4_unified_text", "attention_k_eq_v": True},
+        {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 64, "output_proj_dims": 32},
+    ),
     "glm_ocr": _of(
         "GlmOcr",
         {"model_type": "glm_ocr_text", "rope_parameters": _mrope(1, 1, 2, partial_rotary_factor=0.5)},
@@ -441,6 +516,8 @@ HANDED: dict[str, Handed] = {
         vocab_size=512,
         output=_with_indicators,
     ),
+    # All of a prompt sees all of it.
+    "paligemma": _of("PaliGemma", "gemma", _siglip(), image="image_token_index", projection_dim=64, prepared=scattered),
     "perception_lm": _of(
         "PerceptionLM",
         vision=CLIP | {"model_type": "clip_vision_model", "model_args": {"embed_dim": 32}},
@@ -448,6 +525,7 @@ HANDED: dict[str, Handed] = {
     ),
     "pp_chart2table": _of("PPChart2Table", "qwen2", SAM, image="image_token_index"),
     "qianfan_ocr": _of("QianfanOCR", "qwen3", CLIP | {"image_size": [28, 28], "patch_size": [14, 14]}),
+    "shieldgemma2": _of("ShieldGemma2", _GEMMA3, _siglip(), image="image_token_index", prepared=scattered),
     "video_llama_3": _of("VideoLlama3", "qwen2", CLIP, video_token_id=VIDEO),
     "video_llava": _of(
         "VideoLlava",

@@ -424,10 +424,13 @@ class SlowWay:
             earlier = self.positions.get((id(cache), number), torch.empty(0, dtype=torch.int64))[:past]
             places = torch.cat([earlier, places])
             self.positions[id(cache), number] = places
-        if self.routes and self.sees_images and full is not None and past == 0:
-            return full[:, :, running][..., running]
-        window = self.decoder.config.sliding_window if kind == "sliding_attention" else None
         sdpa = self.decoder.config._attn_implementation == "sdpa"
+        if self.sees_images and full is not None and past == 0:
+            if isinstance(full, torch.Tensor):
+                return full[:, :, running][..., running]
+            own = torch.zeros((), dtype=torch.int64)  # flex attention
+            return self._in_form(full.mask_mod(own, own, running[:, None], running)[None, None], sdpa)
+        window = self.decoder.config.sliding_window if kind == "sliding_attention" else None
         hides = len(self.hidden) > 0
         if window is None and not hides and (len(running) == 1 or (past == 0 and sdpa)):
             return None
@@ -439,8 +442,11 @@ class SlowWay:
             mask &= places[past:, None] - places < window
             held = min(past, window - 1) + len(running) if past else len(running)
             mask = mask[:, -held:]
-        mask = mask[None, None]
-        return mask if sdpa else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return self._in_form(mask[None, None], sdpa)
+
+    @staticmethod
+    def _in_form(mask, boolean):
+        return mask if boolean else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def cached_keys(cache, number):

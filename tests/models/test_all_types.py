@@ -83,7 +83,7 @@ def test_every_type_is_routed_or_refused():
 
 
 def test_every_routed_type_has_a_tiny_model():
-    assert set(ADAPTERS) <= {name.split("-")[0] for name in MODELS} | set(ALIKE) | set(HANDED)
+    assert set(ADAPTERS) <= {name.split("-")[0] for name in (*MODELS, *ALIKE, *HANDED)}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -136,6 +136,7 @@ def test_routed_type_equals_the_slow_way(name):
 def test_presets_stay_within_the_budget(name):
     """Of the shape that a type has by default; its windows, if all layers have one, are left out, as checkpoints do.
 
+    A decoder whose first layer of full attention stands too deep for a budget says so.
     Published configurations are named after a budget that they exceed here and there, unless they are matched.
     """
     config = transformers.AutoConfig.for_model(name)
@@ -143,8 +144,13 @@ def test_presets_stay_within_the_budget(name):
     kinds = layer_types(text)
     if "full_attention" not in kinds:
         text.sliding_window, text.layer_types, kinds = None, None, ["full_attention"] * len(kinds)
+    least = (kinds.index("full_attention") * 575 + len(kinds)) / len(kinds)
     for method in ("fastv", "pdrop", "reroute-fastv", "reroute-pdrop"):
         for avg_tokens in (64, 200):
+            if avg_tokens < least:
+                with pytest.raises(ValueError, match=r"avg_tokens must be [\d.]+ or more, which one token at every"):
+                    rk.preset(config, method, avg_tokens)
+                continue
             policy = rk.preset(config, method, avg_tokens, matched=model_of(config) is not None)
             assert all(kinds[stage.layer] == "full_attention" for stage in policy.schedule)
             reached = rk.cost.average_visual_tokens(policy, len(kinds), 576)

@@ -1,25 +1,24 @@
 """Gemma's families, whose masks and rotary embeddings differ between kinds of layers, against the slow way."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
+import transformers
 
 import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_name, cache_of
 from reroute_kernels.models.masks import part_of_mask
-from tests.models import gemma_families, test_ways
-from tests.models.conftest import no_layer_runs
-from tests.models.gemma_families import MODELS, WINDOW, load
+from tests.models.families import OTHERS, load
+from tests.models.handed_features import WINDOW
 from tests.models.prompts import ACTIONS, IMAGE, policy, selections
 from tests.models.slow_way import SlowWay, decoder_of, layer_types
-from tests.models.test_ways import GREEDY, WAYS, Refused, refusal
+from tests.models.test_ways import WAYS, Refused
 
 STAGES = (rk.Stage(1, 0.4), rk.Stage(3, 0.3), rk.Stage(5, 0.2))
-SEE_IMAGES = tuple(name for name in MODELS if name not in ("gemma4_e", "paligemma"))
-HAS_GEMMA4 = pytest.mark.skipif("gemma4" not in MODELS, reason="this transformers has no Gemma 4")
-CALLS = ("prompt", "padding left", "contiguous positions", "later turn of text", "several tokens on a cache")
+SEE_IMAGES = tuple(name for name in ("gemma3", "gemma4", "gemma4_unified") if name in OTHERS)
+HAS_GEMMA4 = pytest.mark.skipif("gemma4" not in OTHERS, reason="this transformers has no Gemma 4")
+CALLS = ("prompt", "contiguous positions", "later turn of text", "several tokens on a cache")
 
 
 @pytest.fixture(params=SEE_IMAGES)
@@ -33,15 +32,11 @@ def test_ways_of_calling(name, title):
     WAYS[title](load(name))
 
 
-@pytest.mark.skipif("gemma4_unified" not in MODELS, reason="this transformers has no Gemma 4 without an encoder")
-@pytest.mark.parametrize("title", CALLS[:2])
-def test_images_without_an_encoder(title):
-    WAYS[title](load("gemma4_unified"))
-
-
-@pytest.mark.parametrize("title", ["padding right", "ranking by the layer before", "flash attention"])
-@pytest.mark.parametrize("name", SEE_IMAGES)
+@pytest.mark.parametrize("title", ["padding right", "flash attention", "static cache", "later turn with an image"])
+@pytest.mark.parametrize("name", ["gemma3", "paligemma"])
 def test_refused_ways_of_calling(name, title):
+    if (name, title) == ("paligemma", "padding right"):
+        pytest.skip("its padding may stand on either side")
     with pytest.raises(Refused):
         WAYS[title](load(name))
 
@@ -175,23 +170,6 @@ def test_parts_of_masks(form, places):
             assert seen == expected if row >= 0 else seen[own]
 
 
-def test_calls_that_are_refused(family):
-    model, image = family.model, family.batch([family.prompt(1, 6, 15, seed=1)])
-    text = family.batch([family.prompt(0, 4, 30, seed=3)])
-    with rk.apply(model, policy(schedule=STAGES)), torch.no_grad():
-        cache = cache_of(model(**text, use_cache=True))
-        mask = torch.cat([text["attention_mask"], image["attention_mask"]], dim=1)
-        with (
-            no_layer_runs(model),
-            pytest.raises(NotImplementedError, match="must be empty where a prompt brings images to a model in which"),
-        ):
-            model(**image | {"attention_mask": mask, cache_name(model): cache})
-    call = partial(model.generate, **image, **GREEDY, cache_implementation="static")
-    reason = "attention_mask must have two dimensions for a model in which|must be a DynamicCache"
-    with rk.apply(model, policy(schedule=STAGES)), pytest.raises(Refused):
-        refusal(reason, call, model)
-
-
 def test_models_that_are_refused(family):
     model = copy.deepcopy(family.model)
     with pytest.raises(NotImplementedError, match="needs full attention in all layers from the first decision on"):
@@ -227,8 +205,11 @@ def test_frozen_tokens_where_all_layers_of_the_stages_have_full_attention(family
 @torch.no_grad()
 def test_a_classifier_around_gemma3():
     """Routed by the outer model or by the Gemma 3 in it, which is what the automatic class makes of its folder."""
-    model = gemma_families.shieldgemma2().eval()
-    inputs = load("gemma3").batch([load("gemma3").prompt(1, 6, 15, seed=1)])
+    family = load("shieldgemma2")
+    model = transformers.ShieldGemma2ForImageClassification(family.model.config).eval()
+    model.model = copy.deepcopy(family.model)
+    model.yes_token_index, model.no_token_index = 7, 8
+    inputs = family.batch([family.prompt(1, 6, 15, seed=1)])
     this, plain = policy(schedule=STAGES), model(**inputs).logits
     with SlowWay(model.model, this) as slow:
         expected = model(**inputs).logits
@@ -245,15 +226,14 @@ def test_a_classifier_around_gemma3():
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Decides at the layers that may: the fifth is the first whose keys and values others reuse."""
-    monkeypatch.setattr(test_ways, "schedule", lambda case: STAGES[:2])
-    return load("gemma4_e")
+def small():
+    """Decides at the second layer and the fourth, whose keys and values others reuse."""
+    return load("gemma4-e")
 
 
 @HAS_GEMMA4
-@pytest.mark.parametrize("title", ["greedy", "padding left", *CALLS[2:], "later turn with an image"])
-def test_reused_keys_in_every_way_of_calling(small, title):
+@pytest.mark.parametrize("title", ["greedy", "later turn of text", "later turn with an image"])
+def test_ways_of_calling_with_reused_keys(small, title):
     """`generate` asks for the last logits alone, for which the model would leave out the other tokens."""
     WAYS[title](small)
 
@@ -294,15 +274,9 @@ def test_decisions_behind_layers_whose_keys_are_reused_are_refused(small, layer)
 # PaliGemma, in which all of a prompt sees all of it
 
 
-@pytest.mark.parametrize("title", [*CALLS, "padding right"])
-def test_prefixes_in_every_way_of_calling(title):
+@pytest.mark.parametrize("title", ["padding right", "eager attention", "later turn of text"])
+def test_ways_of_calling_with_prefixes(title):
     WAYS[title](load("paligemma"))
-
-
-@pytest.mark.parametrize("title", ["static cache", "flash attention"])
-def test_refused_calls_of_prefixes(title):
-    with pytest.raises(NotImplementedError, match="for a model in which the tokens of an image see each other"):
-        WAYS[title](load("paligemma"))
 
 
 @pytest.mark.parametrize("action", [*ACTIONS, "freeze"])
@@ -311,7 +285,7 @@ def test_refused_calls_of_prefixes(title):
 def test_prefixes_with_and_without_types_of_tokens(action, typed):
     """Without them layers are handed no mask, and rows without a token must be hidden from the others all the same."""
     family = load("paligemma")
-    prompts = [family.prompt(1, 6, 56, seed=1), family.prompt(2, 6, 15, seed=2)]
+    prompts = [family.prompt(1, 6, 44, seed=1), family.prompt(2, 6, 15, seed=2)]
     this = rk.Policy(STAGES, action)
 
     def call(*prompts):
@@ -334,7 +308,8 @@ def test_prefixes_with_and_without_types_of_tokens(action, typed):
 def test_positions_of_a_prefix_begin_at_one():
     """Where the first layer lacks tokens, by whose cache the model would count them."""
     model, inputs = load("paligemma").model, load("paligemma").batch([load("paligemma").prompt(1, 6, 15, seed=1)])
-    later = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, 65, dtype=torch.int64)}
+    length = inputs["input_ids"].shape[1] + 3
+    later = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": torch.ones(1, length, dtype=torch.int64)}
 
     def call():
         return model(**later, **{cache_name(model): cache_of(model(**inputs, use_cache=True))}).logits

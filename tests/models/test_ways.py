@@ -74,6 +74,7 @@ class NotOffered(Exception):
         "transformers: assisted generation is not supported with stateful models",
         r"transformers: You passed `inputs_embeds` to `.generate\(\)`",
         "transformers: The shape of the mask",  # kinds of tokens beside guessed ones
+        "transformers: the prompt sees what is guessed",
         "transformers: it is given a ",
         "transformers: no plan that splits its heads",
         "transformers: aten.mm.default got mixed torch.Tensor and DTensor",
@@ -131,11 +132,21 @@ def test_committed_record_has_every_cell(record, pytestconfig):
 # Helpers that the ways share
 
 
+def deciding_layers(case):
+    """Layers of full attention, up to the first one whose keys later layers read."""
+    decoder = decoder_of(case.model)
+    kinds = layer_types(decoder)
+    caching = len(kinds) - (getattr(decoder.config, "num_kv_shared_layers", None) or 0)
+    last = min({kind: number for number, kind in enumerate(kinds[:caching])}.values())  # the last one of each kind
+    able = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    return able if caching == len(kinds) else [number for number in able if number <= last]
+
+
 def schedule(case):
     """Decisions that leave the first attention layer whole, so that transformers can count a conversation by it."""
     kinds = layer_types(decoder_of(case.model))
     first = next(number for number, kind in enumerate(kinds) if kind != "linear_attention")
-    layers = [number for number, kind in enumerate(kinds) if kind == "full_attention" and number > first]
+    layers = [number for number in deciding_layers(case) if number > first]
     layers = layers if len(layers) < 4 else [layers[0], layers[len(layers) // 3], layers[2 * len(layers) // 3]]
     return tuple(rk.Stage(layer, keep) for layer, keep in zip(layers, (0.4, 0.3, 0.2), strict=False))
 
@@ -147,6 +158,13 @@ def policies(case, **choices):
 def hybrid(case):
     """Whether layers of the stages depend on the last tokens of a row."""
     return set(layer_types(decoder_of(case.model))) != {"full_attention"}
+
+
+def sees_images(case):
+    """Whether the tokens of an image see each other."""
+    config = decoder_of(case.model).config
+    named = getattr(config, "use_bidirectional_attention", None) == "vision"
+    return named or config.model_type in ("gemma", "gemma3_text")
 
 
 def refusal(match, call, model):
@@ -267,8 +285,7 @@ def joined(case, parts):
 
 @way("prompt", "one forward call: decisions at several layers, at the first that may decide, and at all of them")
 def _(case):
-    kinds = layer_types(decoder_of(case.model))
-    layers = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    layers = deciding_layers(case)
     prompts = [one_image(case), two_images(case)]
     for prompt in prompts:
         compare(case, lambda prompt=prompt: case.model(**case.batch([prompt])))
@@ -395,6 +412,13 @@ def _(case):
 )
 def _(case):
     image, longer = case.prompt(1, 3, 8, seed=7), case.prompt(2, 5, 12, seed=8)
+    if sees_images(case):
+        with rk.apply(case.model, policies(case)[0]), torch.no_grad():
+            text, inputs = case.batch([text_only(case)]), case.batch([image])
+            cache = case.model(**text, use_cache=True).past_key_values
+            inputs["attention_mask"] = torch.cat([text["attention_mask"], inputs["attention_mask"]], dim=1)
+            call = partial(case.model, **inputs, **{cache_name(case.model): cache})
+            refusal("must be empty where a prompt brings images to a model in which", call, case.model)
     for begin in (text_only(case), one_image(case)):
         compare(case, partial(turns, case, [begin], [image]))
     compare_turns(
@@ -488,6 +512,8 @@ def _(case):
         return call(prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
 
     offered(assisted)
+    if decoder_of(case.model).config.model_type == "gemma":
+        raise NotOffered("transformers: the prompt sees what is guessed")
     lengths.clear()
     compare(case, call, routed_call=assisted)
     guesses = [length for length in lengths if length > len(prompt)]
@@ -500,9 +526,10 @@ def _(case):
     call = generate(case, [one_image(case)], cache_implementation="static")
     if (kind := type(offered(call).past_key_values).__name__) != "StaticCache":
         raise NotOffered(f"transformers: it is given a {kind}")
-    if hybrid(case):
+    if hybrid(case) or sees_images(case):
+        reason = f"{cache_name(case.model)} must be a DynamicCache|attention_mask must have two dimensions for a model"
         with rk.apply(case.model, policies(case)[0]):
-            refusal(f"{cache_name(case.model)} must be a DynamicCache", call, case.model)
+            refusal(reason, call, case.model)
     compare(case, generate(case, [one_image(case)]), routed_call=call)
     compare_batch(case, "left", cache_implementation="static")
     config = case.model.config.get_text_config()
@@ -590,7 +617,7 @@ def flash_attention(case):
 @way("flash attention", '`attn_implementation="flash_attention_2"`, the same; with a stand-in for its kernels')
 def _(case):
     this = policies(case)[0]
-    if "sliding_attention" in layer_types(decoder_of(case.model)):
+    if "sliding_attention" in layer_types(decoder_of(case.model)) or sees_images(case):
         with rk.apply(case.model, this), flash_attention(case):
             call = partial(case.model, **case.batch([one_image(case)]))
             refusal("attn_implementation must not be flash attention", call, case.model)
