@@ -20,7 +20,6 @@ from reroute_kernels.ref.rank import rotate_half
 
 from . import refusals
 from .modules import Module
-from .offload import onloaded
 from .vision import ClipVision, _once, _share_memory
 
 
@@ -121,6 +120,7 @@ class SiglipVision(ClipVision):
                 partial(self._pooled_saliency, pool, state.input[video]),
                 partial(self._pooled_similarity, pool, [output[video] for output in state.outputs]),
                 is_video=True,
+                _keys=partial(self._pooled_keys, pool, state.input[video]),
             )
             reduced.append(self._marked(*self._reduced(image)))
         state.input = state.outputs = state.others = None
@@ -128,6 +128,9 @@ class SiglipVision(ClipVision):
 
     def _pooled_saliency(self, pool: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         return pool(self._saliency(hidden)[:, :, None])[:, :, 0]
+
+    def _pooled_keys(self, pool: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        return pool(self._keys(hidden))
 
     def _pooled_similarity(self, pool: Callable[[Tensor], Tensor], outputs: list[Tensor]) -> Tensor:
         return pool(self._similarity_features(outputs))
@@ -193,6 +196,7 @@ class PixtralVision(ClipVision):
         patches = [(int(height) // patch, int(width) // patch) for height, width in state.sizes]
         saliency = _once(partial(self._saliency_of_all, state.input, state.embeddings, patches, merged))
         similar = _once(partial(self._similarity_of_all, state.outputs, state.sizes))
+        keys = _once(partial(self._keys_of_all, state.input, patches, merged))
         reduced, start = [], 0
         for height, width in patches:
             grid = height // merged, width // merged
@@ -202,28 +206,42 @@ class PixtralVision(ClipVision):
             def of_image(values: Callable[[], Tensor], rows=rows) -> Tensor:
                 return values()[None, rows]
 
-            image = VisionFeatures(output[None, rows], grid, partial(of_image, saliency), partial(of_image, similar))
+            image = VisionFeatures(
+                output[None, rows],
+                grid,
+                partial(of_image, saliency),
+                partial(of_image, similar),
+                _keys=partial(of_image, keys),
+            )
             reduced.append(self._marked(*self._reduced(image))[0])
         state.input = state.embeddings = state.outputs = state.sizes = None
         return torch.cat(reduced)
 
     @torch.no_grad()
     def _saliency_of_all(self, hidden: Tensor, embeddings, patches: list[tuple[int, int]], merged: int) -> Tensor:
-        norm, attention = (getattr(self._salient_layer, name) for name in self.parts)
-        with onloaded(self._salient_layer, attention):
-            states = norm(hidden)
-            query, key = attention.q_proj(states), attention.k_proj(states)
+        attention = getattr(self._salient_layer, self.parts[1])
         cos, sin = (table.view(-1, 1, attention.head_dim).float() for table in embeddings)
-        query, key = (
-            rotate_half(states.unflatten(-1, (-1, attention.head_dim)).float(), cos, sin) for states in (query, key)
-        )
+        query, key = (rotate_half(states.float(), cos, sin) for states in self._queries_and_keys(hidden))
         counts = torch.tensor([height * width for height, width in patches], device=hidden.device)
         bounds = torch.nn.functional.pad(counts.cumsum(dim=0), (1, 0))
         received = ops.column_saliency(query, key, bounds, scale=attention.scaling, query_reduction="sum")[0]
-        images = received.split([height * width for height, width in patches])
-        pooled = [avg_pool2d(each.view(1, *grid), merged) for each, grid in zip(images, patches, strict=True)]
-        return torch.cat([each.flatten() for each in pooled])
+        return _pooled(received[:, None], patches, merged)[:, 0]
+
+    @torch.no_grad()
+    def _keys_of_all(self, hidden: Tensor, patches: list[tuple[int, int]], merged: int) -> Tensor:
+        _, key = self._queries_and_keys(hidden)
+        return _pooled(key[0].mean(dim=1), patches, merged)
 
     @torch.no_grad()
     def _similarity_of_all(self, outputs: list[Tensor], sizes) -> Tensor:
         return self.projector.patch_merger(self.projector.norm(torch.stack(outputs).mean(dim=0)[0]), sizes)
+
+
+def _pooled(values: Tensor, patches: list[tuple[int, int]], merged: int) -> Tensor:
+    """(N, c): the means of (P, c) over merged patches; those of images with these rows and columns of patches."""
+    images = values.split([height * width for height, width in patches])
+    pooled = [
+        avg_pool2d(each.T.reshape(1, -1, *grid), merged).flatten(2)[0].T
+        for each, grid in zip(images, patches, strict=True)
+    ]
+    return torch.cat(pooled)

@@ -306,16 +306,20 @@ class ClipVision(ReducedVision):
 
     def _image(self, features: Tensor, grid: tuple[int, int], hidden: Tensor, outputs: list[Tensor]) -> VisionFeatures:
         return VisionFeatures(
-            features, grid, partial(self._saliency, hidden), partial(self._similarity_features, outputs)
+            features,
+            grid,
+            partial(self._saliency, hidden),
+            partial(self._similarity_features, outputs),
+            _keys=partial(self._keys, hidden),
+            _projected=partial(self._projected, features),
         )
 
     def _mark_dropped(self, projector: Module, args: tuple, output: Tensor) -> Tensor:
         dropped, self._state.dropped = self._state.dropped, None
         return self._marked(output, dropped)
 
-    @torch.no_grad()
-    def _saliency(self, hidden: Tensor) -> Tensor:
-        """Attention of the class token, or of all patches, summed over queries and heads or averaged over heads."""
+    def _queries_and_keys(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, 1 or P, H, D) of the class token, or of all patches, and (T, P, H, D), in the layer of the saliency."""
         norm, attention = (getattr(self._salient_layer, name) for name in self.parts)
         with onloaded(self._salient_layer, attention):
             states = norm(hidden)
@@ -323,10 +327,29 @@ class ClipVision(ReducedVision):
             key = attention.k_proj(states)
             if hasattr(attention, "q_norm"):
                 query, key = attention.q_norm(query), attention.k_norm(key)
-        query, key = (states.unflatten(-1, (-1, attention.head_dim)) for states in (query, key))
-        received = ops.column_saliency(query, key, scale=attention.scale, query_reduction="sum")
+        return query.unflatten(-1, (-1, attention.head_dim)), key.unflatten(-1, (-1, attention.head_dim))
+
+    @torch.no_grad()
+    def _saliency(self, hidden: Tensor) -> Tensor:
+        """Attention of the class token, or of all patches, summed over queries and heads or averaged over heads."""
+        query, key = self._queries_and_keys(hidden)
+        scale = getattr(self._salient_layer, self.parts[1]).scale
+        received = ops.column_saliency(query, key, scale=scale, query_reduction="sum")
         received = received[:, self.class_tokens :] * (query.shape[2] if self.class_tokens else 1)
         return self._merge(received[:, :, None]).mean(dim=-1)
+
+    @torch.no_grad()
+    def _keys(self, hidden: Tensor) -> Tensor:
+        """(T, N, D), averaged over heads and merged patches."""
+        _, key = self._queries_and_keys(hidden)
+        keys = key[:, self.class_tokens :].mean(dim=2)
+        channels = keys.transpose(1, 2).flatten(0, 1)[:, :, None]  # each as an image of its own: `_merge` mixes none
+        return self._merge(channels).mean(dim=-1).unflatten(0, (len(keys), -1)).transpose(1, 2)
+
+    @torch.no_grad()
+    def _projected(self, features: Tensor) -> Tensor:
+        # Past its hooks, which are those of this reducer, too.
+        return self.projector.forward(features)
 
     @torch.no_grad()
     def _similarity_features(self, outputs: list[Tensor]) -> Tensor:
@@ -384,6 +407,7 @@ class QwenVision(ReducedVision):
         # Computed once for all images, if at all.
         saliency = _once(partial(self._saliency, hidden, cu_seqlens, embeddings, back))
         similarity_features = _once(partial(self._similarity_features, state.outputs, back))
+        keys = _once(partial(self._keys, hidden, back))
         reduced, start = [], 0
         for frames, height, width in grids:
             rows = slice(start, start + frames * height * width)
@@ -398,6 +422,7 @@ class QwenVision(ReducedVision):
                 partial(_applied, of_frames, saliency),
                 partial(_applied, of_frames, similarity_features),
                 is_video=frames > 1,
+                _keys=partial(_applied, of_frames, keys),
             )
             reduced.append(self._marked(*self._reduced(image)).flatten(0, 1))
         state.input = state.outputs = None
@@ -420,14 +445,27 @@ class QwenVision(ReducedVision):
     @torch.no_grad()
     def _saliency(self, hidden: Tensor, cu_seqlens: Tensor, position_embeddings, back: Tensor | None) -> Tensor:
         """Attention that patches receive from all in the last block, by merged patches in the order of the image."""
+        query, key = self._queries_and_keys(hidden)
+        cos, sin = (table[:, None].float() for table in position_embeddings)
+        query, key = (rotate_half(states.float(), cos, sin)[None] for states in (query, key))
+        scale = self.tower.blocks[-1].attn.scaling
+        received = ops.column_saliency(query, key, cu_seqlens, scale=scale, query_reduction="sum")
+        merged = received.view(-1, self._merged**2).mean(dim=1)
+        return merged if back is None else merged[back]
+
+    def _queries_and_keys(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(P, H, D) of the patches in the last block, not rotated."""
         block = self.tower.blocks[-1]
         with onloaded(block, block.attn):
             states = block.attn.qkv(block.norm1(hidden))
         query, key, _ = states.unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
-        cos, sin = (table[:, None].float() for table in position_embeddings)
-        query, key = (rotate_half(states.float(), cos, sin)[None] for states in (query, key))
-        received = ops.column_saliency(query, key, cu_seqlens, scale=block.attn.scaling, query_reduction="sum")
-        merged = received.view(-1, self._merged**2).mean(dim=1)
+        return query, key
+
+    @torch.no_grad()
+    def _keys(self, hidden: Tensor, back: Tensor | None) -> Tensor:
+        """(N, D), averaged over heads and merged patches, in the order of the image."""
+        _, key = self._queries_and_keys(hidden)
+        merged = key.mean(dim=1).unflatten(0, (-1, self._merged**2)).mean(dim=1)
         return merged if back is None else merged[back]
 
     @torch.no_grad()

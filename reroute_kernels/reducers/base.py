@@ -51,10 +51,12 @@ class VisionFeatures:
 
     @cached_property
     def keys(self) -> Tensor:
-        """(T, N, d'), the keys of the layer whose attention is the saliency, before rotation, averaged over heads.
+        """(T, N, d'), the keys of the layer whose attention is the saliency, before rotation.
+
+        Averaged over heads and merged patches, or pooled as the features are.
 
         Raises:
-            NotImplementedError: the tower gives none. No tower does yet.
+            NotImplementedError: they are not given. All towers that reducers work on give them.
         """
         if self._keys is None:
             raise NotImplementedError("reducer must not compare keys on this vision tower, which gives none")
@@ -64,7 +66,7 @@ class VisionFeatures:
     def projected(self) -> Tensor:
         """(T, N, d'), the features as the language model receives them, if none is dropped.
 
-        `features` where a tower does not give them. No tower does yet: before a projector, these are unprojected.
+        `features` where no projector follows. Where one does, it runs once more, without gradients.
         """
         return self.features if self._projected is None else self._projected()
 

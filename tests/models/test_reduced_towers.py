@@ -126,6 +126,10 @@ def pixtral_squares(core, received, inputs):
         yield image.mean(dim=(1, 3)).flatten()[None]
 
 
+def as_they_are(core, received, inputs):
+    return [received]
+
+
 def plain_projector(core):
     return core.multi_modal_projector
 
@@ -144,6 +148,87 @@ OTHERS = {
 }
 QWENS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
 TOWERS = {**dict.fromkeys(QWENS, qwen_saliency), **{name: saliency for name, (_, saliency) in OTHERS.items()}}
+
+
+KEYS = {
+    "llava": (lambda tower: getattr(tower, "vision_model", tower).encoder.layers[-2].self_attn.k_proj, as_they_are),
+    "llava_next": (
+        lambda tower: getattr(tower, "vision_model", tower).encoder.layers[-2].self_attn.k_proj,
+        as_they_are,
+    ),
+    "llava_onevision": (
+        lambda tower: getattr(tower, "vision_model", tower).encoder.layers[-1].self_attn.k_proj,
+        onevision_frames,
+    ),
+    "internvl": (lambda tower: tower.encoder.layer[-1].attention.k_norm, shuffled),
+    "mistral3": (lambda tower: tower.transformer.layers[-1].attention.k_proj, pixtral_squares),
+    "idefics3": (lambda tower: tower.encoder.layers[-1].self_attn.k_proj, shuffled),
+    **dict.fromkeys(QWENS, (lambda tower: tower.blocks[-1].attn.qkv, None)),
+}
+"""The module that makes the keys of a salient layer, and how values (T, P) of patches become those of tokens."""
+
+
+@torch.no_grad()
+def slow_keys(case, inputs):
+    """(N, D) for all images, or for all videos: the mean over heads and over merged patches, channel by channel."""
+    core = case.model.model
+    tower = next(getattr(core, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(core, name))
+    module, merge = KEYS[case.name]
+    made = []
+    handle = module(tower).register_forward_hook(lambda *given: made.append(given[2]))
+    output = features_of(case.model, inputs)
+    handle.remove()
+    (keys,) = made
+    heads = tower.config.num_heads if merge is None else tower.config.num_attention_heads
+    if merge is None:
+        keys = keys.unflatten(-1, (3, heads, -1))[:, 1].mean(dim=1)
+        merged = torch.stack([group.mean(dim=0) for group in keys.split(tower.spatial_merge_size**2)])
+        unsorted = tower.merger(output.last_hidden_state)
+        return merged[torch.cdist(torch.cat(list(output.pooler_output)), unsorted).argmin(dim=1)]
+    keys = keys.unflatten(-1, (heads, -1)).mean(dim=-2)
+    if case.name in ("llava", "llava_next", "internvl"):
+        keys = keys[:, 1:]
+    channels = [list(merge(core, keys[..., channel], inputs)) for channel in range(keys.shape[-1])]
+    return torch.stack([torch.cat([each.flatten() for each in images]) for images in channels], dim=-1)
+
+
+class Seen(Salient):
+    """Notes what reducers are handed, and leaves all tokens as they are."""
+
+    def reduce(self, image):
+        image.keys, image.projected  # noqa: B018 (computed while the state of the call is there)
+        super().reduce(image)
+        tokens = torch.arange(image.features.shape[1]).expand(len(image.features), -1)
+        return tokens, image.features.clone()
+
+
+@pytest.mark.parametrize("video", [False, True], ids=["images", "video"])
+@pytest.mark.parametrize("name", KEYS)
+@torch.no_grad()
+def test_keys_and_projected_features(name, video):
+    case, reducer = load_shallow(name), Seen()
+    if video and not case.has_video:
+        pytest.skip("no videos")
+    inputs = case.batch([case.prompt(0 if video else 2, 4, 9, seed=1, video=video)])
+    expected, projected = slow_keys(case, inputs), []
+    core = case.model.model
+    if name in QWENS:
+        projected = list(features_of(case.model, inputs).pooler_output)
+    else:
+        projector = OTHERS[name][0](core) if name in OTHERS else core.multi_modal_projector
+        handle = projector.register_forward_hook(lambda *given: projected.append(given[2]))
+        features_of(case.model, inputs)
+        handle.remove()
+    if video and name == "llava_onevision":
+        projected = [core.apply_pooling(projected[0])]
+    with rk.apply(case.model, rk.Policy((), reducer=reducer)):
+        case.model(**inputs)
+    width = expected.shape[1]
+    torch.testing.assert_close(torch.cat([image.keys.reshape(-1, width) for image in reducer.images]), expected)
+    width = case.model.config.get_text_config().hidden_size
+    got = torch.cat([image.projected.reshape(-1, width) for image in reducer.images])
+    torch.testing.assert_close(got, torch.cat([each.reshape(-1, width) for each in projected]))
+    assert all(image.keys.shape[:2] == image.features.shape[:2] for image in reducer.images)
 
 
 @pytest.fixture(params=TOWERS)
