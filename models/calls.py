@@ -26,9 +26,10 @@ from .adapter import Adapter, cache_name, cache_of
 from .answers import Answers
 from .cached import CachedPrompt, CacheState, drop_record, has_record, record_of
 from .checkpointing import recomputes_hooks, recomputes_without_cache
-from .generation import PromptCall, prompt_call
+from .generation import PromptCall, encoding_arguments, prompt_call
 from .layers import RoutedLayers
 from .prefill import Continuation, Prefill
+from .prompt_text import PromptText
 from .refusals import refuse
 from .tensor_parallel import all_gather_scores
 from .vision import ReducedVision
@@ -415,6 +416,33 @@ class CallReader:
             if lengths != {0}:
                 raise refusals.HALF_RESET.because(cache=self._cache_name, lengths=sorted(lengths))
         return self._read_prompt(cache, arguments, None, generation, marks)
+
+    def text_beside_images(self, call: tuple[tuple, dict, Answers] | None) -> PromptText | None:
+        """The text of the prompt whose images are encoded; None if it is not known.
+
+        Args:
+            call: arguments of the call of the model in which they are, and its answers; None outside of calls.
+        """
+        if call is None:
+            arguments, answers, drafts = encoding_arguments(self._adapter.core), Answers(), 0
+        else:
+            args, kwargs, answers = call
+            arguments = by_name(self._signature, args, kwargs)
+            drafts = prompt_call(self._adapter.core).draft_tokens
+        ids = None if arguments is None else arguments.get("input_ids")
+        if arguments is None or ids is None or not ids.shape[1]:
+            return None
+        visual, length = self._visual_tokens(arguments), ids.shape[1]
+        mask, _ = _padding_mask(arguments.get("attention_mask"), length, length)
+        valid = None
+        if isinstance(mask, Tensor) and tuple(mask.shape) == tuple(ids.shape):
+            valid = mask.to(ids.device, torch.bool)
+        positions = torch.arange(length, device=ids.device)
+        text = ~visual & (positions < length - drafts)
+        if valid is not None:
+            text = text & valid
+        starts = answers.starts(visual, valid)
+        return PromptText(ids, text if starts is None else text & (positions < starts[:, None]), valid)
 
     def new_tokens_alone(self, arguments: dict) -> dict | None:
         """Arguments without tokens that are cached: `generate` cuts off as many as the first layer holds, too few.

@@ -75,6 +75,25 @@ def prompt_call(core: nn.Module) -> PromptCall:
     return PromptCall(generates=True, drafts=drafts, uncut=cut is None, conversation=conversation)
 
 
+def encoding_arguments(core: nn.Module) -> dict | None:
+    """Arguments of the `generate` that encodes images for its model before it calls it; None if none does.
+
+    Args:
+        core: the model inside the head.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    callee = frame
+    while frame is not None and not (frame.f_code.co_name == "generate" and _generates_with(core, frame)):
+        callee, frame = frame, frame.f_back
+    if frame is None or callee is None or "prepare" not in callee.f_code.co_name:
+        return None
+    values = frame.f_locals
+    arguments = dict(values.get("model_kwargs") or {})
+    if values.get("model_input_name") == "input_ids":
+        arguments["input_ids"] = values.get("inputs_tensor")
+    return arguments
+
+
 def _generates_with(core: nn.Module, frame: FrameType) -> bool:
     """Whether a frame is one of transformers' generation with a model that is, shares or wraps this one."""
     if frame.f_globals.get("__name__") != _GENERATION:

@@ -35,6 +35,7 @@ from .modules import Module, uncompiled
 from .offload import to_execution_device
 from .prefill import Continuation, Prefill
 from .projection import LayerProjection
+from .prompt_text import PromptText
 from .stack import calls_of, forwards_of
 from .static import PrefillKey
 from .tensor_parallel import check_not_sharded, head_group, plans_part
@@ -96,6 +97,8 @@ class Routing:
         self._vision: Any = None if policy.reducer is None else self._reduced_vision()  # a ReducedVision
         self._ranks_ahead = set(policy.layers_ranking_ahead)
         self._calls = CallReader(adapter, policy, self._layers, self._head_group, self._vision)
+        if self._vision is not None:
+            self._vision.prompt_text = torch.compiler.disable(self._text_beside_images)
         self._running = _Calls()
         # torch.compile must not trace these: they read frames.
         self._count_calls = torch.compiler.disable(partial(calls_of, adapter.core))
@@ -329,6 +332,11 @@ class Routing:
             pairs = zip_longest(layers, self._hooked_layers)
             layer_idx = next(layer_idx for layer_idx, (layer, hooked) in enumerate(pairs) if layer is not hooked)
             raise refusals.REPLACED_LAYER.because(layer_idx=layer_idx)
+
+    def _text_beside_images(self) -> PromptText | None:
+        """The text of the prompt whose images are encoded; None if it is not known."""
+        call = self._call
+        return self._calls.text_beside_images(call.unread if call is not None and self._count_calls() else None)
 
     # Inside the language model
 

@@ -390,6 +390,12 @@ EXPORTED = Refusal(
     "because how many tokens of a prompt with images run depends on input_ids; got one with images, embeddings or a "
     "routed cache: remove() the routing first",
 )
+REDUCER_TEXT = Refusal(
+    "with a reducer that reads the prompt's text (CDPruner), images that are encoded outside of a call of the model or "
+    "of `generate` with `input_ids`, or that do not fill their placeholders row by row",
+    "reducer needs the text of the prompt in which images stand, which is known where they are encoded by a call of "
+    "the model, or of generate, with input_ids; got {got}",
+)
 EMBEDS_ALONE = Refusal(
     "`inputs_embeds` without `input_ids` or features",
     "input_ids must be given to a routed model, or image features beside inputs_embeds, as visual tokens cannot be "
@@ -663,6 +669,7 @@ PAGE: dict[str, tuple[Refusal, ...]] = {
         PAGED,
         PAGED_GRAPH,
         EXPORTED,
+        REDUCER_TEXT,
         FOREIGN_FEATURES,
         FIXED_ARGUMENT,
         REPLACED_DECODER,

@@ -21,6 +21,16 @@ def _frames_of(module: nn.Module, name: str) -> int:
     return count
 
 
+def running(module: nn.Module, name: str) -> dict[str, object] | None:
+    """The variables of the innermost method of this name that a module runs; None if it runs none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == name and frame.f_locals.get("self") is module:
+            return frame.f_locals
+        frame = frame.f_back
+    return None
+
+
 def calls_of(module: nn.Module) -> int:
     """How many calls of a module run, each inside the one before; those whose hooks run now count, too."""
     return _frames_of(module, nn.Module._call_impl.__name__)

@@ -20,7 +20,7 @@ from reroute_kernels.ref.rank import rotate_half
 
 from . import refusals
 from .modules import Module
-from .vision import ClipVision, _once, _share_memory
+from .vision import ClipVision, _once, _repeated, _share_memory
 
 
 class InternVision(ClipVision):
@@ -111,8 +111,10 @@ class SiglipVision(ClipVision):
         if not frames:
             return pooled
         side = math.isqrt(pooled.shape[1])
+        # A newline ends each video.
+        texts = _once(partial(self._texts, [frames * pooled.shape[1] + 1] * (len(pooled) // frames), True))
         reduced = []
-        for start in range(0, len(pooled), frames):
+        for number, start in enumerate(range(0, len(pooled), frames)):
             video = slice(start, start + frames)
             image = VisionFeatures(
                 pooled[video],
@@ -121,6 +123,7 @@ class SiglipVision(ClipVision):
                 partial(self._pooled_similarity, pool, [output[video] for output in state.outputs]),
                 is_video=True,
                 _keys=partial(self._pooled_keys, pool, state.input[video]),
+                _text=partial(_repeated, texts, number, frames),
             )
             reduced.append(self._marked(*self._reduced(image)))
         state.input = state.outputs = state.others = None
@@ -197,9 +200,10 @@ class PixtralVision(ClipVision):
         saliency = _once(partial(self._saliency_of_all, state.input, state.embeddings, patches, merged))
         similar = _once(partial(self._similarity_of_all, state.outputs, state.sizes))
         keys = _once(partial(self._keys_of_all, state.input, patches, merged))
+        grids = [(height // merged, width // merged) for height, width in patches]
+        texts = _once(partial(self._texts, [math.prod(grid) for grid in grids]))
         reduced, start = [], 0
-        for height, width in patches:
-            grid = height // merged, width // merged
+        for number, grid in enumerate(grids):
             rows = slice(start, start + grid[0] * grid[1])
             start = rows.stop
 
@@ -212,6 +216,7 @@ class PixtralVision(ClipVision):
                 partial(of_image, saliency),
                 partial(of_image, similar),
                 _keys=partial(of_image, keys),
+                _text=partial(_repeated, texts, number, 1),
             )
             reduced.append(self._marked(*self._reduced(image))[0])
         state.input = state.embeddings = state.outputs = state.sizes = None

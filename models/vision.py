@@ -13,9 +13,10 @@ import math
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import cycle
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ from . import refusals
 from .checkpointing import checkpointed
 from .modules import Module
 from .offload import onloaded
-from .stack import calls_of
+from .prompt_text import PromptText
+from .stack import calls_of, running
+
+Value = TypeVar("Value")
 
 # Routings with a reducer are numbered, in this many bits.
 _BITS = 16
@@ -62,6 +66,10 @@ class ReducedVision(ABC):
         self._number = next(_numbers)
         self._state = threading.local()  # of the images that are encoded; one call per thread
         self._kept_all: bool | Tensor = False  # not read from the device until a call asks
+        # The text of the prompt whose images are encoded, if it is known; given by the routing.
+        self.prompt_text: Callable[[], PromptText | None] = lambda: None
+        # torch.compile must not trace it: it reads frames.
+        self._running = torch.compiler.disable(partial(running, adapter.core))
 
     @property
     @abstractmethod
@@ -175,6 +183,24 @@ class ReducedVision(ABC):
                 f"(M, {channels}) features; got {_described(index)} and {_described(made)} from {self._reducer!r}"
             )
         return index, made
+
+    def _texts(self, images: Sequence[int], video: bool = False) -> tuple[Tensor, ...]:
+        """The text of the row in which each image stands, (M, d).
+
+        Args:
+            images: how many placeholders each image or video of the encoder's call fills.
+            video: whether they are videos.
+
+        Raises:
+            NotImplementedError: the text is not known.
+        """
+        prompt, config = self.prompt_text(), self._adapter.model.config
+        if prompt is None:
+            raise refusals.REDUCER_TEXT.because(got=f"{len(images)} without a prompt")
+        rows = prompt.rows_of(images, config.video_token_id if video else config.image_token_id)
+        if rows is None:
+            raise refusals.REDUCER_TEXT.because(got=f"images of {list(images)} tokens for other placeholders")
+        return prompt.embedded(rows, self._adapter.core.get_input_embeddings())
 
     def _note_output(self, layer: Module, args: tuple, output: Tensor | tuple) -> None:
         outputs = getattr(self._state, "outputs", None)
@@ -312,7 +338,35 @@ class ClipVision(ReducedVision):
             partial(self._similarity_features, outputs),
             _keys=partial(self._keys, hidden),
             _projected=partial(self._projected, features),
+            _text=partial(self._texts_of_tiles, *features.shape[:2]),
         )
+
+    def _texts_of_tiles(self, tiles: int, tokens: int) -> tuple[Tensor, ...]:
+        """The text of the row in which each tile of `tokens` stands, (M, d)."""
+        packed = self._running("get_image_features") if self._packs_tiles else {}
+        if packed is None or (self._packs_tiles and "image_num_patches" not in packed):
+            raise refusals.REDUCER_TEXT.because(got=f"{tiles} tiles outside of get_image_features")
+        if not packed:
+            return self._texts([tokens] * tiles)
+        counts: list[int] = packed["image_num_patches"]
+        texts = self._texts(self._packed_lengths(counts, tokens, packed))
+        return tuple(text for text, count in zip(texts, counts, strict=True) for _ in range(count))
+
+    @property
+    def _packs_tiles(self) -> bool:
+        """Whether the model puts the tiles of an image together, without padding and with newlines."""
+        return hasattr(self._adapter.core, "pack_image_features")
+
+    def _packed_lengths(self, counts: Sequence[int], tokens: int, arguments: Mapping) -> list[int]:
+        """How many placeholders images of so many tiles fill."""
+        core = self._adapter.core
+        pack = type(core).pack_image_features
+        names = inspect.signature(pack).parameters
+        given = {name: arguments[name] for name in names if name in arguments and name.startswith("vision_")}
+        tiles = [torch.zeros(count, tokens, 1, dtype=torch.float32, device="cpu") for count in counts]
+        newline = torch.zeros(1, dtype=torch.float32, device="cpu")
+        packed, _ = pack(core, tiles, arguments["image_sizes"], image_newline=newline, **given)
+        return [len(each) for each in packed]
 
     def _mark_dropped(self, projector: Module, args: tuple, output: Tensor) -> Tensor:
         dropped, self._state.dropped = self._state.dropped, None
@@ -408,8 +462,9 @@ class QwenVision(ReducedVision):
         saliency = _once(partial(self._saliency, hidden, cu_seqlens, embeddings, back))
         similarity_features = _once(partial(self._similarity_features, state.outputs, back))
         keys = _once(partial(self._keys, hidden, back))
+        texts = _once(partial(self._texts_of_grids, grids))
         reduced, start = [], 0
-        for frames, height, width in grids:
+        for number, (frames, height, width) in enumerate(grids):
             rows = slice(start, start + frames * height * width)
             start = rows.stop
 
@@ -423,11 +478,15 @@ class QwenVision(ReducedVision):
                 partial(_applied, of_frames, similarity_features),
                 is_video=frames > 1,
                 _keys=partial(_applied, of_frames, keys),
+                _text=partial(_repeated, texts, number, frames),
             )
             reduced.append(self._marked(*self._reduced(image)).flatten(0, 1))
         state.input = state.outputs = None
         output.pooler_output = torch.cat(reduced)
         return output
+
+    def _texts_of_grids(self, grids: list[tuple[int, int, int]]) -> tuple[Tensor, ...]:
+        return self._texts(list(map(math.prod, grids)), video=self._running("get_video_features") is not None)
 
     @staticmethod
     def _window_order(grids: list[tuple[int, int, int]], side: int) -> Tensor:
@@ -474,14 +533,19 @@ class QwenVision(ReducedVision):
         return merged if back is None else merged[back]
 
 
+def _repeated(texts: Callable[[], tuple[Tensor, ...]], number: int, times: int) -> tuple[Tensor, ...]:
+    """The text of one image or video, for each of its frames."""
+    return (texts()[number],) * times
+
+
 def _applied(function: Callable[[Tensor], Tensor], value: Callable[[], Tensor]) -> Tensor:
     return function(value())
 
 
-def _once(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    made: list[Tensor] = []
+def _once(function: Callable[[], Value]) -> Callable[[], Value]:
+    made: list[Value] = []
 
-    def value() -> Tensor:
+    def value() -> Value:
         if not made:
             made.append(function())
         return made[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -33,7 +33,7 @@ class VisionFeatures:
     """Whether the T are the frames of one video, in order; else they are images or tiles."""
     _keys: Callable[[], Tensor] | None = field(default=None, repr=False)
     _projected: Callable[[], Tensor] | None = field(default=None, repr=False)
-    _text: Callable[[], Tensor] | None = field(default=None, repr=False)
+    _text: Callable[[], Sequence[Tensor]] | None = field(default=None, repr=False)
 
     @cached_property
     def saliency(self) -> Tensor:
@@ -71,19 +71,21 @@ class VisionFeatures:
         return self.features if self._projected is None else self._projected()
 
     @cached_property
-    def text(self) -> Tensor:
-        """(M, d'), embeddings of the prompt's text, in the space of `projected`.
+    def text(self) -> tuple[Tensor, ...]:
+        """For each of the T images: (M, d'), embeddings of its prompt's text, in the space of `projected`.
+
+        Those of the language model's input, of all text of the row in which the image stands. To be asked for while
+        the image is reduced.
 
         Raises:
-            NotImplementedError: the text is not known where the images are encoded. Models give none: `generate`
-                encodes the images of a whole batch before it calls the model with the prompts.
+            NotImplementedError: they are not given, or the prompt is not known where the images are encoded.
         """
         if self._text is None:
             raise NotImplementedError(
-                "reducer must not depend on text, which is not known where the images are encoded; "
-                "reroute_kernels.reducers.cdpruner_tokens takes both as tensors"
+                "reducer must not depend on text where images come without their prompt; "
+                "reroute_kernels.reducers.cdpruner_tokens takes features and relevance as tensors"
             )
-        return self._text()
+        return tuple(self._text())
 
 
 class ReducerLike(Protocol):

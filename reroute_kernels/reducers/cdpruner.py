@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -11,19 +13,22 @@ from ..precision import full_precision
 from .base import ShareReducer, VisionFeatures, with_features
 
 
-def cdpruner_relevance(features: Tensor, text: Tensor) -> Tensor:
+def cdpruner_relevance(features: Tensor, text: Tensor | Sequence[Tensor]) -> Tensor:
     """Relevance of tokens to a text: their mean cosine to it, negated, from 0 to 1 in each image.
 
     Args:
         features: (T, N, d'), in the space of the text's embeddings: CLIP's, or that of the language model's input.
-        text: (M, d'), embeddings of the text.
+        text: (M, d'), embeddings of the text; or T of them, one for each image.
 
     Returns:
-        (T, N) float32; 1 everywhere in an image whose tokens are equally relevant.
+        (T, N) float32; 1 everywhere in an image whose tokens are equally relevant, or whose text is empty.
     """
+    texts = [text] * len(features) if isinstance(text, Tensor) else text
+    # The mean cosine to vectors is the product with the mean of their directions.
+    means = {id(each): normalize(each.float(), dim=-1).sum(dim=0) / max(1, len(each)) for each in texts}
+    directions = torch.stack([means[id(each)].to(features.device) for each in texts])
     with full_precision(features.device):
-        cosines = normalize(features.float(), dim=-1) @ normalize(text.float(), dim=-1).T
-    negated = -cosines.mean(dim=-1)
+        negated = -(normalize(features.float(), dim=-1) @ directions[:, :, None])[:, :, 0]
     least, most = negated.aminmax(dim=1, keepdim=True)
     scaled = (negated - least) / (most - least)
     return scaled.masked_fill(most == least, 1)
@@ -49,7 +54,8 @@ def cdpruner_tokens(features: Tensor, relevance: Tensor, *, keep: int) -> Tensor
 class CDPruner(ShareReducer):
     """CDPruner (arXiv 2506.10967), see `cdpruner_tokens` and `cdpruner_relevance`.
 
-    It needs `VisionFeatures.text`, which no model gives yet: a call with images is refused before the decoder runs.
+    The text is that of the prompt in which the image stands: all of it, as the language model's input embeddings. The
+    paper's is that of CLIP's text tower, which a language model's checkpoint does not hold.
 
     Args:
         keep: share of the tokens that stay, in (0, 1]; their number is rounded up.
