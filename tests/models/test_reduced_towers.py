@@ -3,7 +3,6 @@
 import inspect
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_name
 from tests.models.families import load_shallow
 from tests.models.prompts import IMAGE, VIDEO, Prompt, offset
-from tests.models.reduced_by_hand import inputs_of, softmax_rows
 from tests.models.slow_way import decoder_of
+from tests.models.towers_by_hand import KEYS, OTHERS, QWENS, TOWERS, features_of, slow_keys
 
 STEPS = 4
 CROPS_BY_COUNT = "number_of_tokens_to_crop" in GenerationMixin._assisted_decoding.__code__.co_varnames
@@ -45,151 +44,6 @@ class Ragged(Salient):
         least = (torch.arange(tokens) <= torch.arange(count)[:, None]).flatten()
         index = least.nonzero().flatten()
         return index, image.features.flatten(0, 1)[index] / 2
-
-
-def qwen_saliency(model, images, inputs):
-    """Column sums of the last block, by whole matrices, of all images and then all videos."""
-    tower = model.model.visual
-    for pixels, grids in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
-        if grids not in inputs:
-            continue
-        with inputs_of(tower.blocks) as seen, torch.no_grad():
-            output = tower(inputs[pixels], grid_thw=inputs[grids])
-            merged = tower.merger(output.last_hidden_state)
-        back = torch.cdist(output.pooler_output, merged).argmin(dim=1)
-        hidden, arguments = seen[len(tower.blocks) - 1]
-        block = tower.blocks[-1]
-        query, key, _ = block.attn.qkv(block.norm1(hidden)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
-        cos, sin = (table[:, None] for table in arguments["position_embeddings"])
-        half = query.shape[-1] // 2
-        query, key = (x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin for x in (query, key))
-        bounds = arguments["cu_seqlens"].tolist()
-        received = [softmax_rows(query[a:b], key[a:b]).mean(dim=0).sum(dim=0) for a, b in pairwise(bounds)]
-        received = torch.cat(received).view(-1, tower.spatial_merge_size**2).mean(dim=1)[back]
-        for frames, height, width in inputs[grids].tolist():
-            count = frames * height * width // tower.spatial_merge_size**2
-            yield received[:count].view(frames, -1)
-            received = received[count:]
-
-
-def layered(attention, merge, class_token=False):
-    """Slow saliency of a tower whose attention weights can be had."""
-
-    def saliency(model, images, inputs):
-        tower = getattr(model.model, "vision_tower", None) or model.model.vision_model
-        module, weights = attention(tower), []
-        handle = module.register_forward_hook(lambda *given: weights.append(given[2][1]))
-        before = tower.config._attn_implementation
-        tower.set_attn_implementation("eager")
-        try:
-            with torch.no_grad():
-                features_of(model, inputs)
-        finally:
-            tower.set_attn_implementation(before)
-            handle.remove()
-        (weights,) = weights
-        received = weights[:, :, 0, 1:].sum(dim=1) if class_token else weights.mean(dim=1).sum(dim=1)
-        yield from merge(model.model, received, inputs)
-
-    return saliency
-
-
-def features_of(model, inputs):
-    """Outputs of the encoders of images or of videos."""
-    core = model.model
-    encode = core.get_video_features if "pixel_values_videos" in inputs else core.get_image_features
-    names = ("pixel_values", "pixel_values_videos", "image_sizes", "image_grid_thw", "video_grid_thw")
-    return encode(*[inputs[name] for name in names if name in inputs])
-
-
-def onevision_frames(core, received, inputs):
-    if "pixel_values_videos" not in inputs:
-        return [received]
-    pooled = core.apply_pooling(received[:, :, None])[:, :, 0]
-    return pooled.split(inputs["pixel_values_videos"].shape[1])
-
-
-def shuffled(core, received, inputs):
-    """Squares of 2 x 2 patches."""
-    side = round(received.shape[1] ** 0.5)
-    squares = received.view(-1, side // 2, 2, side // 2, 2)
-    return [squares.mean(dim=(2, 4)).flatten(1)]
-
-
-def pixtral_squares(core, received, inputs):
-    patch = core.config.vision_config.patch_size
-    start = 0
-    for height, width in (inputs["image_sizes"] // patch).tolist():
-        image = received[0, start : start + height * width].view(height, width)
-        start += height * width
-        image = image[: height // 2 * 2, : width // 2 * 2].view(height // 2, 2, width // 2, 2)
-        yield image.mean(dim=(1, 3)).flatten()[None]
-
-
-def as_they_are(core, received, inputs):
-    return [received]
-
-
-def plain_projector(core):
-    return core.multi_modal_projector
-
-
-OTHERS = {
-    "llava_onevision": (
-        plain_projector,
-        layered(lambda tower: getattr(tower, "vision_model", tower).encoder.layers[-1].self_attn, onevision_frames),
-    ),
-    "internvl": (plain_projector, layered(lambda tower: tower.encoder.layer[-1].attention, shuffled, class_token=True)),
-    "mistral3": (plain_projector, layered(lambda tower: tower.transformer.layers[-1].attention, pixtral_squares)),
-    "idefics3": (
-        lambda core: core.connector.modality_projection,
-        layered(lambda tower: tower.encoder.layers[-1].self_attn, shuffled),
-    ),
-}
-QWENS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
-TOWERS = {**dict.fromkeys(QWENS, qwen_saliency), **{name: saliency for name, (_, saliency) in OTHERS.items()}}
-
-
-KEYS = {
-    "llava": (lambda tower: getattr(tower, "vision_model", tower).encoder.layers[-2].self_attn.k_proj, as_they_are),
-    "llava_next": (
-        lambda tower: getattr(tower, "vision_model", tower).encoder.layers[-2].self_attn.k_proj,
-        as_they_are,
-    ),
-    "llava_onevision": (
-        lambda tower: getattr(tower, "vision_model", tower).encoder.layers[-1].self_attn.k_proj,
-        onevision_frames,
-    ),
-    "internvl": (lambda tower: tower.encoder.layer[-1].attention.k_norm, shuffled),
-    "mistral3": (lambda tower: tower.transformer.layers[-1].attention.k_proj, pixtral_squares),
-    "idefics3": (lambda tower: tower.encoder.layers[-1].self_attn.k_proj, shuffled),
-    **dict.fromkeys(QWENS, (lambda tower: tower.blocks[-1].attn.qkv, None)),
-}
-"""The module that makes the keys of a salient layer, and how values (T, P) of patches become those of tokens."""
-
-
-@torch.no_grad()
-def slow_keys(case, inputs):
-    """(N, D) for all images, or for all videos: the mean over heads and over merged patches, channel by channel."""
-    core = case.model.model
-    tower = next(getattr(core, name) for name in ("vision_tower", "vision_model", "visual") if hasattr(core, name))
-    module, merge = KEYS[case.name]
-    made = []
-    handle = module(tower).register_forward_hook(lambda *given: made.append(given[2]))
-    output = features_of(case.model, inputs)
-    handle.remove()
-    (keys,) = made
-    heads = tower.config.num_heads if merge is None else tower.config.num_attention_heads
-    if merge is None:
-        keys = keys.unflatten(-1, (3, heads, -1))[:, 1].mean(dim=1)
-        merged = torch.stack([group.mean(dim=0) for group in keys.split(tower.spatial_merge_size**2)])
-        unsorted = tower.merger(output.last_hidden_state)
-        return merged[torch.cdist(torch.cat(list(output.pooler_output)), unsorted).argmin(dim=1)]
-    keys = keys.unflatten(-1, (heads, -1)).mean(dim=-2)
-    if case.name in ("llava", "llava_next", "internvl"):
-        keys = keys[:, 1:]
-    channels = [list(merge(core, keys[..., channel], inputs)) for channel in range(keys.shape[-1])]
-    return torch.stack([torch.cat([each.flatten() for each in images]) for images in channels], dim=-1)
 
 
 class Seen(Salient):
