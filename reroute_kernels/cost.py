@@ -361,6 +361,7 @@ def cost(
     visual_tokens: int = 576,
     batch: int = 1,
     dtype: str | torch.dtype = "float16",
+    images: int = 1,
 ) -> Cost:
     """Count the cost of a policy on a model.
 
@@ -372,9 +373,10 @@ def cost(
         config_or_model: whose decoder is costed, as in `Decoder.of`.
         policy: the policy, or its text as `Policy.parse` takes it for this model; None for no routing.
         text_tokens: other tokens of a sample's prompt; the last token is one of them.
-        visual_tokens: visual tokens of a sample's prompt; of its one image if there is a reducer.
+        visual_tokens: visual tokens of a sample's prompt.
         batch: samples, all alike.
         dtype: of keys and values in the cache.
+        images: images or frames that a sample's visual tokens are of, equally many each: a reducer rounds for each.
 
     Raises:
         TypeError: an argument has the wrong type; or a ranking has no method `flops`, the reducer no `survivors`.
@@ -396,7 +398,7 @@ def cost(
     _check_count("batch", batch, 1)
     kv_width = 2 * decoder.kv_heads * decoder.head_dim * _dtype(dtype).itemsize * batch
     stages = []
-    for span in _spans(policy, decoder.layers, visual_tokens):
+    for span in _spans(policy, decoder.layers, visual_tokens, images):
         layers, tokens = span.end - span.first, text_tokens + span.visual_tokens
         cached = tokens + span.frozen
         weights = tokens * decoder.projection_weights + span.frozen * decoder.cached_weights
@@ -423,13 +425,14 @@ def cost(
     return Cost(decoder, text_tokens, visual_tokens, batch, tuple(stages))
 
 
-def visual_tokens_per_layer(policy: Policy, num_layers: int, visual_tokens: int) -> list[int]:
+def visual_tokens_per_layer(policy: Policy, num_layers: int, visual_tokens: int, images: int = 1) -> list[int]:
     """Visual tokens that run in each decoder layer, which is also how many of them each layer caches, but for `freeze`.
 
     Args:
         policy: the policy.
         num_layers: decoder layers of the model.
-        visual_tokens: visual tokens in the prompt of one sample; of its one image if there is a reducer.
+        visual_tokens: visual tokens in the prompt of one sample.
+        images: images or frames that they are of, as in `cost`.
 
     Returns:
         A list of `num_layers` counts.
@@ -440,24 +443,29 @@ def visual_tokens_per_layer(policy: Policy, num_layers: int, visual_tokens: int)
     """
     if num_layers < 1:
         raise ValueError(f"num_layers must be 1 or more, got {num_layers}")
-    spans = _spans(policy, num_layers, visual_tokens)
+    spans = _spans(policy, num_layers, visual_tokens, images)
     return [span.visual_tokens for span in spans for _ in range(span.first, span.end)]
 
 
-def average_visual_tokens(policy: Policy, num_layers: int, visual_tokens: int) -> float:
+def average_visual_tokens(policy: Policy, num_layers: int, visual_tokens: int, images: int = 1) -> float:
     """Mean over the decoder layers of the visual tokens that run; arguments as in `visual_tokens_per_layer`."""
-    return sum(visual_tokens_per_layer(policy, num_layers, visual_tokens)) / num_layers
+    return sum(visual_tokens_per_layer(policy, num_layers, visual_tokens, images)) / num_layers
 
 
-def surviving_tokens(reducer: ReducerLike | None, visual_tokens: int) -> int:
-    """Visual tokens of an image that a reducer leaves; all without one.
+def surviving_tokens(reducer: ReducerLike | None, visual_tokens: int, images: int = 1) -> int:
+    """Visual tokens of an image, or of several of one size, that a reducer leaves; all without one.
 
     Raises:
-        TypeError: `visual_tokens` is not an integer, or the reducer has no method `survivors`.
-        ValueError: `visual_tokens` is negative.
+        TypeError: a number is no integer, or the reducer has no method `survivors`.
+        ValueError: `visual_tokens` is negative, or is not divided evenly among `images` of 1 or more.
     """
     _check_count("visual_tokens", visual_tokens, 0)
-    return visual_tokens if reducer is None else _method(reducer, "reducer", "survivors")(visual_tokens)
+    _check_count("images", images, 1)
+    if visual_tokens % images:
+        raise ValueError(f"visual_tokens must be a multiple of images, {images}, got {visual_tokens}")
+    if reducer is None:
+        return visual_tokens
+    return images * _method(reducer, "reducer", "survivors")(visual_tokens // images)
 
 
 # `reroute_kernels.cost` is the function, and these were reached by that name when it was this module.
@@ -481,12 +489,12 @@ class _Span(NamedTuple):
     """Visual tokens that run in place of deferred ones."""
 
 
-def _spans(policy: Policy | None, num_layers: int, visual_tokens: int) -> list[_Span]:
+def _spans(policy: Policy | None, num_layers: int, visual_tokens: int, images: int) -> list[_Span]:
     """The layers before the first decision, and those of each stage."""
     schedule = () if policy is None else policy.schedule
     if schedule and schedule[-1].layer >= num_layers:
         raise ValueError(f"schedule must stay below layer {num_layers} of this model, got layer {schedule[-1].layer}")
-    candidates = surviving_tokens(None if policy is None else policy.reducer, visual_tokens)
+    candidates = surviving_tokens(None if policy is None else policy.reducer, visual_tokens, images)
     ends = [*(stage.layer for stage in schedule), num_layers]
     spans = [_Span(0, ends[0], candidates)] if ends[0] else []
     if policy is not None and schedule:

@@ -21,7 +21,7 @@ from .boxes import UNITS, box_text, read_box
 from .notation import read_policy
 from .policy import Policy
 from .policy_file import names_file
-from .presets import METHODS, ORIGINALS, model_of, preset
+from .presets import ALL_METHODS, model_of, preset
 from .trace import Trace
 
 WRAPPED = {
@@ -34,8 +34,8 @@ WRAPPED = {
 BOXES = ("answer", "shares")
 
 _FORMS = (
-    f"a method ({', '.join(METHODS + ORIGINALS)}) beside avg_tokens, a preset such as llava-1.5-7b/reroute-fastv/64, a "
-    "schedule such as 2:0.25+6:0.25 (remove:2:0.25+6:0.25 removes), a file such as policy.json, or none"
+    f"a method ({', '.join(ALL_METHODS)}) beside avg_tokens, a preset such as llava-1.5-7b/reroute-fastv/64 or "
+    "flashvid/10%, a schedule such as 2:0.25+6:0.25 (remove:2:0.25+6:0.25 removes), a file such as policy.json, or none"
 )
 
 
@@ -60,7 +60,7 @@ def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
         policy: a method of the presets; the name of a preset, `model/method/avg_tokens`; a schedule, whose stages are
             joined by `+` since lmms-eval splits arguments at commas; or the path of a policy file, without a comma for
             the same reason. None or `none` for no routing.
-        avg_tokens: the tier of a method, which is given with a method only.
+        avg_tokens: the tier of a method, or its percentage, such as `10%`; given with a method only.
         config: the checkpoint's configuration: a method is solved for models for which no preset is published.
 
     Raises:
@@ -71,7 +71,7 @@ def policy_of(policy: object, avg_tokens: object, config) -> Policy | None:
         policy = None
     elif not isinstance(policy, str):
         raise ValueError(f"policy must be {_FORMS}; got {policy!r}")
-    is_method = policy is not None and (policy in METHODS + ORIGINALS or not _is_for_read_policy(policy))
+    is_method = policy is not None and (policy in ALL_METHODS or not _is_for_read_policy(policy))
     if avg_tokens is not None and not is_method:
         raise ValueError(f"avg_tokens must be left out where policy is no method, got {avg_tokens!r} beside {policy!r}")
     if policy is None:
@@ -90,7 +90,7 @@ def _is_for_read_policy(text: str) -> bool:
 
 
 def _preset_of(method: str, avg_tokens: object, config) -> Policy:
-    if method not in METHODS + ORIGINALS:
+    if method not in ALL_METHODS:
         raise ValueError(f"policy must be {_FORMS}; got {method!r}")
     published = model_of(config)
     return preset(config if published is None else published.name, method, avg_tokens)

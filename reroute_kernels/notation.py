@@ -1,10 +1,10 @@
 """Policies as text, one grammar for Python, the command line, lmms-eval and vLLM.
 
-A policy is the name of a preset, `model/method/avg_tokens` or `method/avg_tokens` if the model is known; or a schedule:
-decision layers with their keep ratios, `3:0.25,7:0.25`; or the path of a policy file. Before a schedule may stand
-`remove:`, if tokens that are not selected are removed, `freeze:`, if they are frozen, `align-stage:` or `align-proxy:`,
-if deferred ones are aligned when the next decision begins. Stages are joined by `,`, or by `+` if commas separate
-arguments.
+A policy is the name of a preset, `model/method/avg_tokens` or `method/avg_tokens` if the model is known, with a
+percentage in place of a number for methods that reduce videos, `flashvid/10%`; or a schedule: decision layers with
+their keep ratios, `3:0.25,7:0.25`; or the path of a policy file. Before a schedule may stand `remove:`, if tokens that
+are not selected are removed, `freeze:`, if they are frozen, `align-stage:` or `align-proxy:`, if deferred ones are
+aligned when the next decision begins. Stages are joined by `,`, or by `+` if commas separate arguments.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ def parse_preset(text: str, model: str | None = None) -> Preset:
         accepted = "model/method/avg_tokens" if model is None else "method/avg_tokens or model/method/avg_tokens"
         raise ValueError(f"a preset is {accepted}")
     model, method, tier = parts
+    if tier.endswith("%"):
+        return Preset(model, method, tier)
     if not tier.isdecimal():
-        raise ValueError(f"avg_tokens must be an integer, got {tier!r}")
+        raise ValueError(f"avg_tokens must be an integer, or a percentage such as 10%, got {tier!r}")
     return Preset(model, method, int(tier))
 
 
@@ -57,8 +59,8 @@ def parse_policy(text: str, model: object = None) -> Policy:
     """Policy of a preset, a schedule or a file.
 
     Args:
-        text: a preset (`llava-1.5-7b/reroute-fastv/192`), a schedule (`3:0.25,7:0.25`, `remove:3:0.25`), or the path of
-            a file, which ends with `.json` or exists.
+        text: a preset (`llava-1.5-7b/reroute-fastv/192`, `qwen2.5-vl-7b/flashvid/10%`), a schedule (`3:0.25,7:0.25`,
+            `remove:3:0.25`), or the path of a file, which ends with `.json` or exists.
         model: the model of the policy: the name of a published model, a transformers model or a configuration. Presets
             need no model's name then (`reroute-fastv/64`), and those named after a model with another number of layers
             are refused.

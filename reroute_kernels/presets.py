@@ -12,6 +12,7 @@ from .checks import expect_one_of
 from .cost import DECODERS, Decoder, deciding_layers, layer_types, text_config, unknown_name
 from .policy import Policy, Stage
 from .rankings import LastQuery
+from .reduced import IMAGE_METHODS, REDUCED, VIDEO_METHODS, amounts, of_layers, reduced_policy, share_of
 from .reducers import Nuwa
 
 VISUAL_TOKENS = 576
@@ -110,6 +111,12 @@ METHODS = (
 ORIGINALS = ("fastv-original", "pdrop-original", "nuwa", "reroute-nuwa")
 """FastV, PyramidDrop and Nüwa as their own authors run them, and Nüwa under `reroute`."""
 
+ALL_METHODS = METHODS + ORIGINALS + REDUCED
+"""Every method that has presets."""
+
+_REDUCED_ON = {"llava-1.5-7b": tuple(IMAGE_METHODS), "qwen2.5-vl-7b": VIDEO_METHODS}
+"""The methods that reduce among a model's listed presets; other models take them, too."""
+
 TIERS = tuple(_FASTV)
 
 
@@ -118,7 +125,8 @@ class Preset(NamedTuple):
 
     model: str
     method: str
-    avg_tokens: int
+    avg_tokens: int | str
+    """Visual tokens per layer on average, of 576; a percentage, such as `"10%"`, for methods that reduce videos."""
 
     def __str__(self) -> str:
         return f"{self.model}/{self.method}/{self.avg_tokens}"
@@ -135,28 +143,44 @@ def presets(*, originals: bool = False) -> list[Preset]:
     """The configurations that the Reroute paper released.
 
     Args:
-        originals: whether those in `ORIGINALS` follow.
+        originals: whether those in `ORIGINALS` and `REDUCED` follow; of the latter those for images on LLaVA-1.5, and
+            those for videos on Qwen2.5-VL.
 
     >>> print(*presets()[:2], len(presets(originals=True)))
-    llava-1.5-7b/fastv/192 llava-1.5-7b/fastv/128 56
+    llava-1.5-7b/fastv/192 llava-1.5-7b/fastv/128 104
     """
-    methods = METHODS + ORIGINALS if originals else METHODS
-    return [Preset(model, method, tier) for model in MODELS for method in methods for tier in tiers(model, method)]
+    return [
+        Preset(model, method, tier)
+        for model in MODELS
+        for method in (_listed(model) if originals else METHODS)
+        for tier in tiers(model, method)
+    ]
 
 
-def tiers(model: str, method: str) -> tuple[int, ...]:
-    """The published budgets of a method, in visual tokens per layer on average.
+def _listed(model: str) -> tuple[str, ...]:
+    """The methods of a model's listed presets."""
+    own = _REDUCED_ON[model]
+    return METHODS + ORIGINALS + tuple(each for each in REDUCED if each.removeprefix("reroute-") in own)
+
+
+def tiers(model: str, method: str) -> tuple[int | str, ...]:
+    """The published budgets of a method: visual tokens per layer on average, or a percentage of them.
 
     Raises:
         ValueError: a name is unknown.
+
+    >>> tiers("qwen2.5-vl-7b", "flashvid")
+    ('25%', '20%', '15%', '10%')
     """
-    expect_one_of(model=(model, tuple(MODELS)), method=(method, METHODS + ORIGINALS))
+    expect_one_of(model=(model, tuple(MODELS)), method=(method, ALL_METHODS))
+    if method in REDUCED:
+        return amounts(method)
     if method == "pdrop-original":
         return (270,)
     return tuple(MODELS[model].nuwa) if method.endswith("nuwa") else TIERS
 
 
-def preset(model: object, method: str, avg_tokens: float, *, matched: bool = False) -> Policy:
+def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool = False) -> Policy:
     """Policy of a published configuration, or one like it for another model.
 
     Other models decide where LLaVA-1.5 does by relative depth, at the nearest layers that can, the first early enough
@@ -165,32 +189,44 @@ def preset(model: object, method: str, avg_tokens: float, *, matched: bool = Fal
 
     Args:
         model: `"llava-1.5-7b"` (32 decoder layers) or `"qwen2.5-vl-7b"` (28); or a transformers model or its
-            configuration, which takes the methods of the Reroute paper.
+            configuration, which takes the methods of the Reroute paper and those that reduce.
         method: `"fastv"` and `"pdrop"` remove tokens as the Reroute paper's code runs these methods; `"reroute-fastv"`
             and `"reroute-pdrop"` defer them at a matched budget. The authors also list a `-stagewise` variant of both,
             which computes the same thing faster; here every policy runs stagewise, so it is the same policy.
             `"fastv-original"` (arXiv 2403.06764; at the Reroute paper's keep ratios), `"pdrop-original"` (arXiv
             2410.17247; on Qwen2.5-VL at the same depths) and `"nuwa"` (arXiv 2602.02951) follow their own authors'
             code. `"reroute-nuwa"` defers in the second stage of Nüwa, by two decisions, and runs as many tokens in
-            every layer.
+            every layer. `"visionzip"`, `"divprune"`, `"cdpruner"`, `"holov"` and `"vispruner"` reduce images before the
+            decoder, `"vidcom2"` videos, and nothing else; behind the prefix `reroute-` they leave twice as many tokens,
+            of which the decoder defers at the layers of `reroute-fastv`, at the same budget. `"flashvid"` (arXiv
+            2602.08024) reduces videos, and removes tokens at one layer of the decoder; `"reroute-flashvid"` defers
+            there, and decides once more halfway to the end. All of these run on any model, at any budget if it is no
+            published one. The codes for LLaVA number the tokens that stay anew; so do these methods on models of
+            such types, unless they defer.
         avg_tokens: the published tier, one of `tiers(model, method)`: visual tokens per layer on average, of 576. It is
             a name. On LLaVA the true averages are within 1 of it, but for the pdrop pair at 64, which averages 80 and
             84. On Qwen2.5-VL they are 197, 134 and 72 for methods named after FastV (the original at 128: 135). They
             are 192, 129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at
             432, 288 and 144. `reroute_kernels.cost` counts. For another model any number is taken, and is a limit.
+            `"flashvid"` and `"vidcom2"` take a percentage of the visual tokens instead, such as `"10%"`.
         matched: solve the schedule anew, with its published keep ratios as the shape, so that pairs match at 576
             tokens. A method that removes comes as close to `avg_tokens` as `solve` does, never above: with one
             decision, as in FastV, to less than 1 token, with several to an eighth of one. A method that defers comes as
-            close to the average of its removing partner. `policy.budget` tells how close.
+            close to the average of its removing partner. `policy.budget` tells how close. Methods that reduce before
+            the decoder meet their budgets anyway, but for Nüwa.
 
     Raises:
-        TypeError: the model is none of what is taken.
+        TypeError: the model or the budget is none of what is taken.
         ValueError: an argument names no published configuration, no layer can decide, or the budget is below what the
             layers before the first decision cost.
 
     >>> print(preset("llava-1.5-7b", "reroute-fastv", 192))
     3:0.2644,7:0.2644,15:0.2644,23:0.2644
+    >>> print(preset("qwen2.5-vl-7b", "flashvid", "10%").selected_counts(visual_tokens=6272))
+    (188,)
     """
+    if method in REDUCED:
+        return _reduced(model, method, avg_tokens)
     if not isinstance(model, str):
         published = model_of(model)
         if published is None or avg_tokens not in tiers(published.name, method):
@@ -204,6 +240,24 @@ def preset(model: object, method: str, avg_tokens: float, *, matched: bool = Fal
     return solve_like(model, policy, avg_tokens=limit, visual_tokens=VISUAL_TOKENS)
 
 
+def _reduced(model: object, method: str, avg_tokens: object) -> Policy:
+    """A method that reduces; on models without a name at any budget."""
+    if isinstance(model, str):
+        expect_one_of(avg_tokens=(avg_tokens, tiers(model, method)))
+        published: PublishedModel | None = MODELS[model]
+    else:
+        published = model_of(model)
+    if published is None:
+        kinds = layer_types(text_config(model))
+        model_type = getattr(getattr(model, "config", model), "model_type", None) or ""
+        decisions = [layer * len(kinds) / _LLAVA.decoder.layers for layer in (3, *_LLAVA.later_layers)]
+    else:
+        kinds, model_type = ["full_attention"] * published.decoder.layers, published.model_type
+        decisions = [3, *published.later_layers]
+    share = share_of(method, avg_tokens, VISUAL_TOKENS)
+    return reduced_policy(method, share, kinds, decisions, model_type, VISUAL_TOKENS)
+
+
 def _partners_average(model: object, method: str, avg_tokens: float) -> float:
     """Tokens a layer that the removing partner of a method reaches."""
     budget = preset(model, method.removeprefix("reroute-").removesuffix("-stagewise"), avg_tokens, matched=True).budget
@@ -212,7 +266,7 @@ def _partners_average(model: object, method: str, avg_tokens: float) -> float:
 
 def _solved(config_or_model: object, method: str, avg_tokens: float, matched: bool) -> Policy:
     """A method at the relative depths of LLaVA-1.5, solved for a budget."""
-    expect_one_of(method=(method, METHODS))
+    expect_one_of(method=(method, METHODS + REDUCED))
     if isinstance(avg_tokens, bool) or not isinstance(avg_tokens, Real):
         raise TypeError(f"avg_tokens must be a number, got {avg_tokens!r}")
     config = text_config(config_or_model)
@@ -224,7 +278,7 @@ def _solved(config_or_model: object, method: str, avg_tokens: float, matched: bo
     if matched and published.action == "reroute":
         limit = _partners_average(config_or_model, method, avg_tokens)
     return solve(
-        _of_layers(count),
+        of_layers(count),
         list(shape),
         list(shape.values()),
         avg_tokens=limit,
@@ -243,11 +297,6 @@ def _at_relative_depth(published: Policy, config: Any, avg_tokens: float) -> dic
         among = able if ratios else spent or able[:1]
         ratios.setdefault(min(among, key=lambda layer: abs(layer - depth)), stage.keep)
     return dict(sorted(ratios.items()))
-
-
-def _of_layers(count: int) -> Decoder:
-    """A decoder of so many layers, to count tokens by."""
-    return Decoder(1, count, 1, 1, 1, 1, mlp_weights=(1,) * count)
 
 
 def suggest(config_or_model: object, keep: float = 1 / 3) -> Policy:

@@ -300,6 +300,9 @@ def test_methods_are_looked_up_for_the_checkpoint():
     for method, tier in (("reroute-fastv", 64), ("pdrop", 192), ("fastv-original", 128), ("pdrop-original", 270)):
         assert plugin.policy_of(method, tier, LLAVA) == rk.preset("llava-1.5-7b", method, tier)
         assert plugin.policy_of(method, tier, QWEN) == rk.preset("qwen2.5-vl-7b", method, tier)
+    assert plugin.policy_of("visionzip", 64, LLAVA) == plugin.policy_of("visionzip/64", None, LLAVA)
+    flashvid = rk.preset("qwen2.5-vl-7b", "flashvid", "10%")
+    assert plugin.policy_of("flashvid", "10%", QWEN) == plugin.policy_of("flashvid/10%", None, QWEN) == flashvid
     assert plugin.policy_of("nuwa", 432, QWEN) == rk.preset("qwen2.5-vl-7b", "nuwa", 432)
     assert plugin.policy_of("llava-1.5-7b/pdrop/64", None, LLAVA) == rk.preset("llava-1.5-7b", "pdrop", 64)
     with pytest.raises(ValueError, match=r"presets of qwen2\.5-vl-7b are for 28 decoder layers, and this model has 32"):

@@ -71,7 +71,7 @@ def test_what_is_no_policy_is_refused(text):
         ("1:2:3", "a stage is a layer and a keep ratio, such as 3:0.25, got '1:2:3'"),
         ("align-token:3:0.5", "align must be one of None, 'stage', 'proxy', got 'token'"),
         ("Remove:3:0.5", "action must be one of 'reroute', 'remove', 'freeze', got 'Remove'"),
-        ("llava-1.5-7b/fastv/many", "avg_tokens must be an integer, got 'many'"),
+        ("llava-1.5-7b/fastv/many", "avg_tokens must be an integer, or a percentage such as 10%, got 'many'"),
         ("fastv", "a preset is model/method/avg_tokens"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage
-from reroute_kernels.presets import MODELS, ORIGINALS, tiers
+from reroute_kernels.presets import MODELS, ORIGINALS, REDUCED, tiers
 from reroute_kernels.rankings import LastQuery
 from reroute_kernels.reducers import Nuwa
 
@@ -76,9 +76,9 @@ def test_originals_come_on_request():
     names = rk.presets(originals=True)
     added = [name for name in names if name not in rk.presets()]
     assert len(set(names)) == len(names) == 36 + len(added)
-    assert {(name.model, name.method) for name in added} == {
-        (model, method) for model in LAYERS for method in ORIGINALS
-    }
+    listed = {(model, method) for model in LAYERS for method in ORIGINALS}
+    listed |= {("qwen2.5-vl-7b" if "vid" in method else "llava-1.5-7b", method) for method in REDUCED}
+    assert {(name.model, name.method) for name in added} == listed
     for name in names:
         assert name.avg_tokens in tiers(name.model, name.method)
         rk.preset(*name)
@@ -140,8 +140,10 @@ def test_nuwa(model, tier, method):
         (
             ("llava-1.5-7b", "fastv-stagewise", 192),
             "method must be one of 'fastv', 'pdrop', 'reroute-fastv', 'reroute-fastv-stagewise', 'reroute-pdrop', "
-            "'reroute-pdrop-stagewise', 'fastv-original', 'pdrop-original', 'nuwa', 'reroute-nuwa', got "
-            "'fastv-stagewise'",
+            "'reroute-pdrop-stagewise', 'fastv-original', 'pdrop-original', 'nuwa', 'reroute-nuwa', 'visionzip', "
+            "'reroute-visionzip', 'divprune', 'reroute-divprune', 'cdpruner', 'reroute-cdpruner', 'holov', "
+            "'reroute-holov', 'vispruner', 'reroute-vispruner', 'flashvid', 'reroute-flashvid', 'vidcom2', "
+            "'reroute-vidcom2', got 'fastv-stagewise'",
         ),
         (("llava-1.5-7b", "fastv", 100), "avg_tokens must be one of 192, 128, 64, got 100"),
         (("llava-1.5-7b", "pdrop-original", 192), "avg_tokens must be one of 270, got 192"),

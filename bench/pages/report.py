@@ -8,7 +8,7 @@ from bench.grounding.report import grounding_page, model_card, summary_table
 from bench.pages.gpu import gpu_summary
 from bench.pages.kernels import compile_tables
 from bench.pages.markdown import replace_between
-from bench.pages.methods import methods_tables
+from bench.pages.methods import images_table, methods_tables, videos_table
 from bench.pages.models import support_tables, types_table
 from bench.pages.performance import performance_page
 from bench.pages.records import RESULTS, ROOT, gpu_folders, read, read_all
@@ -25,6 +25,8 @@ TABLES = (
     ("docs/models.md", "support", lambda: support_tables(read_all("models/transformers-*.json"))),
     ("docs/models.md", "types", types_table),
     ("docs/methods.md", "methods", methods_tables),
+    ("docs/methods.md", "images", images_table),
+    ("docs/methods.md", "videos", videos_table),
     ("docs/refusals.md", "refusals", refusals_list),
 )
 """Pages that are written by hand but for what lies between two markers: the page, the marker, the text."""

@@ -80,7 +80,10 @@ def _reroute_kernels(
 @app.command("presets")
 def list_presets(
     everything: Annotated[
-        bool, typer.Option("--all", help="List FastV, PyramidDrop and Nüwa as their own authors run them, too.")
+        bool,
+        typer.Option(
+            "--all", help="List methods as their own authors run them, too: FastV, PyramidDrop, Nüwa and others."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -109,14 +112,17 @@ def count_cost(
         list[str] | None,
         typer.Argument(
             metavar="POLICY",
-            help="Presets (see the command presets), such as reroute-fastv/192 or llava-1.5-7b/fastv/192, "
-            "schedules, such as 3:0.25,7:0.25, remove:3:0.25, freeze:3:0.25 or align-stage:3:0.25,7:0.25, "
-            "or files, such as policy.json.",
+            help="Presets (see the command presets), such as reroute-fastv/192, llava-1.5-7b/fastv/192 or "
+            "flashvid/10%, schedules, such as 3:0.25,7:0.25, remove:3:0.25, freeze:3:0.25 or "
+            "align-stage:3:0.25,7:0.25, or files, such as policy.json.",
         ),
     ] = None,
     text_tokens: TextTokens = 64,
     visual_tokens: VisualTokens = 576,
     batch: Batch = 1,
+    images: Annotated[
+        int, typer.Option(min=1, help="Images or frames that the visual tokens are of; a reducer reduces each.")
+    ] = 1,
     dtype: CacheType = "float16",
     as_json: AsJson = False,
     gpu: Annotated[
@@ -140,7 +146,8 @@ def count_cost(
         decoder = reading.decoder_of(parsed, model)
         given = [("unrouted", None), *((text, parse_policy(text, parsed)) for text in policies or ())]
         costed = [
-            (name, policy, cost(decoder, policy, text_tokens, visual_tokens, batch, dtype)) for name, policy in given
+            (name, policy, cost(decoder, policy, text_tokens, visual_tokens, batch, dtype, images))
+            for name, policy in given
         ]
         if plot is not None:
             draw_schedules(costed).savefig(plot, dpi=110)
@@ -274,15 +281,16 @@ def demo(
         with console.status("running unrouted, with removal and rerouted"):
             runs = demonstration.compare(subject, max_new_tokens=max_new_tokens, repeats=repeats)
         positions = subject.visual_positions()
-        all_shares = [demonstration.stage_shares(run.trace, positions) for run in runs[1:]]
-        rows = [Row(run.told(truth), of_run, run.box) for run, of_run in zip(runs, [[], *all_shares], strict=True)]
+        drawn = [[], *(demonstration.drawn_shares(run.trace, positions) for run in runs[1:])]
+        rows = [Row(run.told(truth), of_run, run.box) for run, of_run in zip(runs, drawn, strict=True)]
         draw(subject, rows, output, truth, prompt)
-        shares = all_shares[-1]
+        shares = demonstration.stage_shares(runs[-1].trace, positions)
 
     if truth:
         console.print(f"{prompt} (true box: {' '.join(f'{edge:.2f}' for edge in truth)})", highlight=False)
     console.print(tables.runs_table(runs, truth, rates, times=model is not None))
-    console.print(tables.shares_table(shares))
+    if shares:
+        console.print(tables.shares_table(shares))
     console.print(
         f"{len(positions)} visual tokens; {device}, {dtype}; "
         + ("" if model is None else f"prefill: median of {repeats}, the three in turn. ")

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from reroute_kernels.models.adapter import cache_of, visual_token_ids
 
 from ..boxes import UNITS, Box, overlap, read_box
 from ..cost import average_visual_tokens
-from ..notation import parse_policy, parse_preset, policy_text
+from ..notation import parse_policy, policy_text
 from ..policy import Policy
 from ..policy_file import names_file
-from ..presets import model_of, preset, presets, suggested
+from ..presets import ALL_METHODS, model_of, suggested
+from ..reducers import ReducerLike, VisionFeatures
 from ..trace import Trace
 from .arguments import first_line
 
@@ -141,13 +142,13 @@ def parse_policies(texts: Sequence[str], config) -> tuple[tuple[str, Policy], ..
     if ":" in text:
         return tuple((policy_text(each), each) for each in _with_removal(policy))
     known = model_of(config)
-    name = parse_preset(text, known and known.name)
-    baseline = name.method.removeprefix("reroute-").removesuffix("-stagewise")
-    names = [name._replace(method=method) for method in (baseline, f"reroute-{baseline}")]
-    published = presets(originals=True)
-    if all(each in published for each in names):
-        return tuple((str(each), preset(*each)) for each in names)
-    return _with_other_action(text, policy)
+    *_, method, tier = text.split("/")
+    baseline = method.removeprefix("reroute-").removesuffix("-stagewise")
+    pair = [baseline, f"reroute-{baseline}"]
+    if not set(pair) <= set(ALL_METHODS):
+        return _with_other_action(text, policy)
+    prefix = "" if known is None else f"{known.name}/"
+    return tuple((f"{prefix}{each}/{tier}", parse_policy(f"{each}/{tier}", config)) for each in pair)
 
 
 def _with_other_action(text: str, policy: Policy) -> tuple[tuple[str, Policy], ...]:
@@ -340,12 +341,36 @@ def answered_box(subject: Subject, said: str) -> Box | None:
     return read_box(said, model_type, subject.picture.size) if model_type in UNITS else None
 
 
+class Watched:
+    """A reducer, with a record of the tokens whose features it made: means of several, in place of their own."""
+
+    def __init__(self, reducer: ReducerLike):
+        self.reducer = reducer
+        self.merged: set[int] = set()
+        """Places among the tokens of the last image."""
+
+    def __repr__(self) -> str:
+        return repr(self.reducer)
+
+    def __getattr__(self, name: str):
+        return getattr(self.reducer, name)
+
+    def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
+        index, features = self.reducer.reduce(image)
+        places, made = index.flatten(), features.flatten(0, -2)
+        is_made = (image.features.flatten(0, 1)[places] != made).any(dim=-1)
+        self.merged = set(places[is_made].tolist())
+        return index, features
+
+
 class routed:
-    """`apply` if there is a policy, nothing if there is none."""
+    """`apply` if there is a policy, nothing if there is none; a reducer is `Watched`."""
 
     def __init__(self, model: nn.Module, policy: Policy | None):
         self.routing = None
         try:
+            if policy is not None and policy.reducer is not None:
+                policy = replace(policy, reducer=Watched(policy.reducer))
             if policy is not None:
                 self.routing = apply(model, policy)
         except (ValueError, NotImplementedError) as error:
@@ -390,6 +415,28 @@ class StageShare:
     """Tokens that run here and were deferred in the stage before."""
     freezes: bool = False
     """Whether the deferred ones are frozen: they are read in the stage."""
+    merged: set[int] = field(default_factory=set)
+    """Tokens that run here and hold the mean of several."""
+
+
+def reduced_share(trace: Trace, visual_positions: list[int]) -> StageShare | None:
+    """The visual tokens that a reducer left; None without one."""
+    if trace.reduction is None:
+        return None
+    place = {position: number for number, position in enumerate(visual_positions)}
+    left = {place[each] for each in trace.reduction.selected[0].tolist()}
+    return StageShare(0, left, set(), set(place.values()) - left, set(), merged=left & _merged(trace))
+
+
+def drawn_shares(trace: Trace, visual_positions: list[int]) -> list[StageShare]:
+    """Tokens for pictures: those that a reducer left, if there is one, and those of each stage."""
+    reduced = reduced_share(trace, visual_positions)
+    return [*([] if reduced is None else [reduced]), *stage_shares(trace, visual_positions)]
+
+
+def _merged(trace: Trace) -> set[int]:
+    reducer = trace.policy.reducer
+    return reducer.merged if isinstance(reducer, Watched) else set()
 
 
 def stage_shares(trace: Trace, visual_positions: list[int]) -> list[StageShare]:
@@ -402,6 +449,7 @@ def stage_shares(trace: Trace, visual_positions: list[int]) -> list[StageShare]:
         ran = {place[position] for position in stage.selected[0].tolist()}
         deferred = left - ran if trace.policy.action != "remove" else set()
         freezes = trace.policy.action == "freeze"
-        shares.append(StageShare(stage.layer, ran, deferred, everything - ran - deferred, ran - before, freezes))
+        removed, merged = everything - ran - deferred, ran & _merged(trace)
+        shares.append(StageShare(stage.layer, ran, deferred, removed, ran - before, freezes, merged))
         before = ran
     return shares

@@ -14,6 +14,7 @@ from .demo import StageShare, Subject
 RETURNED = "#ff2bd6"
 DEFERRED = {"facecolor": (0.725, 0.824, 0.933, 0.55), "edgecolor": "#2563a8", "hatch": "...", "linewidth": 0}
 REMOVED = {"facecolor": "#c9cbd1", "edgecolor": "#5c5f68", "hatch": "/////", "linewidth": 0}
+MERGED = {"facecolor": "#ff8c1a", "edgecolor": "black", "linewidth": 0.8}
 READ_BOX = {"edgecolor": "#ffd60a", "linewidth": 2.4}
 TRUE_BOX = {"edgecolor": "#00b4f0", "linewidth": 2.4, "linestyle": "--"}
 
@@ -45,9 +46,10 @@ def draw(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    patches, frame = subject.grid, {"fill": False, "edgecolor": RETURNED, "linewidth": 1.1}
+    patches = subject.grid
     photo = np.asarray(subject.picture)
     height, width = photo.shape[0] / patches[0], photo.shape[1] / patches[1]
     columns = 1 + max(len(row.shares) for row in rows)
@@ -65,10 +67,7 @@ def draw(
                     if box is not None:
                         axis.add_patch(_rectangle(box, photo.shape, **style))
                 continue
-            for places, style in ((share.deferred, DEFERRED), (share.removed, REMOVED), (share.returned, frame)):
-                for place in sorted(places):
-                    corner = (place % patches[1] * width, place // patches[1] * height)
-                    axis.add_patch(Rectangle(corner, width, height, **style))
+            _mark(axis, share, patches[1], (width, height))
             title = f"from layer {share.layer}: {len(share.ran)} ran,\n{len(share.returned) or 'none'} came back"
             axis.set_title(title, fontsize=10)
     shares = [share for row in rows for share in row.shares]
@@ -81,6 +80,10 @@ def draw(
             any(share.deferred for share in shares),
             Patch(facecolor="white", edgecolor=RETURNED, label=f"came back after being {waiting}"),
         ),
+        (
+            any(share.merged for share in shares),
+            Line2D([], [], linestyle="", marker="o", color=MERGED["facecolor"], label="mean of several", mec="black"),
+        ),
         (any(row.box for row in rows), Patch(fill=False, label="box in the answer", **READ_BOX)),
         (truth is not None, Patch(fill=False, label="true box", **TRUE_BOX)),
     ]
@@ -90,6 +93,20 @@ def draw(
         figure.suptitle("\n".join(wrap(question, 100)), parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _mark(axis, share: StageShare, columns: int, size: tuple[float, float]) -> None:
+    """Draw over the patches of a stage what became of them."""
+    from matplotlib.patches import Circle, Rectangle
+
+    width, height = size
+    frame = {"fill": False, "edgecolor": RETURNED, "linewidth": 1.1}
+    for places, style in ((share.deferred, DEFERRED), (share.removed, REMOVED), (share.returned, frame)):
+        for place in sorted(places):
+            axis.add_patch(Rectangle((place % columns * width, place // columns * height), width, height, **style))
+    for place in sorted(share.merged):
+        centre = (place % columns + 0.5) * width, (place // columns + 0.5) * height
+        axis.add_patch(Circle(centre, 0.16 * min(size), **MERGED))
 
 
 def _rectangle(box: Box, shape: tuple[int, ...], **style):

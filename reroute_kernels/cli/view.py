@@ -16,7 +16,7 @@ from ..boxes import Box, overlap
 from ..policy import Policy
 from ..trace import Trace
 from .arguments import first_line
-from .demo import DemoError, Subject, answer, answered_box, routed, stage_shares
+from .demo import DemoError, Subject, answer, answered_box, drawn_shares, reduced_share, routed, stage_shares
 from .draw import Row, draw
 
 TEMPLATE = Path(__file__).with_name("view.html")
@@ -97,6 +97,12 @@ def stages_of(trace: Trace, positions: list[int]) -> list[dict[str, object]]:
     return stages
 
 
+def merged_of(trace: Trace, positions: list[int]) -> list[int]:
+    """The patches that hold the mean of several, by their places, ascending; none without a reducer."""
+    reduced = reduced_share(trace, positions)
+    return [] if reduced is None else sorted(reduced.merged)
+
+
 def page_data(
     subject: Subject, panes: Sequence[Pane], question: str, unrouted: str, model: str, truth: Box | None
 ) -> dict:
@@ -130,6 +136,7 @@ def page_data(
                 "box": pane.box,
                 "overlap": overlap(pane.box, truth) if pane.box and truth else None,
                 "stages": stages_of(pane.trace, positions),
+                "merged": merged_of(pane.trace, positions),
             }
             for pane in panes
         ],
@@ -150,7 +157,7 @@ def still(subject: Subject, panes: Sequence[Pane], path: Path, truth: Box | None
     rows = [
         Row(
             f"{pane.policy.action}: {pane.name.removeprefix(f'{pane.policy.action}:')}",
-            stage_shares(pane.trace, positions),
+            drawn_shares(pane.trace, positions),
             pane.box,
         )
         for pane in panes

@@ -161,19 +161,23 @@ def test_presets_are_listed(columns, monkeypatch):
         (["reroute-pdrop/64"], "llava", 32, ["llava-1.5-7b/pdrop/64", "llava-1.5-7b/reroute-pdrop/64"]),
         (["fastv-original/192"], "llava", 32, ["fastv-original/192", "fastv-original/192, but reroute"]),
         (["3:.5", "fastv/64"], "llava", 32, ["3:.5", "fastv/64"]),
+        (["visionzip/64"], "llava", 32, ["llava-1.5-7b/visionzip/64", "llava-1.5-7b/reroute-visionzip/64"]),
+        (["reroute-fastv/64"], "qwen3_vl", 36, ["fastv/64", "reroute-fastv/64"]),
+        (["flashvid/12%"], "qwen3_vl", 36, ["flashvid/12%", "reroute-flashvid/12%"]),
     ],
 )
 def test_policies(texts, model_type, layers, names):
     text = SimpleNamespace(num_hidden_layers=layers)
-    named = demo.parse_policies(texts, SimpleNamespace(model_type=model_type, get_text_config=lambda: text))
+    config = SimpleNamespace(model_type=model_type, get_text_config=lambda: text)
+    named = demo.parse_policies(texts, config)
     assert [name for name, _ in named] == names
     if len(texts) < 2:
         other = "freeze" if names[1].startswith("freeze") else "reroute"
         assert [policy.action for _, policy in named] == ["remove", other]
     for name, policy in named:
-        assert max(stage.layer for stage in policy.schedule) < layers
+        assert max((stage.layer for stage in policy.schedule), default=0) < layers
         if "but" not in name:
-            assert policy == notation.parse_policy(name, None if name.count("/") == 2 else "llava-1.5-7b")
+            assert policy == notation.parse_policy(name, config)
 
 
 def test_policies_in_files(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import reroute_kernels as rk
 from bench.pages.screenshot import NAMES, chromium, find_chromium
 from reroute_kernels.boxes import overlap, read_box
 from reroute_kernels.cli import demo, view
@@ -169,6 +170,25 @@ def test_what_a_reducer_drops_is_gone_from_the_start(tiny_llava):
     assert {place for place, score in enumerate(second["scores"]) if score is None} == gone
     assert (first["decision"], first["scores"]) == (False, None)
     assert view.DEFERRED in second["states"]
+
+
+def test_merged_patches_are_marked(tmp_path):
+    """Tokens whose features are not the tower's own."""
+    page, still = tmp_path / "page.html", tmp_path / "still.png"
+    policies = ("--policy", "nuwa.json", "--policy", "3:0.5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        rk.Policy((), reducer=rk.reducers.Nuwa(keep=0.25, per_cell=1)).save("nuwa.json")
+        result = run(*policies, "--max-new-tokens", 1, "--output", page, "--png", still)
+    assert result.exit_code == 0, result.output
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)[1])
+    reduced, plain = data["panes"]
+    assert plain["merged"] == []
+    kept = {place for place, letter in enumerate(reduced["stages"][0]["states"]) if letter == view.ACTIVE}
+    assert len(kept) == 36
+    assert 0 < len(reduced["merged"]) < 36  # the most salient ones stay as they are
+    assert set(reduced["merged"]) <= kept
+    assert reduced["merged"] == sorted(reduced["merged"])
 
 
 @pytest.mark.parametrize(
