@@ -116,6 +116,7 @@ grounding: .venv/ready  ## ask the tiny model about held-out scenes under every 
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.additions
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.waiting
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.calibration
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.reducers
 	$(BIN)/python -m bench.pages
 
 train: .venv/ready  ## train the tiny model anew; goes on where it was interrupted

@@ -10,6 +10,7 @@ from .additions_report import additions_section
 from .calibration_report import calibration_section
 from .metrics import MEASURES, cell, measures, pc, signed
 from .policies import KEEPS, METHODS
+from .reducers_report import reducers_section
 from .resemblance import TOP
 from .scenes import KINDS
 from .train import EARLY, LATE, LATER
@@ -152,7 +153,7 @@ def page(measured: dict[str, dict]) -> list[str]:
 
     Args:
         measured: the records by the names of their files: `results` of `bench.grounding.benchmark`, and `additions`,
-            `waiting` and `calibration` of the modules of these names.
+            `waiting`, `calibration` and `reducers` of the modules of these names.
     """
     results = measured["results"]
     items, machine = results["items"], results["measured_on"]
@@ -174,6 +175,7 @@ def page(measured: dict[str, dict]) -> list[str]:
         *additions_section(measured["additions"]),
         *calibration_section(measured["calibration"]),
         *waiting_section(measured["waiting"]),
+        *reducers_section(measured.get("reducers")),
         *resemblance_section(results),
         *comparison_section(results),
         *budget_section(results),

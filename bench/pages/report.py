@@ -15,7 +15,9 @@ from bench.pages.records import RESULTS, ROOT, gpu_folders, read, read_all
 from bench.pages.refusals import refusals_list
 
 GROUNDING = {
-    name: RESULTS / "grounding" / f"{name}.json" for name in ("results", "additions", "waiting", "calibration")
+    name: path
+    for name in ("results", "additions", "waiting", "calibration", "reducers")
+    if (path := RESULTS / "grounding" / f"{name}.json").exists()
 }
 """The records of docs/grounding.md."""
 TABLES = (
