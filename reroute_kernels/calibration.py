@@ -19,12 +19,13 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .budget import OverBudget, solve
 from .calibration_log import Log
 from .calibration_run import AGREEMENT, Plan, deciding_layers, early_layer, measure_samples, name_of
 from .cost import Decoder, text_config
+from .intervals import bootstrap_intervals
 from .policy import LAST_QUERY, Policy, Stage
 from .policy_file import FilePath, check_keys, mapping_of, ranking_from_dict, ranking_to_dict, read_json, write_json
 from .rankings import RankingLike, innermost
@@ -37,7 +38,6 @@ VERSION = 1
 """Version of the format of files; one of another version is refused."""
 SHARE = 0.2
 """The share of visual tokens that runs while a layer is measured, as in SwiftVLM."""
-_RESAMPLES = 1000
 
 
 class LayerQuality(NamedTuple):
@@ -370,7 +370,7 @@ def measure_layers(
     records = measure_samples(model, samples, plan, log, progress)
     rows = [[each.unrouted, *each.layers] for each in records]
     values = torch.cat([torch.tensor(row, dtype=torch.float64, device="cpu") for row in rows], dim=1)
-    unrouted, *of_layers = _intervals(values, seed)
+    unrouted, *of_layers = bootstrap_intervals(values, seed)
     counts = [pair for each in records for pair in zip(each.visual_tokens, each.text_tokens, strict=True) if pair[0]]
     return Calibration(
         model=name_of(model),
@@ -385,7 +385,7 @@ def measure_layers(
         visual_tokens=median_low(visual for visual, _ in counts),
         text_tokens=median_low(text for _, text in counts),
         ranking=plan.ranking,
-        decoder=_decoder(model),
+        decoder=decoder_or_none(model),
     )
 
 
@@ -487,7 +487,7 @@ def check_plan(
         qualities=[LayerQuality(layer, 1.0, 1.0, 1.0) for layer in plan.layers],
         early=plan.early,
         share=plan.share,
-        decoder=_decoder(model),
+        decoder=decoder_or_none(model),
     )
     try:
         alike.policy(decisions, shape, ranking=ranking, **solved)
@@ -532,20 +532,7 @@ def _plan_of(
     return Plan(tuple(chosen), early, float(share), alone, score)
 
 
-def _intervals(values: Tensor, seed: int) -> list[tuple[float, float, float]]:
-    """For each row of (R, S) values its mean and the interval of 95% of the means of bootstrap samples."""
-    generator = torch.Generator().manual_seed(seed)
-    count = values.shape[1]
-    drawn = []
-    for _ in range(_RESAMPLES):
-        index = torch.randint(count, (count,), generator=generator, device="cpu")
-        drawn.append(values[:, index].mean(dim=1))
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
-    low, high = torch.stack(drawn).quantile(ends, dim=0)
-    return list(zip(values.mean(dim=1).tolist(), low.tolist(), high.tolist(), strict=True))
-
-
-def _decoder(model: nn.Module) -> Decoder | None:
+def decoder_or_none(model: nn.Module) -> Decoder | None:
     """The decoder, to be costed; None if it cannot be."""
     try:
         return Decoder.of(model)

@@ -111,7 +111,7 @@ def measure_samples(
         apply(model, policy).remove()  # refused before any sample is asked for
     run = _Run(model, plan, ranks, limited, given)
     count = 0
-    with _evaluating(model), _bar(progress, samples) as advance, torch.no_grad():
+    with evaluating(model), progress_bar(progress, samples, "calibration") as advance, torch.no_grad():
         for number, sample in enumerate(samples):
             inputs = _arguments(sample, number, plan)
             digest = _digest(inputs)
@@ -191,11 +191,15 @@ class _Run:
         return logits[:, -1].cpu().double().log_softmax(dim=-1)
 
 
+def divergence(reference: Tensor, found: Tensor) -> Tensor:
+    """KL(reference || found) of each row, in nats; (B, V) log-probabilities."""
+    apart = reference.exp() * (reference - found)
+    return apart.masked_fill(reference.isneginf(), 0.0).sum(dim=-1).clamp(min=0)
+
+
 def _agreement(reference: Tensor, found: Tensor) -> list[float]:
     """exp(-KL(reference || found)) of each row; (B, V) log-probabilities."""
-    apart = reference.exp() * (reference - found)
-    divergence = apart.masked_fill(reference.isneginf(), 0.0).sum(dim=-1)
-    return (-divergence.clamp(min=0)).exp().tolist()
+    return (-divergence(reference, found)).exp().tolist()
 
 
 def _with_image(values: list[float], counts: Sequence[int]) -> list[float]:
@@ -245,7 +249,7 @@ def _lengths(inputs: Mapping[str, Any], trace: Trace) -> list[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and each of its modules afterwards as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -257,8 +261,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _bar(progress: bool | None, samples: Iterable[Any]) -> Iterator[Callable[[], object]]:
-    """A bar over the samples on standard error, to be advanced by calls."""
+def progress_bar(progress: bool | None, samples: Iterable[Any], title: str) -> Iterator[Callable[[], object]]:
+    """A bar over the samples on standard error, to be advanced by calls; None: if rich is installed."""
     if progress is False:
         yield lambda: None
         return
@@ -272,7 +276,7 @@ def _bar(progress: bool | None, samples: Iterable[Any]) -> Iterator[Callable[[],
         return
     total = len(samples) if isinstance(samples, Sized) else None
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("calibration", total=total)
+        task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)
 
 

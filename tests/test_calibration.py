@@ -274,10 +274,10 @@ def test_table_and_picture_mark_the_decision_layers():
 
 
 def test_intervals_follow_from_the_seed_and_hold_the_mean():
-    from reroute_kernels.calibration import _intervals
+    from reroute_kernels.intervals import bootstrap_intervals
 
     values = torch.rand(3, 50, dtype=torch.float64)
-    first, again, other = (_intervals(values, seed) for seed in (1, 1, 2))
+    first, again, other = (bootstrap_intervals(values, seed) for seed in (1, 1, 2))
     assert first == again != other
     for (mean, low, high), row in zip(first, values, strict=True):
         assert mean == row.mean().item()

@@ -309,17 +309,24 @@ def demo(
         console.print(_TINY, soft_wrap=True, highlight=False)
 
 
+SupportedModel = Annotated[str, typer.Argument(help="Checkpoint folder or hub id of a supported model.")]
+Images = Annotated[Path, typer.Option(help="Folder of images.")]
+Questions = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Question about an image; put into the model's chat template unless it holds the model's image token. "
+        "May be given several times: the images take turns. Default: Describe the image."
+    ),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Images at most; drawn if there are more.")]
+_DESCRIBE = ["Describe the image."]
+
+
 @app.command("calibrate")
 def calibrate_layers(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of a supported model.")],
-    images: Annotated[Path, typer.Option(help="Folder of images.")],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Question about an image; put into the model's chat template unless it holds the model's image token. "
-            "May be given several times: the images take turns. Default: Describe the image."
-        ),
-    ] = None,
+    model: SupportedModel,
+    images: Images,
+    prompt: Questions = None,
     avg_tokens: Annotated[float | None, typer.Option(help="Budget of visual tokens per layer on average.")] = None,
     flops: Annotated[float | None, typer.Option(help="Budget of FLOPs of the prefill, such as 2.5e12.")] = None,
     kv_bytes: Annotated[float | None, typer.Option(help="Budget of bytes in the cache, text included.")] = None,
@@ -328,7 +335,7 @@ def calibrate_layers(
         str, typer.Option(help=f"How the stages relate: {', '.join(SHAPES)}, or numbers such as 1,.5,.25.")
     ] = "uniform",
     action: Annotated[str, typer.Option(help="reroute or remove.")] = "reroute",
-    samples: Annotated[int, typer.Option(min=1, help="Images at most; drawn if there are more.")] = 100,
+    samples: Samples = 100,
     share: Annotated[float, typer.Option(help="Share of visual tokens that runs while a layer is measured.")] = SHARE,
     early: Annotated[
         int | None, typer.Option(help="Layer from which on it runs. Default: at 3/32 of the depth.")
@@ -352,7 +359,7 @@ def calibrate_layers(
     """
     console = _console()
     with _one_line_errors(), _demonstration(device, dtype) as demonstration:
-        from . import calibrate as calibrating
+        from . import image_prompts
 
         for name, path, formats in (
             ("output", output, (".json",)),
@@ -361,14 +368,12 @@ def calibrate_layers(
         ):
             if path is not None:
                 _check_output(path, name, formats)
-        drawn = calibrating.images_of(images, samples, seed)
+        drawn = image_prompts.images_of(images, samples, seed)
         budget = {"avg_tokens": avg_tokens, "flops": flops, "kv_bytes": kv_bytes, "dtype": dtype, "action": action}
         wanted = reading.parse_shape(shape)
         reading.decoder_of(demonstration.load_config(model), model)
         with console.status(f"loading {model}"):
-            prompts = calibrating.load_prompts(
-                model, drawn, prompt or ["Describe the image."], device=device, dtype=dtype
-            )
+            prompts = image_prompts.load_prompts(model, drawn, prompt or _DESCRIBE, device=device, dtype=dtype)
         check_plan(prompts.network, decisions, wanted, share=share, early=early, **budget)
         found = measure_layers(prompts.network, prompts, share=share, early=early, seed=seed, resume=resume)
         if report is not None:
@@ -393,6 +398,76 @@ def calibrate_layers(
             for name, path in (("Policy", output), ("Calibration", report), ("Picture", plot))
             if path is not None
         ),
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("loyalty")
+def compare_with_itself(
+    model: SupportedModel,
+    images: Images,
+    prompt: Questions = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Preset (see the command presets), schedule, such as 3:0.25,7:0.25 or remove:3:0.25, or file, such as "
+            "policy.json; may be given several times. Default: fastv and pdrop, removing and rerouting, at the "
+            "published budgets."
+        ),
+    ] = None,
+    keep: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Share of the visual tokens that run in a layer on average, such as 0.25; the schedule of every "
+            "policy is solved for it. May be given several times."
+        ),
+    ] = None,
+    samples: Samples = 100,
+    max_new_tokens: AnswerLength = 16,
+    seed: Annotated[int, typer.Option(help="Of the images that are drawn and of the intervals.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Where to save everything, image by image, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to save a picture of the agreement.")] = None,
+    device: RunDevice = "cpu",
+    dtype: RunType = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a model under policies with itself without routing, on your images; no labels are needed.
+
+    Example: reroute-kernels loyalty llava-hf/llava-1.5-7b-hf --images photos --keep 0.33 --keep 0.11 --plot loyalty.png
+
+    For each policy: the divergence KL(unrouted || routed) of the next token's distribution, how often the likeliest
+    token and the whole greedy answer are the same, each with its 95% interval, and what the policy costs.
+    """
+    console = _console()
+    with _one_line_errors(), _demonstration(device, dtype) as demonstration:
+        from ..loyalty import measure_loyalty
+        from . import image_prompts
+        from .loyalty import policies_of
+        from .plot import draw_loyalty
+
+        for name, path, formats in (("output", output, (".json",)), ("plot", plot, None)):
+            if path is not None:
+                _check_output(path, name, formats)
+        drawn = image_prompts.images_of(images, samples, seed)
+        policies = policies_of(demonstration.load_config(model), policy or [], keep or [])
+        with console.status(f"loading {model}"):
+            prompts = image_prompts.load_prompts(model, drawn, prompt or _DESCRIBE, device=device, dtype=dtype)
+        found = measure_loyalty(
+            prompts.network, prompts, policies, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype
+        )
+        told = found.to_dict() | {"images": [path.name for path in drawn]}
+        if output is not None:
+            output.write_text(json.dumps(told, indent=1) + "\n")
+        if plot is not None:
+            draw_loyalty(found).savefig(plot, dpi=110)
+    if as_json:
+        _print_json(told)
+        return
+    console.print(tables.loyalty_table(found))
+    for line in (
+        f"{found.model}: {found.prompts:,} prompts; medians: {found.visual_tokens:,} visual and {found.text_tokens:,} "
+        f"text tokens; answers of at most {found.max_new_tokens} tokens",
+        *(f"{name}: {path}" for name, path in (("Report", output), ("Picture", plot)) if path is not None),
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..calibration import Calibration
+    from ..loyalty import Loyalty, PolicyLoyalty
     from ..trace import Trace
 
 PICTURE_FORMATS = (".png", ".jpg", ".pdf", ".svg")
@@ -161,6 +162,45 @@ def draw_qualities(calibration: Calibration, policy: Policy | None = None) -> Fi
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="best")
     return figure
+
+
+_LOYALTY_PANELS = {
+    "divergence": "divergence of the next token, nats",
+    "same_token": "same next token",
+    "same_answer": "same greedy answer",
+}
+
+
+def draw_loyalty(found: Loyalty) -> Figure:
+    """Agreement by the visual tokens that run, with intervals: a line for each method or schedule over its budgets."""
+    from matplotlib.figure import Figure
+
+    methods: dict[str, list[PolicyLoyalty]] = {}
+    for each in found.policies:
+        methods.setdefault(each.method, []).append(each)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = figure.subplots(1, len(_LOYALTY_PANELS))
+    for axis, (measure, title) in zip(panels, _LOYALTY_PANELS.items(), strict=True):
+        for name, policies in methods.items():
+            _draw_agreement(axis, name, policies, measure)
+        axis.set_xlabel(f"visual tokens per layer, of {found.visual_tokens:,}")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(0, None if measure == "divergence" else 1.05)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_agreement(axis: Axes, name: str, policies: Sequence[PolicyLoyalty], measure: str) -> None:
+    """The line of a method; dashed if it removes."""
+    ordered = sorted(policies, key=lambda each: each.average_visual_tokens)
+    places = [each.average_visual_tokens for each in ordered]
+    means, lows, highs = zip(*(each.intervals[measure] for each in ordered), strict=True)
+    below = [mean - low for mean, low in zip(means, lows, strict=True)]
+    above = [high - mean for mean, high in zip(means, highs, strict=True)]
+    style = "--" if ordered[0].policy.action == "remove" else "-"
+    axis.errorbar(places, means, [below, above], label=name, linestyle=style, marker="o", markersize=4, capsize=2)
 
 
 def _add_legend(figure: Figure, freezes: bool) -> None:

@@ -20,6 +20,8 @@ from .output import next_token_flops, rule_text
 if TYPE_CHECKING:
     from ..boxes import Box
     from ..calibration import Calibration
+    from ..intervals import Interval
+    from ..loyalty import Loyalty, PolicyLoyalty
     from .demo import Run, StageShare
     from .view import Pane
 
@@ -153,6 +155,40 @@ def qualities_table(calibration: Calibration, policy: Policy | None = None) -> T
 
 
 _BAR_WIDTH = 20
+
+
+def loyalty_table(found: Loyalty) -> Table:
+    """Agreement of a model with itself under each policy, and what the policy costs."""
+    table = Table(
+        Column("policy", overflow="fold"),
+        Column("visual tokens\nper layer", justify="right"),
+        Column("prefill\nFLOPs", justify="right"),
+        Column("KV\nbytes", justify="right"),
+        Column("divergence of the\nnext token, nats"),
+        Column("same next\ntoken"),
+        Column("same greedy\nanswer"),
+    )
+    for each in found.policies:
+        table.add_row(
+            Text(each.name),
+            f"{each.average_visual_tokens:,.1f}",
+            *_shares(each, found),
+            Text(_interval_text(each.intervals["divergence"], ".3f")),
+            *(Text(_interval_text(each.intervals[name], ".0%")) for name in ("same_token", "same_answer")),
+        )
+    return table
+
+
+def _shares(each: PolicyLoyalty, found: Loyalty) -> tuple[str, str]:
+    """FLOPs and bytes relative to the unrouted model, where they can be counted."""
+    if each.cost is None or found.unrouted is None:
+        return "-", "-"
+    flops = each.cost.prefill_flops / found.unrouted.prefill_flops
+    return f"{flops:.0%}", f"{each.cost.kv_bytes / found.unrouted.kv_bytes:.0%}"
+
+
+def _interval_text(value: Interval, form: str) -> str:
+    return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
 def runs_table(

@@ -1,4 +1,4 @@
-"""The command line, but for `demo`, `view` and `calibrate`, which have files of their own."""
+"""The command line, but for `demo`, `view`, `calibrate` and `loyalty`, which have files of their own."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def test_the_examples_of_the_pages_run(tmp_path, monkeypatch):
     pages = [(ROOT / name).read_text() for name in ("README.md", "docs/commands.md")]
     found = (re.findall(r"^reroute-kernels (.*?)(?: +#.*)?$", page, flags=re.MULTILINE) for page in pages)
     commands = [command for of_page in found for command in of_page]
-    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view", "calibrate"}
+    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view", "calibrate", "loyalty"}
     monkeypatch.chdir(tmp_path)
     for command in commands:
         result = run(*shlex.split(command))

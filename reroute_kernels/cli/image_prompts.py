@@ -1,4 +1,4 @@
-"""Prompts about the images of a folder, for a calibration."""
+"""Prompts about the images of a folder, for commands that measure on them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,58 @@
+"""The policies that the command `loyalty` compares, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..budget import OverBudget, solve_like
+from ..notation import parse_policy
+from ..policy import Policy
+from ..presets import TIERS, VISUAL_TOKENS, layers_of
+from ..reduced import of_layers
+from .arguments import check_layers
+
+METHODS = ("fastv", "reroute-fastv", "pdrop", "reroute-pdrop")
+
+
+def policies_of(config: object, texts: Sequence[str], keeps: Sequence[float]) -> dict[str, Policy]:
+    """Policies by name: as given, or each solved for every budget.
+
+    Args:
+        config: of the model.
+        texts: policies as `notation.parse_policy` takes them; none: `METHODS`, at every published tier, or at the one
+            nearest to each budget.
+        keeps: budgets: shares of the visual tokens that run in a layer, mean over the layers; none: as the policies
+            are. They are solved at 576 visual tokens, as presets are.
+
+    Raises:
+        TypeError, ValueError, OSError: a text is no policy of this model, or a budget cannot be kept.
+    """
+    for keep in keeps:
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be in (0, 1], got {keep}")
+    if not keeps:
+        names = texts or [f"{method}/{tier}" for tier in TIERS for method in METHODS]
+        return {name: _parsed(name, config) for name in names}
+    found = {}
+    for keep in keeps:
+        tier = min(TIERS, key=lambda tier: abs(tier - keep * VISUAL_TOKENS))
+        for text in texts or [f"{method}/{tier}" for method in METHODS]:
+            name = text if texts else text.partition("/")[0]
+            found[f"{name} at {keep:g}"] = _solved(_parsed(text, config), text, keep, layers_of(config))
+    return found
+
+
+def _parsed(text: str, config: object) -> Policy:
+    policy = parse_policy(text, config)
+    check_layers(policy, config)
+    return policy
+
+
+def _solved(policy: Policy, text: str, keep: float, layers: int) -> Policy:
+    """A policy like this one that runs this share of the visual tokens."""
+    decoder = of_layers(layers)
+    try:
+        return solve_like(decoder, policy, avg_tokens=keep * VISUAL_TOKENS, visual_tokens=VISUAL_TOKENS)
+    except OverBudget as error:
+        least = error.least / VISUAL_TOKENS
+        raise ValueError(f"keep must be {least:.4g} or more for {text}, which one token costs, got {keep:g}") from None
