@@ -15,7 +15,7 @@ NEWEST_TESTS := $(addprefix tests/models/test_,$(addsuffix .py,golden families g
 
 .PHONY: help browser test test-rest test-oldest test-newest test-install test-lmms-eval test-vllm test-matrix test-triton fuzz \
   compile-matrix gpu-report demo bench \
-  bench-vllm grounding train scenes docs lint format clean
+  bench-vllm grounding pretrained pretrained-bench train scenes docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -119,6 +119,13 @@ grounding: .venv/ready  ## ask the tiny model about held-out scenes under every 
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.grounding.reducers
 	$(BIN)/python -m bench.pages
 
+pretrained: .venv-pretrained/ready  ## install a pretrained decoder and a vision tower, and make build/pretrained of them
+	OMP_NUM_THREADS=1 .venv-pretrained/bin/python -m bench.pretrained.convert
+
+pretrained-bench: pretrained  ## route text passages through the pretrained decoder; goes on where it was interrupted; rewrites docs/pretrained.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.pretrained.measure
+	$(BIN)/python -m bench.pages
+
 train: .venv/ready  ## train the tiny model anew; goes on where it was interrupted
 	$(BIN)/python -m bench.grounding.train
 
@@ -136,7 +143,7 @@ format: .venv/ready  ## format the code
 	$(BIN)/ruff format -q .
 
 clean:  ## remove the environments and what was built
-	rm -rf .venv .venv-docs .venv-install .venv-lmms-eval .venv-middle .venv-newest .venv-oldest .venv-previous .venv-vllm .triton build *.egg-info .benchmarks
+	rm -rf .venv .venv-docs .venv-install .venv-lmms-eval .venv-middle .venv-newest .venv-oldest .venv-pretrained .venv-previous .venv-vllm .triton build *.egg-info .benchmarks
 
 .venv/ready: requirements/dev.txt requirements/constraints.txt pyproject.toml
 .venv-middle/ready: requirements/middle.txt requirements/constraints.txt pyproject.toml
@@ -155,8 +162,9 @@ $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 endef
 .venv-docs/ready: requirements/docs.txt
 .venv-lmms-eval/ready: requirements/lmms_eval.txt
+.venv-pretrained/ready: requirements/pretrained.txt
 .venv-vllm/ready: requirements/vllm.txt tests/vllm/prepare_environment.py tests/vllm/torchvision_schemas.py
-.venv-docs/ready .venv-lmms-eval/ready .venv-vllm/ready: .venv/ready
+.venv-docs/ready .venv-lmms-eval/ready .venv-pretrained/ready .venv-vllm/ready: .venv/ready
 	$(PYTHON) -m venv --clear --without-pip $(@D)
 	$(call find_packages_of_venv,$(@D))
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps \

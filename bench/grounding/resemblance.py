@@ -6,10 +6,11 @@ Both are measured without routing, before any policies are compared.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
+from torch import nn
 
 from .answers import Answerer, Item, batches
 from .metrics import Interval, interval, score
@@ -52,17 +53,18 @@ def coverage(answerer: Answerer, items: Sequence[Item]) -> dict[str, list[Interv
 
 
 @contextmanager
-def skipped(answerer: Answerer, layer: int | None):
-    """The model without the contribution of one decoder layer; the whole model if `layer` is None."""
-    if layer is None:
-        yield
-        return
-    module = answerer.model.model.language_model.layers[layer]
-    handle = module.register_forward_hook(lambda module, args, output: args[0])
+def skipped_layer(layer: nn.Module):
+    """The model without the contribution of one decoder layer."""
+    handle = layer.register_forward_hook(lambda module, args, output: args[0])
     try:
         yield
     finally:
         handle.remove()
+
+
+def skipped(answerer: Answerer, layer: int | None):
+    """The model without the contribution of one decoder layer; the whole model if `layer` is None."""
+    return nullcontext() if layer is None else skipped_layer(answerer.model.model.language_model.layers[layer])
 
 
 def without_layers(answerer: Answerer, items: Sequence[Item]) -> list[Interval]:

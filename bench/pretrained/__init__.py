@@ -1,0 +1,1 @@
+"""Routing on a pretrained decoder: text passages in place of images."""
