@@ -1,4 +1,4 @@
-"""What vision towers hand to reducers, computed by hand: whole attention matrices, patch by patch.
+"""Features that vision towers hand to reducers, computed by hand: whole attention matrices, patch by patch.
 
 And the prompt that holds what is left of an image, which the model runs without knowing of the dropped tokens.
 """
@@ -232,7 +232,7 @@ def slow_similar(case, inputs):
 
 @torch.no_grad()
 def slow_images(case, prompt):
-    """What a reducer is handed of one prompt's images, or of its videos: one `VisionFeatures` for each of its calls."""
+    """Features of one prompt's images, or of its videos, for a reducer: one `VisionFeatures` for each of its calls."""
     inputs, core = case.batch([prompt]), case.model.model
     saliency = list(SALIENCY[case.name](case.model, None, inputs))
     width = core.get_input_embeddings().weight.shape[1]
