@@ -106,7 +106,7 @@ class Adapter:
     """Layers that read the keys and values of an earlier layer and cache none."""
 
     rotates_by_kind: bool = False
-    """Whether layers of each kind of attention have a rotary embedding of their own."""
+    """Whether layers of each kind of attention have a rotary embedding of their own, or none."""
 
     cache_types: tuple[str, ...] = ()
     """Caches that this family brings along, beside those of transformers."""
@@ -297,8 +297,8 @@ class Adapter:
             positions: (B, M) int64.
             kind: type of attention of the layers, which matters where `rotates_by_kind`.
         """
-        axes = self.position_axes
-        return self.decoder.rotary_emb(hidden, positions if axes == 1 else positions.expand(axes, -1, -1))
+        axes, kinds = self.position_axes, (kind,) if self.rotates_by_kind else ()
+        return self.decoder.rotary_emb(hidden, positions if axes == 1 else positions.expand(axes, -1, -1), *kinds)
 
     def norm(self, layer: Module, hidden: Tensor) -> Norm | None:
         """The norm that a layer begins with, if an operation can compute it in place of the module.

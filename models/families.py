@@ -126,6 +126,23 @@ class Qwen3VLAdapter(Adapter):
         ]
 
 
+class CohereCompassAdapter(Qwen3VLAdapter):
+    """`CohereCompassForConditionalGeneration`: layers of some kinds do not rotate, those of others on three axes."""
+
+    text_model_types = ("cohere_compass_text",)
+    rotates_by_kind = True
+    vision = None
+
+
+class GraniteDoclingAdapter(Qwen3VLAdapter):
+    """`GraniteDoclingForConditionalGeneration`."""
+
+    text_model_types = ("granite_docling_text",)
+    decoder_name = "text_model"
+    position_axes = 1
+    vision = None
+
+
 class Qwen3_5Adapter(Adapter):
     """`Qwen3_5ForConditionalGeneration`, `Qwen3_5MoeForConditionalGeneration`.
 
@@ -212,6 +229,45 @@ class Lfm2VLAdapter(Adapter):
 
     def keys(self, attention: Module, states: Tensor) -> Tensor:
         return attention.k_layernorm(super().keys(attention, states))
+
+
+class Lfm3VLAdapter(Lfm2VLAdapter):
+    """`Lfm3VlForConditionalGeneration`: windows, too, with a rotary embedding of their own; rotated in float32."""
+
+    text_model_types = ("lfm3",)
+    rotates_by_kind = True
+    queries = Adapter.queries
+    keys = Adapter.keys
+
+    def rotated_keys(self, layer: Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        keys = self.keys(layer.self_attn, states)
+        return rotated(keys.float(), cos[:, :, None], sin[:, :, None], self.rotary_style).to(keys.dtype)
+
+
+class MuseAdapter(Adapter):
+    """`MuseGlimmerForConditionalGeneration`, `MuseSparkForConditionalGeneration`: full layers do not rotate.
+
+    Queries and keys have one norm without weights. Tokens of sound run always, as text does.
+    """
+
+    text_model_types = ("muse_glimmer_text", "muse_spark_text")
+    rotates_by_kind = True
+    layer_attributes = (*Adapter.layer_attributes, "self_attn.qk_norm", "self_attn.qk_scale_factor")
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        rotated = [bool(self.decoder.config.layer_rope_theta[layer_idx]) for layer_idx in self.deciding_layers()]
+        if len(set(rotated)) > 1:
+            raise self._built_differently("some layers of full attention rotate, and some do not")
+
+    def embeddings_at(self, hidden: Tensor, positions: Tensor, kind: str = "full_attention") -> object:
+        return self.decoder.rotary_emb(hidden, positions)
+
+    def queries(self, attention: Module, states: Tensor) -> Tensor:
+        return attention.qk_norm(super().queries(attention, states)) * attention.qk_scale_factor
+
+    def keys(self, attention: Module, states: Tensor) -> Tensor:
+        return attention.qk_norm(super().keys(attention, states))
 
 
 class Ernie4_5VLMoeAdapter(Adapter):

@@ -19,9 +19,6 @@ class Gemma3Adapter(Adapter):
     cuts_masks = True
     rotates_by_kind = True
 
-    def embeddings_at(self, hidden: Tensor, positions: Tensor, kind: str = "full_attention") -> object:
-        return self.decoder.rotary_emb(hidden, positions, kind)
-
 
 class Gemma4Adapter(Gemma3Adapter):
     """`Gemma4ForConditionalGeneration`, `Gemma4UnifiedForConditionalGeneration`.

@@ -406,7 +406,7 @@ class Routing:
         if call is None:
             return None
         if not isinstance(call, Prefill):
-            if self.policy.positions == "contiguous":
+            if self.policy.positions == "contiguous" and kwargs["position_embeddings"] is not None:
                 embeddings_at = partial(self._adapter.embeddings_at, args[0], kind=self._layers.kinds[layer_idx])
                 kwargs["position_embeddings"] = call.position_embeddings(stage, layer_idx, embeddings_at)
             kwargs["attention_mask"] = call.mask(stage, layer_idx, args[0], kwargs)
@@ -444,10 +444,13 @@ class Routing:
 
     def _decide(self, call: Prefill, layer_idx: int, layer: Module, hidden: Tensor, kwargs: dict) -> Tensor:
         call.fill(cache_of(kwargs))
-        hidden = to_execution_device(self._modules_of[layer_idx], hidden)
-        rotary = self._adapter.tables(layer, kwargs["position_embeddings"], hidden.shape[0])
+        hidden, given = to_execution_device(self._modules_of[layer_idx], hidden), kwargs["position_embeddings"]
+        rotary = self._tables(call, layer, given, hidden)
         hidden = call.forward.decide(hidden, rotary, LayerProjection(self._adapter, layer_idx, self._head_group, call))
         kind = self._layers.kinds[layer_idx]
+        if given is None:
+            call.position_embeddings = {}
+            return hidden
         if self.policy.positions == "contiguous":
             embeddings = self._adapter.embeddings_at(hidden, call.forward.position_ids(hidden.device), kind)
             call.forward.rotary = self._adapter.tables(layer, embeddings, hidden.shape[0])
@@ -457,7 +460,9 @@ class Routing:
         return hidden
 
     def _position_embeddings(self, call: Prefill, stage: int, layer_idx: int, hidden: Tensor, given: object) -> object:
-        """Those of the tokens that run in a layer of a stage; given: those of the full sequence."""
+        """Those of the tokens that run in a layer of a stage; given: those of the full sequence, None without any."""
+        if given is None:
+            return None
         adapter, found = self._adapter, call.position_embeddings
         kind = self._layers.kinds[layer_idx if adapter.rotates_by_kind else self._layers.stages[stage].start]
         if kind not in found:
@@ -469,12 +474,19 @@ class Routing:
                 found[kind] = adapter.position_embeddings(*ops.gather_tokens(index, *tables))
         return found[kind]
 
+    def _tables(self, call: Prefill, layer: Module, given: object, hidden: Tensor) -> tuple[Tensor, ...]:
+        """cos and sin of the full sequence, from its position embeddings; without any, those that rotate nothing."""
+        if given is None:
+            shape = hidden.shape[0], call.forward.prompt.length, 2
+            return hidden.new_ones(shape), hidden.new_zeros(shape)
+        return self._adapter.tables(layer, given, hidden.shape[0])
+
     def _rank_ahead(
         self, call: Prefill, layer_idx: int, layer: Module, hidden: Tensor, position_embeddings: object
     ) -> None:
         """Rank for the decision in the next layer; position_embeddings are those of the full sequence."""
         hidden = to_execution_device(self._modules_of[layer_idx], hidden)
-        rotary = self._adapter.tables(layer, position_embeddings, hidden.shape[0])
+        rotary = self._tables(call, layer, position_embeddings, hidden)
         call.forward.score(hidden, rotary, LayerProjection(self._adapter, layer_idx, self._head_group, call))
 
     def _add_layer_features(self, layer_idx: int, layer: Module, args: tuple, output: Tensor) -> Tensor | None:

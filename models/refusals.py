@@ -518,6 +518,12 @@ GRAPH_MODEL_RULES = (
         lambda c: c.adapter.cuts_masks,
     ),
     Refusal(
+        "decoders whose kinds of layers rotate in ways of their own",
+        "cuda_graph needs a decoder with one rotary embedding for all layers, got a "
+        "{c.adapter.model.__class__.__name__}, which has one for each kind",
+        lambda c: c.adapter.rotates_by_kind,
+    ),
+    Refusal(
         "rankings that are not of `reroute_kernels.rankings`, whose shapes may depend on data",
         "cuda_graph needs a ranking of reroute_kernels.rankings, got {c.own_ranking!r}",
         lambda c: c.own_ranking is not None,

@@ -23,20 +23,15 @@ PER_LAYER_INPUTS = "whose layers take inputs of their own for each token, and sh
 SHORT_CONVOLUTIONS = "whose layers run short convolutions over neighbouring tokens beside attention"
 LATENT_ATTENTION = "whose keys are compressed (latent attention), so that a ranking cannot read them from k_proj"
 INDEXER = "whose attention is sparse: an indexer with a cache of its own chooses the keys"
-WITHOUT_POSITIONS = "whose layers of full attention are handed no position embeddings, which no adapter knows yet"
 HEADS_DIFFER = "whose layers have different numbers of heads, which no adapter knows yet"
 REFERENCE_WINDOW = "whose text layers see a window and the image beyond it (reference_sliding_attention)"
 NUMBERED_OVER_BATCH = "whose images are numbered over the whole batch, so that a sample depends on those before it"
-ADDITIONS = "whose decoder adds visual features before or after layers, which no adapter knows yet"
-CONVOLUTION_LAYERS = "whose decoder has layers of short convolutions alone, which no adapter knows yet"
 TOWER = "which is a vision tower alone; the model around it is a llava"
-UNTRIED = "whose text model was not tried yet"
 
 REFUSED: dict[str, str] = {
     "blip": CROSS_ATTENTION,
     "blip-2": QUERY_TRANSFORMER,
     "chameleon": NO_DECODER,
-    "cohere_compass": WITHOUT_POSITIONS,
     "diffusion_gemma": DIFFUSION,
     "dots3_note": INDEXER,
     "evolla": CROSS_ATTENTION,
@@ -45,7 +40,6 @@ REFUSED: dict[str, str] = {
     "gemma3n": PER_LAYER_INPUTS,
     "git": BEFORE_TEXT,
     "glm5_next": INDEXER,
-    "granite_docling": ADDITIONS,
     "hunyuan_vl": NUMBERED_OVER_BATCH,
     "hy_v4_vl": INDEXER,
     "idefics": CROSS_ATTENTION,
@@ -57,16 +51,12 @@ REFUSED: dict[str, str] = {
     "kimi_k25": LATENT_ATTENTION,
     "kosmos-2": MARKED_BY_MASK,
     "kosmos-2.5": MARKED_BY_MASK,
-    "lfm3_vl": CONVOLUTION_LAYERS,
     "llama4": HEAD_INSIDE,
-    "minicpmv4_7": UNTRIED,
     "minimax_m3_vl": INDEXER,
     "mistral4": LATENT_ATTENTION,
     "mistral_large4": INDEXER,
     "mllama": CROSS_ATTENTION,
     "molmo2": BIDIRECTIONAL,
-    "muse_glimmer": WITHOUT_POSITIONS,
-    "muse_spark": WITHOUT_POSITIONS,
     "nemotron_h_omni": MAMBA,
     "pi0": ACTIONS,
     "pix2struct": ENCODER_DECODER,

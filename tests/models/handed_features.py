@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -195,14 +196,18 @@ def _added(module, layers):
         kind = import_module(f"transformers.models.{module}")
         made = next(value for name, value in vars(kind).items() if name in _OUTPUTS_WITH_ADDITIONS)
         scaled = [[features * (layer + 1) for features in pooler_output] for layer in layers]
-        if "Granite" in made.__name__:
+        if "Granite4" in made.__name__:
             return made(deepstack_features=list(zip(layers, scaled, strict=True)))
         return made(pooler_output=pooler_output, deepstack_features=scaled)
 
     return output
 
 
-_OUTPUTS_WITH_ADDITIONS = ("Granite4VisionImageFeaturesOutput", "BaseModelOutputWithDeepstackFeatures")
+_OUTPUTS_WITH_ADDITIONS = (
+    "BaseModelOutputWithDeepstackFeatures",
+    "Granite4VisionImageFeaturesOutput",
+    "GraniteDoclingImageFeaturesOutput",
+)
 
 
 def scattered(model):
@@ -238,6 +243,13 @@ def _gemma4(kind, text, vision):
     text = {**_GEMMA4, **text}
     config = {"video_token_id": VIDEO, "audio_token_id": 504, "audio_config": None}
     return _of(kind, text, vision, prepared=_prepared4, **config)
+
+
+def _muse(kind, **text):
+    """Layers see a window and rotate, or see all and do not."""
+    rotates = {"sliding_window": WINDOW, "layer_types": _WINDOWS["layer_types"], "layer_rope_theta": [10_000.0, 0] * 3}
+    vision = {**CLIP, "pos_emb_height": 2, "pos_emb_width": 2}
+    return partial(_of, kind, {**rotates, **text}, vision, projector_hidden_size=32, brings=_grid)
 
 
 HANDED: dict[str, Handed] = {
@@ -464,6 +476,20 @@ HANDED: dict[str, Handed] = {
         },
         _siglip(),
     ),
+    "cohere_compass": _of(
+        "CohereCompass",
+        {
+            "model_type": "cohere_compass_text",
+            **_WINDOWS,
+            "rope_parameters": {"sliding_attention": _mrope(2, 3, 3), "full_attention": None},
+        },
+        GRID | {"deepstack_visual_indexes": [0, 0, 0]},
+        brings=_grid,
+        output=_added("cohere_compass.modeling_cohere_compass", [0, 1, 2]),
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    ),
     "deepseek_vl": _of("DeepseekVL", vision=_siglip()),
     "deepseek_vl_hybrid": _of(
         "DeepseekVLHybrid",
@@ -473,6 +499,12 @@ HANDED: dict[str, Handed] = {
     ),
     "fast_vlm": _of("FastVlm", "qwen2", CLIP | {"model_type": "clip_vision_model"}, image="image_token_index"),
     "got_ocr2": _of("GotOcr2", "qwen2", SAM, image="image_token_index"),
+    "granite_docling": _of(
+        "GraniteDocling",
+        {"model_type": "granite_docling_text", "attention_multiplier": 0.2, "embedding_multiplier": 1.5},
+        CLIP | {"out_hidden_size": 64, "scale_factor": 2, "deepstack_visual_indexes": [0, 0, 0]},
+        output=_added("granite_docling.modeling_granite_docling", [0, 1, 2]),
+    ),
     "hyperclovax_vision_v2": _of(
         "HyperCLOVAXVisionV2",
         {"model_type": "hyperclovax", "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
@@ -483,6 +515,20 @@ HANDED: dict[str, Handed] = {
         "Janus",
         vision=CLIP | {"projection_dim": 64, "num_image_tokens": 4},
         vq_config={"base_channels": 32, "num_embeddings": 16, "projection_dim": 64, "image_token_embed_dim": 64},
+    ),
+    "lfm3_vl": _of(
+        "Lfm3Vl",
+        {
+            "model_type": "lfm3",
+            "layer_types": ["conv", "full_attention", "conv", "full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": WINDOW,
+            "initializer_range": 0.1,
+        },
+        {**CLIP, "num_key_value_heads": 2},
+        brings=_grid,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
     ),
     "lighton_ocr": _of("LightOnOcr", "qwen3", CLIP | {"model_type": "pixtral", "head_dim": 16}),
     "llava_next_video": _of(
@@ -506,6 +552,40 @@ HANDED: dict[str, Handed] = {
         brings=_sizes,
         video_token_id=VIDEO,
         insert_layer_id=0,
+    ),
+    "minicpmv4_7": _of(
+        "MiniCPMV4_7",
+        _hybrid(),
+        CLIP | {"insert_layer_id": 0},
+        brings=lambda: {"target_sizes": torch.tensor([[16, TOKENS]])},  # 16 patches a token
+        video_token_id=VIDEO,
+        insert_layer_id=0,
+        image_start_id=VISION_START,
+        image_end_id=VISION_END,
+        slice_start_id=505,
+        slice_end_id=506,
+        newline_id=507,
+    ),
+    "muse_glimmer": _muse("MuseGlimmer", model_type="muse_glimmer_text")(video_token_id=VIDEO, out_hidden_size=64),
+    "muse_spark": _muse(
+        "MuseSpark",
+        model_type="muse_spark_text",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        moe_hidden_size=32,
+        mlp_layer_types=["dense", "sparse"] * 3,
+    )(
+        video_token_id=VIDEO,
+        out_hidden_size=64,
+        audio_token_id=504,
+        audio_config={
+            "patch_sizes": [4],
+            "hidden_sizes": [16],
+            "depths": [1],
+            "num_hidden_layers": 1,
+            "out_hidden_size": 64,
+        },
     ),
     "ovis2": _of(
         "Ovis2",

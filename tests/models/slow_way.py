@@ -15,7 +15,7 @@ from reroute_kernels.models.adapter import cache_of
 from reroute_kernels.rankings import AllText, KeyNorm, Mixed, Random, Remembered, Uniform
 from tests.models.prompts import IMAGE, VIDEO
 
-NORMS = {"exaone4": None, "apertus1p5_text": "attention_layernorm", "lfm2": "operator_norm"}
+NORMS = {"exaone4": None, "apertus1p5_text": "attention_layernorm", "lfm2": "operator_norm", "lfm3": "operator_norm"}
 """Norms that layers begin with, by text model, if they have another name or are none."""
 FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
 SEES_IMAGES = ("gemma", "gemma3_text", "gemma4_text", "gemma4_unified_text")
@@ -52,8 +52,10 @@ def projected(attention, name, states, gated):
         x = x.unflatten(-1, (-1, 2, attention.head_dim))[:, :, 0]
     else:
         x = x.unflatten(-1, (-1, attention.head_dim))
-    norms = (getattr(attention, f"{name}_{kind}", None) for kind in ("norm", "layernorm"))
-    return next((norm for norm in norms if norm is not None), torch.nn.Identity())(x).transpose(0, 1).float()
+    norms = (getattr(attention, each, None) for each in (f"{name}_norm", f"{name}_layernorm", "qk_norm"))
+    x = next((norm for norm in norms if norm is not None), torch.nn.Identity())(x)
+    factor = getattr(attention, "qk_scale_factor", 1.0) if name == "q" else 1.0
+    return x.transpose(0, 1).float() * factor
 
 
 def rotated(x, cos, sin, interleaved):
@@ -87,7 +89,7 @@ def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
     if not rotary:
         past_key = None
     windowed = kind == "cohere2" or (kind == "exaone4" and decoder.config.sliding_window is not None)
-    if rotary and not windowed:  # beside windows, layers of full attention do not rotate
+    if rotary and tables is not None and not windowed:  # beside windows, layers of full attention do not rotate
         cos, sin = mixed_axes(decoder, tables)
         interleaved = kind in ("glm4v_text", "glm_ocr_text", "ernie4_5_vl_moe_text")
         if interleaved and torch.equal(*cos.chunk(2, dim=-1)):  # versions whose layers order the entries
@@ -170,6 +172,11 @@ class Proxy:
     def __init__(self, group, tokens):
         self.group = group
         self.state = self.start = tokens.float().mean(dim=1).to(tokens.dtype)
+
+
+def rows_of(tables, rows, batch=slice(None)):
+    """Rotary tables of some tokens; None of layers that do not rotate."""
+    return None if tables is None else tuple(table[..., batch, rows, :] for table in tables)
 
 
 def of_tokens(kwargs, given):
@@ -261,8 +268,8 @@ class SlowWay:
             # `remove` ranks among the survivors, `reroute` among all tokens.
             survivors = self.policy.action == "remove" and self.running is not None
             among = self.running if survivors else torch.arange(length)
-            compact = tuple(table[..., :1, among, :] for table in tables)
-            if survivors and self.policy.positions == "contiguous":
+            compact = rows_of(tables, among, slice(1))
+            if survivors and self.policy.positions == "contiguous" and tables is not None:
                 compact = self._numbered(hidden, torch.arange(len(among)), self.kinds[number])
             places = among.tolist()
             pool = [row for row, place in enumerate(places) if place in self.current]
@@ -315,10 +322,8 @@ class SlowWay:
                     running = self.running
             # Frozen tokens take part in the layer, and then are what they were.
             given = torch.arange(length) if self.policy.action == "freeze" else running
-            kwargs["position_embeddings"] = tuple(table[..., given, :] for table in kwargs["position_embeddings"])
-            is_routed = bool(self.selected) or self.beside_images
-            if self.policy.positions == "contiguous" and is_routed and number >= min(self.stages):
-                kwargs["position_embeddings"] = self._numbered(hidden, past + torch.arange(len(running)), kind)
+            tables, numbers = kwargs["position_embeddings"], past + torch.arange(len(running))
+            kwargs["position_embeddings"] = self._embeddings(number, tables, given, hidden, numbers)
             kwargs["attention_mask"] = self._mask(number, kind, past, given, cache, kwargs["attention_mask"])
             kwargs["position_ids"] = None
             kwargs |= of_tokens(kwargs, given)
@@ -391,14 +396,20 @@ class SlowWay:
         hidden[:, waiting] = (hidden[:, waiting].float() + change).to(hidden.dtype)
         return hidden
 
+    def _embeddings(self, number, tables, given, hidden, numbers):
+        """Those of the tokens that a layer is given, of its tables; numbers: of those that run, if contiguous."""
+        is_routed = (bool(self.selected) or self.beside_images) and number >= min(self.stages)
+        if tables is not None and is_routed and self.policy.positions == "contiguous":
+            return self._numbered(hidden, numbers, self.kinds[number])
+        return rows_of(tables, given)
+
     def _numbered(self, hidden, positions, kind):
         """Rotary tables of text at these positions."""
-        positions = positions[None]
-        if "full_attention" in (self.decoder.config.rope_parameters or {}):  # each kind of layer has its own
-            return self.decoder.rotary_emb(hidden, positions, kind)
-        if "mrope_section" in (self.decoder.config.rope_parameters or {}):
+        positions, rope = positions[None], self.decoder.config.rope_parameters or {}
+        by_kind = kind in rope  # each kind of layer has its own
+        if "mrope_section" in (rope[kind] if by_kind else rope):
             positions = positions.expand(3, -1, -1)
-        return self.decoder.rotary_emb(hidden, positions)
+        return self.decoder.rotary_emb(hidden, positions, *([kind] if by_kind else []))
 
     def _seen(self, cache, number, past):
         """(P,) bool, the tokens cached by a layer that the mask of this call does not hide."""

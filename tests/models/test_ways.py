@@ -270,7 +270,7 @@ def three_axes(case, inputs):
     core = case.model.model
     if not hasattr(core, "get_rope_index"):
         return None
-    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "target_sizes", "attention_mask")
     return core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})[0].long()
 
 
