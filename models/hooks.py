@@ -359,6 +359,7 @@ class Routing:
         given = arguments.get("position_ids")
         changed = self._adapter.keep_rows(arguments)
         if isinstance(call, Prefill):
+            call.forward.inputs = arguments.get("inputs_embeds")
             call.note_positions(given)
             if self._routes_features:
                 call.layer_features = self._adapter.take_layer_features(arguments)

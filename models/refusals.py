@@ -524,8 +524,9 @@ GRAPH_MODEL_RULES = (
         lambda c: c.adapter.rotates_by_kind,
     ),
     Refusal(
-        "rankings that are not of `reroute_kernels.rankings`, whose shapes may depend on data",
-        "cuda_graph needs a ranking of reroute_kernels.rankings, got {c.own_ranking!r}",
+        "`TextRaters`, which reads a prompt's embeddings, and rankings outside of `reroute_kernels.rankings`, whose "
+        "shapes may depend on data",
+        "cuda_graph needs a ranking of reroute_kernels.rankings other than TextRaters, got {c.own_ranking!r}",
         lambda c: c.own_ranking is not None,
     ),
     Refusal(

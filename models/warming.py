@@ -68,7 +68,7 @@ def _decide(adapter: Adapter, policy: Policy, layers: RoutedLayers, prompt: Prom
         layer = adapter.layers[layer_indices.start]
         weight = _weight(adapter, layer)
         if stage == 0:
-            hidden = weight.new_zeros(batch, length, weight.shape[0])
+            hidden = forward.inputs = weight.new_zeros(batch, length, weight.shape[0])
             positions = torch.arange(length, device=weight.device).expand(batch, -1)
             embeddings = adapter.embeddings_at(hidden, positions)
         rotary = adapter.tables(layer, embeddings, batch)

@@ -96,6 +96,7 @@ class Candidates:
     _rotary: tuple[Tensor, ...] = field(repr=False)
     _projection: Projection = field(repr=False)
     _states: Tensor | None = field(default=None, repr=False)
+    _raters: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @property
     def hidden(self) -> Tensor:
@@ -110,14 +111,28 @@ class Candidates:
         """
         return self.pool.cumsum(dim=1) - 1
 
+    @property
+    def raters(self) -> Tensor:
+        """(B, L) bool, the text tokens that are relevant to the visual tokens, found once for a prompt.
+
+        Raises:
+            NotImplementedError: the embeddings of the prompt are not known where a decision is made.
+        """
+        if self._raters is None:
+            raise NotImplementedError(
+                "ranking must not ask for text raters where the embeddings of the prompt are not known"
+            )
+        return self._raters()
+
     def attention(
         self, queries: int | str = 1, query_reduction: str = "mean", head_reduction: str = "mean", rotary: bool = True
     ) -> Attention:
         """Attention that some queries pay to each token in the layer that ranks.
 
         Args:
-            queries: how many tokens at the end of each sample ask, or `"text"` for all text tokens. A token sees itself
-                and the tokens before it.
+            queries: how many tokens at the end of each sample ask, or `"text"` for all text tokens, or `"raters"` for
+                those of SparseVLM, see `TextRaters`. A token sees itself and the tokens before it. A mean over text
+                counts that of the sample that has most.
             query_reduction, head_reduction: `"mean"` or `"max"`; queries are reduced first.
             rotary: False: attention without rotary position, to the tokens of this prompt alone: keys of earlier turns,
                 which a cache holds rotated, do not count.
@@ -128,8 +143,9 @@ class Candidates:
         length = self.pool.shape[1]
         positions: Tensor | None
         if isinstance(queries, str):
-            expect_one_of(queries=(queries, ("text",)))
-            text = self.text if self.valid is None else self.text & self.valid
+            expect_one_of(queries=(queries, ("text", "raters")))
+            text = self.raters if queries == "raters" else self.text
+            text = text if self.valid is None else text & self.valid
             positions = last_queries(self._hidden, text, min(self.most_text, length))
         elif queries == 1:
             positions = None if self.last is None else self.last[:, None]
@@ -269,6 +285,37 @@ class AllText(_ByAttention):
 
     def flops(self, decoder, tokens: int, text_tokens: int) -> int:
         return self._flops(decoder, tokens, text_tokens)
+
+
+@dataclass(frozen=True)
+class TextRaters(_ByAttention):
+    """Attention that the raters of SparseVLM (arXiv 2410.04417) pay to a candidate.
+
+    Raters are text tokens behind the image whose embeddings resemble those of the visual tokens: each visual token's
+    relevance is spread over the text by a softmax of products, and those with at least the mean rate. They are found
+    once for a prompt, before any layer runs. A score is the sum over the raters, divided by the number of text tokens
+    of the sample that has most. Removed tokens are not recycled.
+
+    Args:
+        layer, query_reduction, head_reduction, rotary: as in `LastQuery`. SparseVLM ranks by the layer before.
+
+    Raises:
+        TypeError: `rotary` is no bool.
+        ValueError: an argument is not accepted.
+    """
+
+    layer: str = "previous"
+    query_reduction: str = "mean"
+    head_reduction: str = "mean"
+    rotary: bool = True
+
+    def rank(self, candidates: Candidates) -> Attention:
+        return candidates.attention("raters", self.query_reduction, self.head_reduction, self.rotary)
+
+    def flops(self, decoder, tokens: int, text_tokens: int) -> int:
+        """As many as if all text rated. The search for raters is counted at every decision, though it is made once."""
+        search = 2 * decoder.hidden_size * text_tokens * (tokens - text_tokens)
+        return self._flops(decoder, tokens, text_tokens) + search
 
 
 @dataclass(frozen=True)
@@ -456,9 +503,9 @@ class Remembered(_Around):
     ranks alone. Each routed prompt remembers for itself. Remembering takes no launch more.
 
     Args:
-        ranking: gives the scores, of 0 or more: `LastQuery`, `AllText`, `Random`, `Uniform`, or a ranking of one's own
-            with an attribute `nonnegative = True`. `Mixed` may be around this ranking or within it; both are the same,
-            for it never changes scores.
+        ranking: gives the scores, of 0 or more: `LastQuery`, `AllText`, `TextRaters`, `Random`, `Uniform`, or a ranking
+            of one's own with an attribute `nonnegative = True`. `Mixed` may be around this ranking or within it; both
+            are the same, for it never changes scores.
         decay: from 0, which remembers nothing, to 1.
 
     Raises:
@@ -478,6 +525,6 @@ class Remembered(_Around):
         _expect_share("decay", self.decay)
         if not self.nonnegative:
             raise ValueError(
-                "ranking must give scores of 0 or more, as LastQuery, AllText, Random and Uniform do, or one's own "
-                f"with nonnegative = True, got {self.ranking!r}"
+                "ranking must give scores of 0 or more, as LastQuery, AllText, TextRaters, Random and Uniform do, or "
+                f"one's own with nonnegative = True, got {self.ranking!r}"
             )

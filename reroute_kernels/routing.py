@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -20,6 +21,7 @@ from .policy import Policy
 from .positions import flags_of, positions_of
 from .proxies import Proxies, leaders, start_proxies
 from .rankings import Candidates, Norm, Projection, RankingLike, Remembered, evenly, part_of
+from .raters import rating_text, text_raters
 from .trace import DecisionScores
 
 if TYPE_CHECKING:
@@ -208,6 +210,9 @@ class RoutedForward:
             [self.selected_counts, self.row_lengths, lasts, self._even_counts, self._proxy_counts],
             device=prompt.visual.device,
         )
+        # (B, L, d), embeddings as the first layer is handed them, for rankings that read them; None if unknown.
+        self.inputs: Tensor | None = None
+        self._raters: Tensor | None = None  # (B, L) bool, once they were asked for
         self.kept: list[Tensor] = []
         self._active: TokenSequence | None = None  # the tokens of this stage
         self._scores: Tensor | None = None
@@ -485,6 +490,7 @@ class RoutedForward:
             _rotary=source.rotary,
             _projection=projection,
             _states=states,
+            _raters=None if self.inputs is None and self._raters is None else partial(self._raters_of, source),
         )
         with torch.no_grad():
             ranked = self._ranking(stage).rank(candidates)
@@ -498,6 +504,19 @@ class RoutedForward:
                 f"{self._ranking(stage)!r}"
             )
         return self._combined(ranked.detach(), "mean")
+
+    def _raters_of(self, source: TokenSequence) -> Tensor:
+        """(B, M) bool, the raters among the tokens of a sequence."""
+        if self._raters is None:
+            assert self.inputs is not None
+            prompt, device = self.prompt, self.inputs.device
+            flags = (on_device(device, each) for each in (prompt.pool, rating_text(prompt)))
+            self._raters = text_raters(self.inputs, *flags, prompt.most_text)
+            self.inputs = None
+        raters = on_device(source.hidden.device, self._raters)
+        if source.kept is None:
+            return raters
+        return raters.gather(1, source.kept.clamp(min=0)) & (source.kept >= 0)
 
     def _all_scores(self, ranked: Attention) -> Tensor:
         return self._combined(ranked.scores(), ranked.head_reduction)
@@ -581,6 +600,7 @@ class RoutedForward:
         Trailing padding shows its sample's last token, so that reading the last position of a row is right whatever
         the padding side.
         """
+        self.inputs = None
         sequence = self.active
         sequence.take(hidden)
         while sequence.parent is not None:

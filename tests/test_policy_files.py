@@ -14,7 +14,7 @@ import pytest
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage, policy_file, rankings, reducers
 from reroute_kernels.policy import Budget
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, TextRaters, Uniform
 from reroute_kernels.reducers import CDPruner, DivPrune, FlashVid, HoloV, Nuwa, VidCom2, VisionZip, VisPruner
 
 PLAIN = {"version": 1, "schedule": [{"layer": 3, "keep": 0.25}]}
@@ -30,6 +30,7 @@ RANKINGS = [
     LastQuery(),
     LastQuery("previous", queries=3, query_reduction="max", head_reduction="max"),
     AllText("previous", head_reduction="max"),
+    TextRaters("this", rotary=False),
     KeyNorm("previous"),
     Random(2**70),
     Uniform(),

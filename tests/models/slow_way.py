@@ -12,7 +12,7 @@ import math
 import torch
 
 from reroute_kernels.models.adapter import cache_of
-from reroute_kernels.rankings import AllText, KeyNorm, Mixed, Random, Remembered, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, Mixed, Random, Remembered, TextRaters, Uniform
 from tests.models.prompts import IMAGE, VIDEO
 
 NORMS = {"exaone4": None, "apertus1p5_text": "attention_layernorm", "lfm2": "operator_norm", "lfm3": "operator_norm"}
@@ -147,7 +147,18 @@ def murmur(number):
     return number ^ number >> 16
 
 
-def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key, past_seen):
+def raters_of(embeddings, visual, length):
+    """Places of the text tokens behind `visual` places that are relevant to these, pair by pair."""
+    text = range(visual[-1] + 1, length)
+    relevance = dict.fromkeys(text, 0.0)
+    for place in visual:
+        products = torch.stack([embeddings[place].double() @ embeddings[other].double() for other in text])
+        for other, share in zip(text, products.softmax(dim=0).tolist(), strict=True):
+            relevance[other] += share / len(visual)
+    return [place for place in text if relevance[place] >= sum(relevance.values()) / len(text)]
+
+
+def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables, past_key, past_seen, raters=()):
     """Scores that a ranking gives the places of `hidden` that are in `pool`, of which `count` will be chosen."""
     if isinstance(ranking, Uniform):
         taken = at_even_distances(pool, count)
@@ -161,8 +172,13 @@ def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables,
         scores = -key.float().norm(dim=-1).mean(dim=1)
     else:
         rows = attention(decoder, layer, hidden, tables, past_key, past_seen, ranking.rotary)
-        asking = text if isinstance(ranking, AllText) else slice(-ranking.queries, None)
+        if isinstance(ranking, AllText):
+            asking = text
+        else:
+            asking = raters if isinstance(ranking, TextRaters) else slice(-ranking.queries, None)
         scores = reduced(rows[:, asking], ranking)
+        if isinstance(ranking, TextRaters) and ranking.query_reduction == "mean":
+            scores = scores * len(raters) / len(text)  # the library counts all text, which changes no order
     return {place: float(scores[place]) for place in pool}
 
 
@@ -287,6 +303,7 @@ class SlowWay:
                 compact,
                 cached_keys(cache, ranks) if past else None,
                 self._seen(cache, ranks, past),
+                self._raters(places) if isinstance(ranking, TextRaters) else (),
             )
             scores = with_memory(scores, places, decay, self.memory)
             sure = at_even_distances(pool, math.trunc(uniform * count))
@@ -340,6 +357,11 @@ class SlowWay:
     def _past_of(self, number, kind):
         """Tokens that the layer whose keys this one reads had cached before the call."""
         return 0 if number < self.caching else self.pasts[kind]
+
+    def _raters(self, places):
+        """Rows, of those at `places`, of the raters, which are chosen before the first layer."""
+        raters = raters_of(self.inputs[0][0], self.visual_places, self.inputs[0].shape[1])
+        return [row for row, place in enumerate(places) if place in raters]
 
     def _proxies_of(self, number, count, candidates, sure):
         if self.policy.align != "proxy" or number == max(self.stages):

@@ -20,8 +20,9 @@ from torch import Tensor
 
 import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_of
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Remembered, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Remembered, TextRaters, Uniform
 from reroute_kernels.reducers import Nuwa
+from reroute_kernels.reducers.base import rounded_up
 from tests.models.families import CLIP, IDS, TEXT, aya_vision, qwen3_5, qwen3_vl, tiny
 from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START
 from tests.models.reduced_by_hand import has_equal_saliencies, reduced_prompt
@@ -116,6 +117,7 @@ RANKINGS = (
     LastQuery(rotary=False),
     Remembered(LastQuery(), decay=0.8),
     Remembered(AllText(rotary=False)),
+    TextRaters(),
 )
 
 
@@ -764,7 +766,7 @@ class Alone:
         by_hand, visual, kept, _ = reduced_prompt(
             self.model,
             inputs,
-            reducer.survivors,
+            lambda tokens: rounded_up(tokens, reducer.keep),
             reducer.per_cell,
             distance,
             reducer.quantile,

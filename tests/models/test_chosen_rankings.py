@@ -4,13 +4,14 @@ from functools import partial
 
 import pytest
 
-from reroute_kernels.rankings import AllText, LastQuery, Mixed, Remembered
+from reroute_kernels.rankings import AllText, LastQuery, Mixed, Remembered, TextRaters
 from tests.models.families import load
 from tests.models.test_ways import compare, compare_batch, generate, one_image, text_only, turns, two_images
 
 RANKINGS = [
     LastQuery(rotary=False),
     AllText(rotary=False),
+    TextRaters("this"),
     Mixed(LastQuery(rotary=False), uniform=0.3),
     Remembered(LastQuery()),
     Mixed(Remembered(AllText(query_reduction="max"), decay=0.8)),

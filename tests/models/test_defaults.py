@@ -7,7 +7,7 @@ import torch
 
 import reroute_kernels as rk
 from reroute_kernels.cli.environment import check_decision
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, TextRaters, Uniform
 from tests.models.prompts import batch, cached_lengths, selections
 from tests.models.test_reducers import LLAVA, QWEN
 
@@ -17,6 +17,7 @@ RANKINGS = [
     LastQuery(),
     LastQuery("previous", queries=3, query_reduction="max"),
     AllText(head_reduction="max"),
+    TextRaters(),
     KeyNorm(),
     Random(3),
     Uniform(),

@@ -111,7 +111,7 @@ def test_layers_without_full_attention(name, runs):
 @torch.no_grad()
 def test_rankings_of_others(model, inputs, runs):
     this = rk.Policy(TINY.schedule, ranking=Middle())
-    message = "a ranking of reroute_kernels.rankings, got <.*Middle"
+    message = "a ranking of reroute_kernels.rankings other than TextRaters, got <.*Middle"
     refuses(model, lambda: model(**inputs).logits, message, this, at_apply=True)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import reroute_kernels as rk
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Mixed, Random, Remembered, TextRaters, Uniform
 from tests.models.families import load
 from tests.models.prompts import ACTIONS, IMAGE, batch, cached_lengths, offset, selections
 from tests.models.slow_way import SlowWay
@@ -27,6 +27,8 @@ RANKINGS = [
     AllText("previous", head_reduction="max"),
     LastQuery(rotary=False),
     AllText("previous", rotary=False),
+    TextRaters(),
+    TextRaters("this", head_reduction="max", rotary=False),
     KeyNorm(),
     KeyNorm("previous"),
     Random(3),

@@ -62,7 +62,7 @@ def one_image(case):
 
 
 def two_images(case):
-    return [case.prompt(2, 4, 9, seed=2)]
+    return [case.prompt(2, 4, 9, seed=7)]  # with other seeds two tokens are nearest to each other, and both farthest
 
 
 def padded_batch(case):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reroute_kernels as rk
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, Uniform
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, Random, TextRaters, Uniform
 from reroute_kernels.reducers import Nuwa
 from tests.models import static_prefills, test_graphed_prefills, test_norms
 from tests.models.families import load
@@ -119,11 +119,12 @@ def test_static_prefills(name, monkeypatch):
     test_graphed_prefills.check(case.model, inputs, POLICIES[name], runs)
 
 
-def test_static_prefills_refuse_a_stages_own_ranking(monkeypatch):
+@pytest.mark.parametrize(("ranking", "named"), [(Middle(), "<.*Middle"), (TextRaters(), r"TextRaters\(")])
+def test_static_prefills_refuse_a_stages_own_ranking(monkeypatch, ranking, named):
     static_prefills.use(monkeypatch)
     case = load("llava")
-    this = rk.Policy([rk.Stage(1, 0.5), rk.Stage(3, 0.5, Middle())])
-    with pytest.raises(NotImplementedError, match=r"a ranking of reroute_kernels.rankings, got <.*Middle"):
+    this = rk.Policy([rk.Stage(1, 0.5), rk.Stage(3, 0.5, ranking)])
+    with pytest.raises(NotImplementedError, match=rf"other than TextRaters, got {named}"):
         rk.apply(case.model, this, cuda_graph="require")
 
 
@@ -141,7 +142,7 @@ def test_norms_are_computed_where_the_stages_ranking_reads_them(launches):
 def test_warm_up_asks_as_the_model_does(name, monkeypatch):
     """The same rankings at the same decisions."""
     case, asked = load("llava"), []
-    for kind in (LastQuery, AllText, KeyNorm, Random, Uniform):
+    for kind in (LastQuery, AllText, KeyNorm, Random, TextRaters, Uniform):
 
         def noted(self, candidates, rank=kind.rank):
             asked.append((self, candidates.decision))

@@ -1,4 +1,4 @@
-"""Features that vision towers hand to reducers, computed by hand: whole attention matrices, patch by patch.
+"""Features and saliencies that vision towers hand to reducers, by hand: whole attention matrices, patch by patch.
 
 And the prompt that holds what is left of an image, which the model runs without knowing of the dropped tokens.
 """
@@ -232,7 +232,7 @@ def slow_similar(case, inputs):
 
 @torch.no_grad()
 def slow_images(case, prompt):
-    """Features of one prompt's images, or of its videos, for a reducer: one `VisionFeatures` for each of its calls."""
+    """One `VisionFeatures` for each call of a reducer by one prompt's images, or by its videos."""
     inputs, core = case.batch([prompt]), case.model.model
     saliency = list(SALIENCY[case.name](case.model, None, inputs))
     width = core.get_input_embeddings().weight.shape[1]
