@@ -248,14 +248,15 @@ def _reduced(model: object, method: str, avg_tokens: object) -> Policy:
     else:
         published = model_of(model)
     if published is None:
-        kinds = layer_types(text_config(model))
+        config = text_config(model)
+        count, able = config.num_hidden_layers, _able_layers(config)
         model_type = getattr(getattr(model, "config", model), "model_type", None) or ""
-        decisions = [layer * len(kinds) / _LLAVA.decoder.layers for layer in (3, *_LLAVA.later_layers)]
+        decisions = [layer * count / _LLAVA.decoder.layers for layer in (3, *_LLAVA.later_layers)]
     else:
-        kinds, model_type = ["full_attention"] * published.decoder.layers, published.model_type
-        decisions = [3, *published.later_layers]
+        count, model_type = published.decoder.layers, published.model_type
+        able, decisions = list(range(count)), [3, *published.later_layers]
     share = share_of(method, avg_tokens, VISUAL_TOKENS)
-    return reduced_policy(method, share, kinds, decisions, model_type, VISUAL_TOKENS)
+    return reduced_policy(method, share, count, able, decisions, model_type, VISUAL_TOKENS)
 
 
 def _partners_average(model: object, method: str, avg_tokens: float) -> float:

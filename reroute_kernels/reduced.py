@@ -94,14 +94,21 @@ def _percentage(method: str, amount: object) -> float:
 
 
 def reduced_policy(
-    method: str, share: float, kinds: Sequence[str], decisions: Sequence[float], model_type: str, visual_tokens: int
+    method: str,
+    share: float,
+    count: int,
+    able: Sequence[int],
+    decisions: Sequence[float],
+    model_type: str,
+    visual_tokens: int,
 ) -> Policy:
     """Policy of a method that reduces.
 
     Args:
         method: one of `REDUCED`.
         share: of the visual tokens that run in a layer on average.
-        kinds: type of attention of each layer.
+        count: decoder layers.
+        able: those that can decide.
         decisions: layers at which a rerouted method decides, unless it is FlashVID; the nearest that can are taken.
         model_type: `config.model_type`.
         visual_tokens: of which a budget is met to the token.
@@ -112,17 +119,18 @@ def reduced_policy(
     expect_one_of(method=(method, REDUCED))
     name, reroutes = _name_of(method), method.startswith("reroute-")
     if name == "flashvid":
-        return _flashvid(share, kinds, model_type, 2 if reroutes else 1)
+        return _flashvid(share, count, able, model_type, 2 if reroutes else 1)
     make = IMAGE_METHODS.get(name, VidCom2)
     if not reroutes:
         return Policy((), "remove", positions=_positions(model_type), reducer=make(share))
     reducer = make(min(1.0, POOL * share))
-    layers = _nearest(kinds, decisions, below=len(kinds) / POOL)
+    layers = _nearest([layer for layer in able if layer], decisions, below=count / POOL)
     if name == "vidcom2":
-        keep = share * _left(len(kinds), layers[0], min(POOL, 1 / share))
+        keep = share * _left(count, layers[0], min(POOL, 1 / share))
         return Policy([Stage(layer, keep) for layer in layers], reducer=reducer)
-    decoder = of_layers(len(kinds))
-    return solve(decoder, layers, avg_tokens=share * visual_tokens, visual_tokens=visual_tokens, reducer=reducer)
+    return solve(
+        of_layers(count), layers, avg_tokens=share * visual_tokens, visual_tokens=visual_tokens, reducer=reducer
+    )
 
 
 def _name_of(method: str) -> str:
@@ -139,19 +147,11 @@ def _left(layers: int, first: int, times: float) -> float:
     return (layers - times * first) / (layers - first)
 
 
-def _able(kinds: Sequence[str]) -> list[int]:
-    """Layers that can decide behind a reducer."""
-    return [layer for layer, kind in enumerate(kinds) if layer and kind == "full_attention"]
-
-
-def _flashvid(share: float, kinds: Sequence[str], model_type: str, decisions: int) -> Policy:
+def _flashvid(share: float, count: int, able: Sequence[int], model_type: str, decisions: int) -> Policy:
     """FlashVID with one decision, or with a second one halfway between that and the end, which keeps as many tokens."""
-    count = len(kinds)
-    able = _able(kinds)
     # With all layers but the last few at more than the budget, it cannot be met.
-    firsts = [layer for layer in able if layer * EXPANSION < count and (decisions == 1 or layer < able[-1])]
-    if not firsts:
-        raise ValueError(f"config_or_model must have layers with full attention to decide at, got {', '.join(kinds)}")
+    firsts = [layer for layer in able if 0 < layer * EXPANSION < count and (decisions == 1 or layer < able[-1])]
+    _check_some(firsts, able)
     wanted = _PRUNING_LAYERS.get(count, round(5 * count / 7))
     layers = [min(firsts, key=lambda layer: abs(layer - wanted))]
     if decisions > 1:
@@ -160,7 +160,7 @@ def _flashvid(share: float, kinds: Sequence[str], model_type: str, decisions: in
     keep = share * _left(count, layers[0], EXPANSION)
     is_qwen = model_type.startswith("qwen")
     reducer = FlashVid(share, EXPANSION, min_segments=4 if is_qwen else 8, selection="v1" if is_qwen else "v2")
-    ahead = all(kinds[layer - 1] == "full_attention" for layer in layers)
+    ahead = all(layer - 1 in able for layer in layers)
     return Policy(
         [Stage(layer, keep) for layer in layers],
         "reroute" if decisions > 1 else "remove",
@@ -170,12 +170,15 @@ def _flashvid(share: float, kinds: Sequence[str], model_type: str, decisions: in
     )
 
 
-def _nearest(kinds: Sequence[str], decisions: Sequence[float], below: float) -> list[int]:
-    """Layers that can decide nearest to some; the first so early that a pool leaves room in the budget."""
-    able = _able(kinds)
-    firsts = [layer for layer in able if layer < below]
+def _check_some(firsts: Sequence[int], able: Sequence[int]) -> None:
     if not firsts:
-        raise ValueError(f"config_or_model must have layers with full attention to decide at, got {', '.join(kinds)}")
+        raise ValueError(f"model must have a layer that can decide early enough for the budget, got {list(able)}")
+
+
+def _nearest(able: Sequence[int], decisions: Sequence[float], below: float) -> list[int]:
+    """Layers that can decide nearest to some; the first so early that a pool leaves room in the budget."""
+    firsts = [layer for layer in able if layer < below]
+    _check_some(firsts, able)
     first = min(firsts, key=lambda layer: abs(layer - decisions[0]))
     return sorted(
         {first, *(min(able, key=lambda layer: abs(layer - each)) for each in decisions[1:])} - set(range(first))

@@ -166,8 +166,8 @@ def test_texts():
         ("visionzip/600", config(8), "avg_tokens must be a number of visual tokens from 1 to 576 for 'visionzip', got"),
         ("visionzip/10%", config(8), "visual tokens from 1 to 576 for 'visionzip', got '10%'"),
         ("visionzap/64", config(8), "method must be one of 'fastv', "),
-        ("flashvid/10%", config(1), "config_or_model must have layers with full attention to decide at, got"),
-        ("reroute-holov/64", config(1), "config_or_model must have layers with full attention to decide at, got"),
+        ("flashvid/10%", config(1), "model must have a layer that can decide early enough for the budget, got"),
+        ("reroute-holov/64", config(1), "model must have a layer that can decide early enough for the budget, got"),
     ],
 )
 def test_wrong_budgets_are_refused(text, model, message):
