@@ -13,7 +13,7 @@ from reroute_kernels.models.adapter import cache_name
 from tests.models.families import load_shallow
 from tests.models.prompts import IMAGE, VIDEO, Prompt, offset
 from tests.models.slow_way import decoder_of
-from tests.models.towers_by_hand import KEYS, OTHERS, QWENS, TOWERS, features_of, slow_keys
+from tests.models.towers_by_hand import KEYS, OTHERS, QWENS, TOWERS, features_of, projector_of, slow_keys
 
 STEPS = 4
 CROPS_BY_COUNT = "number_of_tokens_to_crop" in GenerationMixin._assisted_decoding.__code__.co_varnames
@@ -69,8 +69,7 @@ def test_keys_and_projected_features(name, video):
     if name in QWENS:
         projected = list(features_of(case.model, inputs).pooler_output)
     else:
-        projector = OTHERS[name][0](core) if name in OTHERS else core.multi_modal_projector
-        handle = projector.register_forward_hook(lambda *given: projected.append(given[2]))
+        handle = projector_of(core).register_forward_hook(lambda *given: projected.append(given[2]))
         features_of(case.model, inputs)
         handle.remove()
     if video and name == "llava_onevision":

@@ -16,7 +16,7 @@ import reroute_kernels as rk
 from reroute_kernels.models.adapter import cache_name
 from reroute_kernels.reducers import CDPruner, DivPrune, FlashVid, HoloV, Nuwa, VidCom2, VisionZip, VisPruner
 from tests.models.families import load_shallow
-from tests.models.prompts import ACTIONS, IMAGE, VIDEO, offset, selections
+from tests.models.prompts import ACTIONS, IMAGE, VIDEO, Prompt, offset, selections
 from tests.models.slow_way import decoder_of, layer_types
 from tests.models.towers_by_hand import SALIENCY, slow_images, talk
 from tests.test_flashvid import slow_flashvid
@@ -36,6 +36,7 @@ METHODS = {
     "CDPruner": CDPruner(0.25),  # fewer than the features have channels: determinants of more are 0
     "DivPrune": DivPrune(KEEP),
     "FlashVid": FlashVid(0.35, tau=0.3, min_segments=2, selection="v1"),
+    "FlashVid of defaults": FlashVid(0.35),  # clips are shorter than there are to be segments
     "HoloV": HoloV(KEEP),
     "Nuwa": Nuwa(KEEP, 2),
     "VidCom2": VidCom2(KEEP),
@@ -73,6 +74,12 @@ def one_video(case):
     return [case.prompt(0, 4, 9, seed=4, video=True)]
 
 
+def two_videos(case):
+    """Of one prompt, with an image between them."""
+    parts = [*one_video(case), case.prompt(1, 3, 5, seed=3), case.prompt(0, 2, 7, seed=5, video=True)]
+    return [Prompt(torch.cat([part.ids for part in parts]), case._merged([part.features for part in parts], dim=1))]
+
+
 def images_and_videos(case):
     return [*one_video(case), case.prompt(1, 3, 5, seed=3), case.prompt(0, 2, 7, seed=5, video=True)]
 
@@ -82,10 +89,11 @@ SITUATIONS = {
     "two images": two_images,
     "batch": padded_batch,
     "video": one_video,
+    "two videos": two_videos,
     "images and videos": images_and_videos,
     "later turn": one_image,
 }
-NEED_VIDEO = ("video", "images and videos")
+NEED_VIDEO = ("video", "two videos", "images and videos")
 EVERYDAY = [
     ("llava", "VisionZip", "batch"),
     ("llava_next", "CDPruner", "batch"),
@@ -93,7 +101,8 @@ EVERYDAY = [
     ("qwen2_vl", "VidCom2", "video"),
     ("qwen2_5_vl", "FlashVid", "images and videos"),
     ("qwen2_5_vl", "CDPruner", "images and videos"),
-    ("qwen3_vl", "FlashVid", "video"),
+    ("qwen3_vl", "FlashVid", "two videos"),
+    ("llava_onevision", "FlashVid of defaults", "two videos"),
     ("qwen3_vl", "VisionZip", "later turn"),
     ("qwen3_5", "DivPrune", "two images"),
     ("internvl", "HoloV", "batch"),

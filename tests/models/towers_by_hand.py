@@ -5,6 +5,7 @@ And the prompt that holds what is left of an image, which the model runs without
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 
@@ -230,10 +231,26 @@ def slow_similar(case, inputs):
     return mean.flatten(0, 1)
 
 
-@torch.no_grad()
+IMAGES = ("pixel_values", "image_grid_thw", "image_sizes")
+VIDEOS = ("pixel_values_videos", "video_grid_thw")
+
+
+def modalities(case, prompt):
+    """The placeholder of images and that of videos, with the model's inputs without those of the other."""
+    inputs = case.batch([prompt])
+    for token, own, others in ((IMAGE, IMAGES, VIDEOS), (VIDEO, VIDEOS, IMAGES)):
+        if own[0] in inputs:
+            yield token, {name: value for name, value in inputs.items() if name not in others}
+
+
 def slow_images(case, prompt):
-    """One `VisionFeatures` for each call of a reducer by one prompt's images, or by its videos."""
-    inputs, core = case.batch([prompt]), case.model.model
+    """One `VisionFeatures` for each call of a reducer by one prompt: its images, then its videos."""
+    return [image for _, inputs in modalities(case, prompt) for image in images_of(case, prompt, inputs)]
+
+
+@torch.no_grad()
+def images_of(case, prompt, inputs):
+    core = case.model.model
     saliency = list(SALIENCY[case.name](case.model, None, inputs))
     width = core.get_input_embeddings().weight.shape[1]
     if case.name in QWENS:
@@ -312,17 +329,16 @@ def handing_on(case, inputs, values, projects=True):
         yield
 
 
-def embedded(case, inputs):
-    """The features that placeholders of one prompt are replaced by, and those of layers behind, with a newline."""
+def embedded(case, inputs, token):
+    """The features that these placeholders of one prompt are replaced by, with newlines, and those of layers behind."""
     core = case.model.model
     output = features_of(case.model, inputs)
-    width = core.get_input_embeddings().weight.shape[1]
     parts = [each.reshape(-1, each.shape[-1]) for each in output.pooler_output]
     ids = inputs["input_ids"][0]
-    if sum(map(len, parts)) + len(parts) == int(((ids == IMAGE) | (ids == VIDEO)).sum()):
+    if sum(map(len, parts)) + len(parts) == int((ids == token).sum()):
         # Before transformers 5.17 the model ends each video with a newline, not its encoder.
-        parts = [torch.cat([part, core.image_newline[None, : part.shape[1]]]) for part in parts]
-    layers = getattr(output, "deepstack_features", None) or [] if width == parts[0].shape[1] else []
+        parts = [torch.cat([part, core.image_newline[None]]) for part in parts]
+    layers = getattr(output, "deepstack_features", None) or []
     return torch.cat(parts), [each if isinstance(each, torch.Tensor) else torch.cat(list(each)) for each in layers]
 
 
@@ -336,33 +352,33 @@ def reduced_arguments(case, prompt, chosen):
     Args:
         chosen: for each call of the reducer, the places over T x N that stay, and their features, as (index, made).
     """
-    inputs, core, ids = case.batch([prompt]), case.model.model, prompt.ids
-    images = slow_images(case, prompt)
-    made, flags = [], []
-    for image, (index, features) in zip(images, chosen, strict=True):
-        shape = image.features.shape
-        made.append(image.features.flatten(0, 1).index_copy(0, index, features).view(shape))
-        flags.append(torch.full(shape[:2], DROPPED).flatten().index_fill(0, index, 0.0).view(*shape[:2], 1))
-    width = core.get_input_embeddings().weight.shape[1]
-    with handing_on(case, inputs, made):
-        features, layers = embedded(case, inputs)
-    with handing_on(case, inputs, [each.expand(-1, -1, width) for each in flags], projects=False):
-        dropped = embedded(case, inputs)[0][:, 0] == DROPPED
-    visual = (ids == IMAGE) | (ids == VIDEO)
+    core, ids, chosen = case.model.model, prompt.ids, list(chosen)
     embeds = core.get_input_embeddings()(ids)
-    embeds[visual] = features
-    kept = torch.ones_like(visual)
-    kept[visual] = ~dropped
+    kept, layers = torch.ones_like(ids, dtype=torch.bool), []
+    for token, inputs in modalities(case, prompt):
+        made, flags = [], []
+        for image in images_of(case, prompt, inputs):
+            (index, features), shape = chosen.pop(0), image.features.shape
+            made.append(image.features.flatten(0, 1).index_copy(0, index, features).view(shape))
+            dropped = torch.full(shape[:2], DROPPED).flatten().index_fill(0, index, 0.0)
+            flags.append(dropped.view(*shape[:2], 1).expand(-1, -1, embeds.shape[1]))
+        places = ids == token
+        with handing_on(case, inputs, made):
+            embeds[places], of_layers = embedded(case, inputs, token)
+        with handing_on(case, inputs, flags, projects=False):
+            kept[places] = embedded(case, inputs, token)[0][:, 0] != DROPPED
+        layers = layers or [torch.zeros_like(embeds) for _ in of_layers]
+        for layer, features in zip(layers, of_layers, strict=True):
+            layer[places] = features
+    inputs, visual = case.batch([prompt]), (ids == IMAGE) | (ids == VIDEO)
     positions = torch.arange(len(ids))[None]
     if case.name in QWENS:
-        import inspect
-
         names = inspect.signature(core.get_rope_index).parameters
         positions, _ = core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})
     arguments = {"inputs_embeds": embeds[None, kept], "position_ids": positions[..., kept]}
     if layers:
         arguments["visual_pos_masks"] = visual[None, kept]
-        arguments["deepstack_visual_embeds"] = [each[~dropped] for each in layers]
+        arguments["deepstack_visual_embeds"] = [each[visual & kept] for each in layers]
     return arguments, kept
 
 
