@@ -270,6 +270,71 @@ class MuseAdapter(Adapter):
         return attention.qk_norm(super().keys(attention, states))
 
 
+class KimiAdapter(Adapter):
+    """`Kimi_K25ForConditionalGeneration`: latent attention, whose keys are projected twice and cached in between.
+
+    Rankings are handed the channels that rotate before the others; the layers have them behind.
+    """
+
+    text_model_types = ("deepseek_v3",)
+    layer_attributes = (
+        "self_attn.kv_a_proj_with_mqa",
+        "self_attn.kv_a_layernorm",
+        "self_attn.kv_b_proj",
+        "self_attn.expand_kv",
+        "self_attn.qk_nope_head_dim",
+        "self_attn.scaling",
+    )
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        # Neighbouring channels are rotated together, by tables in two equal halves, and then put in two halves.
+        self._neighbours = bool(self.decoder.config.rope_interleave)
+        self.rotary_style = "interleaved" if self._neighbours else "rotate_half"
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return (self.decoder.config.num_attention_heads,) * 2
+
+    def rotary(self, layer: Module, position_embeddings) -> tuple[Tensor, Tensor]:
+        cos, sin = position_embeddings
+        if self._neighbours:
+            cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))
+        return cos, sin
+
+    def position_embeddings(self, cos: Tensor, sin: Tensor):
+        if self._neighbours:
+            cos, sin = (torch.cat([table[..., ::2]] * 2, dim=-1) for table in (cos, sin))
+        return cos, sin
+
+    def queries(self, attention: Module, states: Tensor) -> Tensor:
+        if attention.q_proj is None:
+            query = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(states)))
+        else:
+            query = attention.q_proj(states)
+        return self._rotating_first(attention, query.unflatten(-1, (-1, attention.qk_head_dim)))
+
+    def unnormalized_keys(self, attention: Module, states: Tensor) -> Tensor:
+        sizes = attention.kv_lora_rank, attention.qk_rope_head_dim
+        latent, rotating = attention.kv_a_proj_with_mqa(states)[:, None].split(sizes, dim=-1)
+        key, _value = attention.expand_kv(attention.kv_a_layernorm(latent), rotating)
+        return self._rotating_first(attention, key.transpose(1, 2))
+
+    def cached_keys(self, cache, layer_idx: int) -> Tensor:
+        attention, cached = self.layers[layer_idx].self_attn, cache.layers[layer_idx]
+        key, _value = attention.expand_kv(cached.keys, cached.values)
+        key = self._rotating_first(attention, key)
+        if not self._neighbours:
+            return key
+        rotated, rest = key.split([attention.qk_rope_head_dim, attention.qk_nope_head_dim], dim=-1)
+        return torch.cat([torch.stack(rotated.chunk(2, dim=-1), dim=-1).flatten(-2), rest], dim=-1)
+
+    @staticmethod
+    def _rotating_first(attention: Module, rows: Tensor) -> Tensor:
+        rest, rotating = rows.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], dim=-1)
+        return torch.cat([rotating, rest], dim=-1)
+
+
 class Ernie4_5VLMoeAdapter(Adapter):
     """`Ernie4_5_VLMoeForConditionalGeneration`: visual tokens have experts of their own; rotated in float32."""
 

@@ -21,7 +21,7 @@ HEAD_INSIDE = "whose decoder is a whole causal language model, and whose layers 
 MAMBA = "whose decoder is a whole causal language model with Mamba layers"
 PER_LAYER_INPUTS = "whose layers take inputs of their own for each token, and share keys"
 SHORT_CONVOLUTIONS = "whose layers run short convolutions over neighbouring tokens beside attention"
-LATENT_ATTENTION = "whose keys are compressed (latent attention), so that a ranking cannot read them from k_proj"
+SCALED_BY_POSITION = "whose queries are scaled by their positions, which no adapter knows yet"
 INDEXER = "whose attention is sparse: an indexer with a cache of its own chooses the keys"
 HEADS_DIFFER = "whose layers have different numbers of heads, which no adapter knows yet"
 REFERENCE_WINDOW = "whose text layers see a window and the image beyond it (reference_sliding_attention)"
@@ -48,12 +48,11 @@ REFUSED: dict[str, str] = {
     "inkling_mm_model": SHORT_CONVOLUTIONS,
     "instructblip": QUERY_TRANSFORMER,
     "instructblipvideo": QUERY_TRANSFORMER,
-    "kimi_k25": LATENT_ATTENTION,
     "kosmos-2": MARKED_BY_MASK,
     "kosmos-2.5": MARKED_BY_MASK,
     "llama4": HEAD_INSIDE,
     "minimax_m3_vl": INDEXER,
-    "mistral4": LATENT_ATTENTION,
+    "mistral4": SCALED_BY_POSITION,
     "mistral_large4": INDEXER,
     "mllama": CROSS_ATTENTION,
     "molmo2": BIDIRECTIONAL,

@@ -47,6 +47,8 @@ def mixed_axes(decoder, tables):
 
 def projected(attention, name, states, gated):
     """(H, L, D) queries or keys of one sample before rotation, in float32."""
+    if hasattr(attention, "kv_b_proj"):
+        return rotating_first(attention, expanded(attention, name, states)[0].transpose(0, 1)).float()
     x = getattr(attention, f"{name}_proj")(states)[0]
     if name == "q" and gated:
         x = x.unflatten(-1, (-1, 2, attention.head_dim))[:, :, 0]
@@ -56,6 +58,25 @@ def projected(attention, name, states, gated):
     x = next((norm for norm in norms if norm is not None), torch.nn.Identity())(x)
     factor = getattr(attention, "qk_scale_factor", 1.0) if name == "q" else 1.0
     return x.transpose(0, 1).float() * factor
+
+
+def expanded(attention, name, states):
+    """(1, L, H, D) queries or keys of latent attention before rotation."""
+    if name == "q":
+        low = attention.q_a_proj is not None
+        x = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(states))) if low else attention.q_proj(states)
+        return x.unflatten(-1, (-1, attention.qk_head_dim))
+    latent, shared = attention.kv_a_proj_with_mqa(states).split(
+        [attention.kv_lora_rank, attention.qk_rope_head_dim], dim=-1
+    )
+    keys = attention.kv_b_proj(attention.kv_a_layernorm(latent)).unflatten(-1, (attention.num_heads, -1))
+    keys = keys[..., : attention.qk_nope_head_dim]
+    return torch.cat([keys, shared[:, :, None].expand(-1, -1, keys.shape[2], -1)], dim=-1)
+
+
+def rotating_first(attention, x):
+    """The channels that rotate, which stand behind the others, before them."""
+    return torch.cat([x[..., attention.qk_nope_head_dim :], x[..., : attention.qk_nope_head_dim]], dim=-1)
 
 
 def rotated(x, cos, sin, interleaved):
@@ -73,7 +94,8 @@ def scale_of(config, attention):
         return 1.0
     if config.model_type.startswith("gemma3"):
         return config.query_pre_attn_scalar**-0.5
-    return getattr(config, "attention_multiplier", None) or attention.head_dim**-0.5
+    size = getattr(attention, "head_dim", None) or attention.qk_head_dim
+    return getattr(config, "attention_multiplier", None) or size**-0.5
 
 
 def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
@@ -92,6 +114,7 @@ def attention(decoder, layer, hidden, tables, past_key, past_seen, rotary=True):
     if rotary and tables is not None and not windowed:  # beside windows, layers of full attention do not rotate
         cos, sin = mixed_axes(decoder, tables)
         interleaved = kind in ("glm4v_text", "glm_ocr_text", "ernie4_5_vl_moe_text")
+        interleaved |= kind == "deepseek_v3" and decoder.config.rope_interleave
         if interleaved and torch.equal(*cos.chunk(2, dim=-1)):  # versions whose layers order the entries
             cos, sin = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cos, sin))
         query, key = (rotated(x, cos, sin, interleaved) for x in (query, key))
@@ -301,7 +324,7 @@ class SlowWay:
                 self.decoder.layers[ranks],
                 hidden[:1, among],
                 compact,
-                cached_keys(cache, ranks) if past else None,
+                cached_keys(cache, ranks, self.decoder.layers[ranks]) if past else None,
                 self._seen(cache, ranks, past),
                 self._raters(places) if isinstance(ranking, TextRaters) else (),
             )
@@ -482,5 +505,12 @@ class SlowWay:
         return mask if boolean else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
-def cached_keys(cache, number):
+def cached_keys(cache, number, layer):
+    if hasattr(layer.self_attn, "kv_b_proj"):  # what is cached is expanded, and rotated channels are halves
+        keys, _ = layer.self_attn.expand_kv(cache.layers[number].keys, cache.layers[number].values)
+        keys, size = rotating_first(layer.self_attn, keys), layer.self_attn.qk_rope_head_dim
+        if not layer.self_attn.config.rope_interleave:
+            return keys
+        halves = keys[..., :size].chunk(2, dim=-1)
+        return torch.cat([torch.stack(halves, dim=-1).flatten(-2), keys[..., size:]], dim=-1)
     return cache.key_cache[number] if hasattr(cache, "key_cache") else cache.layers[number].keys

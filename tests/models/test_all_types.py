@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from tests.models.families import ALIKE, MODELS, OTHERS, load
 from tests.models.handed_features import HANDED
 from tests.models.prompts import selections
 from tests.models.slow_way import SlowWay
-from tests.models.test_ways import GREEDY, policies
+from tests.models.test_ways import GREEDY, policies, turns
 
 FEW = {**GREEDY, "max_new_tokens": 3}
 
@@ -33,7 +34,6 @@ FOLDERS = {
     "kosmos-2.5": "kosmos2_5",
     "qwen2_5_omni_thinker": "qwen2_5_omni",
     "qwen3_omni_moe_thinker": "qwen3_omni_moe",
-    "kimi_k25": "deepseek_v3",  # its text model
     "fuyu": "persimmon",
     "florence2": "bart",
     "shieldgemma2": "gemma3",
@@ -55,7 +55,7 @@ EVIDENCE = {
     refused.MAMBA: r"self.language_model = AutoModelForCausalLM",
     refused.PER_LAYER_INPUTS: r"per_layer_input",
     refused.SHORT_CONVOLUTIONS: r"ShortConv",
-    refused.LATENT_ATTENTION: r"self.kv_a_proj_with_mqa = ",
+    refused.SCALED_BY_POSITION: r"\* get_llama_4_attn_scale\(",
     refused.INDEXER: r"self.indexer = ",
     refused.HEADS_DIFFER: r"num_attention_heads_per_layer",
     refused.REFERENCE_WINDOW: r"reference_sliding_attention",
@@ -125,6 +125,23 @@ def test_routed_type_equals_the_slow_way(name):
         actual = torch.stack(output.logits)[:, row]
         torch.testing.assert_close(actual, torch.stack(expected.logits)[:, 0], atol=1e-4, rtol=0)
         assert (actual[0] - plain[row]).abs().max() > 1e-3  # something was deferred
+
+
+@pytest.mark.skipif("kimi_k25" not in OTHERS, reason="this transformers does not have the type")
+@pytest.mark.parametrize("text", [{"q_lora_rank": None}, {"rope_interleave": False}], ids=str)
+@torch.no_grad()
+def test_other_shapes_of_latent_attention(text):
+    """Queries that are projected once; rotated channels in halves. A new image ranks keys of the turn before, too."""
+    case = load("kimi_k25")
+    case = replace(case, model=replace(case.handed, text=case.handed.text | text).build().eval())
+    this = policies(case)[0]
+    prompts = [case.prompt(1, 3, 8, seed=7)], [case.prompt(1, 6, 15, seed=1)]
+    with SlowWay(case.model, this) as slow:
+        expected = turns(case, *prompts)
+    with rk.apply(case.model, this) as routing:
+        logits = turns(case, *prompts)
+        assert selections(routing.trace) == slow.selected
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name in ALL_TYPES])
