@@ -13,6 +13,7 @@ from bench.pages.models import support_tables, types_table
 from bench.pages.performance import performance_page
 from bench.pages.records import RESULTS, ROOT, gpu_folders, read, read_all
 from bench.pages.refusals import refusals_list
+from bench.pretrained.report import pretrained_page
 
 GROUNDING = {
     name: path
@@ -20,6 +21,8 @@ GROUNDING = {
     if (path := RESULTS / "grounding" / f"{name}.json").exists()
 }
 """The records of docs/grounding.md."""
+PRETRAINED = RESULTS / "pretrained" / "results.json"
+"""The record of docs/pretrained.md."""
 TABLES = (
     ("README.md", "gpus", lambda: gpu_summary(gpu_folders())),
     ("README.md", "grounding", lambda: summary_table(read(GROUNDING["results"]))),
@@ -40,6 +43,7 @@ def write_pages() -> None:
         replace_between(ROOT / page, marker, text())
     performance_page(gpu_folders(), ROOT / "docs")
     grounding_page({name: read(path) for name, path in GROUNDING.items()}, ROOT / "docs")
+    pretrained_page(read(PRETRAINED) if PRETRAINED.exists() else None, ROOT / "docs")
     model = ROOT / "models" / "tiny_grounding"
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
     (model / "README.md").write_text(model_card(read(GROUNDING["results"]), log))

@@ -15,6 +15,7 @@ MODULES = (
     "budget",
     "calibration",
     "cost",
+    "loyalty",
     "models",
     "models.graphs",
     "ops",
