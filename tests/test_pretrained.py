@@ -15,7 +15,7 @@ from bench.pretrained import measure, passages, report, runs, summary
 from bench.pretrained.passages import KINDS, TOKENS, make_item
 from bench.pretrained.runs import PAPER, UNROUTED, Run
 
-IMAGE = 16
+IMAGE, LAYERS = 16, 24
 VOCABULARY: dict[str, int] = {"<image>": IMAGE}
 
 
@@ -39,7 +39,7 @@ def config():
             "model_type": "llama",
             "hidden_size": 32,
             "intermediate_size": 32,
-            "num_hidden_layers": 10,
+            "num_hidden_layers": LAYERS,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
             "vocab_size": 1024,
@@ -102,8 +102,9 @@ def test_items_are_drawn_by_number_and_seed(items):
         make_item("facts", 0, 0, lambda text: encode(text) if len(text) < 40 else encode(text)[:5])
 
 
-def test_runs_match_in_tokens_and_flops(config):
-    of_runs = runs.policies(config, (1, 4, 6, 8))
+@pytest.mark.parametrize("plan", runs.PLANS, ids=lambda plan: plan.name)
+def test_runs_match_in_tokens_and_flops(plan, config):
+    of_runs = runs.policies(config, (1, 4, 6, 8), plan)
     for run, policy in of_runs.items():
         if policy is None:
             assert run == UNROUTED
@@ -113,12 +114,16 @@ def test_runs_match_in_tokens_and_flops(config):
         assert tokens <= run.budget * TOKENS + 1e-9
         if policy.action != "freeze":
             assert tokens > 0.95 * run.budget * TOKENS
-    assert {run.budget for run in of_runs if run.way == "remove"} == set(runs.BUDGETS)
-    calibrated = of_runs[Run("fastv", "calibrated layers", 1 / 3)]
-    assert [stage.layer for stage in calibrated.schedule] == [1, 4, 6, 8]
-    remembered = of_runs[Run("fastv", "memory 0.3", 1 / 3)]
-    assert remembered.schedule == of_runs[Run("fastv", PAPER, 1 / 3)].schedule
+    budget = plan.some_budgets[0]
+    remembered = of_runs[Run("fastv", "memory 0.3", budget)]
+    assert remembered.schedule == of_runs[Run("fastv", PAPER, budget)].schedule
     assert remembered.ranking == rk.rankings.Remembered(rk.rankings.LastQuery(), 0.3)
+    if plan == runs.FIRST:
+        calibrated = of_runs[Run("fastv", "calibrated layers", budget)]
+        assert [stage.layer for stage in calibrated.schedule] == [1, 4, 6, 8]
+    else:
+        late = [of_runs[Run("late", way, budget)] for way in ("remove", PAPER)]
+        assert [[stage.layer for stage in policy.schedule] for policy in late] == [[14], [14, 17, 19, 21]]
 
 
 def test_answers_of_logits(items):
@@ -177,23 +182,23 @@ def test_a_measurement_goes_on_where_it_stopped(model, items, tmp_path, monkeypa
     few = {UNROUTED: None, Run("fastv", "remove", 1 / 3): rk.Policy.parse("remove:2:0.25")}
     later = time.monotonic() + 600
     rows = measure.Rows(path, header)
-    measure.measure(model, encode, rows, few, 1, later)
+    measure.measure(model, encode, rows, few, 0, 1, later)
     measure.measure_without_layers(model, encode, rows, later)
     whole = path.read_text()
-    assert len(rows.found) == 3 * (2 + 1 + 10)
+    assert len(rows.found) == 3 * (2 + 1 + LAYERS)
     path.write_text(whole[: len(whole) // 2])
     again = measure.Rows(path, header)
     assert 0 < len(again.found) < len(rows.found)
-    measure.measure(model, encode, again, few, 1, time.monotonic() - 1)
+    measure.measure(model, encode, again, few, 0, 1, time.monotonic() - 1)
     assert measure.Rows(path, header).found == again.found
-    measure.measure(model, encode, again, few, 1, later)
+    measure.measure(model, encode, again, few, 0, 1, later)
     measure.measure_without_layers(model, encode, again, later)
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
     with pytest.raises(ValueError, match="must hold rows of this measurement, got those of another"):
         measure.Rows(path, {"seed": 1})
     found = summary.resemblance(again.found)
-    assert [len(found[name]["facts"]) for name in ("rank", "coverage")] == [10, 10]
-    assert list(found["without layers"]["layers"]) == [str(layer) for layer in range(10)]
+    assert [len(found[name]["facts"]) for name in ("rank", "coverage")] == [LAYERS, LAYERS]
+    assert list(found["without layers"]["layers"]) == [str(layer) for layer in range(LAYERS)]
     assert found["without layers"]["items"] == 3
 
 
@@ -208,22 +213,30 @@ def synthetic(of_runs, batches=3):
             apart = [0.5 if run.way == "remove" else 0.1] * 8
             row = {"kind": kind, "run": list(run), "choice": right, "exact": right, "same": right, "divergence": apart}
             rows[f"{kind} {8 * number} {run.name}"] = row
-        rows[f"{kind} {8 * number} places"] = {"kind": kind, "rank": [[0.5] * 10] * 8, "coverage": [[0.25] * 10] * 8}
+        rows[f"{kind} {8 * number} places"] = {
+            "kind": kind,
+            "rank": [[0.5] * LAYERS] * 8,
+            "coverage": [[0.25] * LAYERS] * 8,
+        }
         values = {measure: [0.5] * 8 for measure in summary.MEASURES}
         rows |= {f"{kind} {8 * number} without {layer}": {"kind": kind, "without": layer, **values} for layer in (0, 1)}
-    del rows[f"list {8 * (batches - 1)} fastv remove 0.5000"]
+    del rows[f"list {8 * (batches - 1)} {list(of_runs)[-1].name}"]
     return rows
 
 
 @pytest.fixture(scope="module")
 def results(config):
-    of_runs = runs.policies(config, (1, 4, 6, 8))
-    return summary.summarize(synthetic(of_runs), of_runs, config)
+    found = {"resemblance": summary.resemblance(synthetic([UNROUTED])), "plans": {}}
+    for plan in runs.PLANS:
+        of_runs = runs.policies(config, (1, 4, 6, 8), plan)
+        found["plans"][plan.name] = summary.summarize(synthetic(of_runs), of_runs, config)
+    return found
 
 
 def test_differences_are_paired_and_of_whole_batches(results):
-    assert results["items"] == {"needle": 24, "facts": 24, "list": 16}
-    by_name = {(run["method"], run["way"], round(run["budget"], 3)): run for run in results["runs"]}
+    first = results["plans"]["first"]
+    assert first["items"] == {"needle": 24, "facts": 24, "list": 16}
+    by_name = {(run["method"], run["way"], round(run["budget"], 3)): run for run in first["runs"]}
     found = by_name["fastv", PAPER, 0.333]
     assert found["less"] == "remove"
     mean, low, high = found["differences"]["choice"]
@@ -244,20 +257,23 @@ def test_page_says_what_the_figures_say(results, tmp_path):
         "megabytes": 630,
         "seconds": 40,
     }
+    qualities = [{"layer": layer, "mean": layer / 30, "low": 0.0, "high": 1.0} for layer in range(3, 24)]
     versions = {"device": "CPU", "threads": 1, "dtype": "bfloat16", "torch": "2", "transformers": "5"}
     told = json.loads(json.dumps(results)) | {
         "conversion": conversion,
         "measured_on": versions,
         "command": "python",
         "calibrated layers": [1, 4, 6, 8],
+        "calibration": {"qualities": qualities, "samples": 24, "early": 3},
     }
     report.pretrained_page(told, tmp_path)
     page = (tmp_path / "pretrained.md").read_text()
-    assert "right choices 10 better, 0 worse, 0 undecided" in page
-    assert "divergence from the unrouted model 10 better, 0 worse, 0 undecided" in page
-    assert "at any: none." in page
-    assert "that is not shown: neither alignment" in page
+    assert "over 10 pairs of a schedule and a budget: right choices 10 better, 0 worse, 0 undecided; divergence" in page
+    assert "divergence from the unrouted model 6 better, 0 worse, 0 undecided" in page
+    assert "at any: none at the larger budgets, none at the published ones." in page
+    assert "in the second plan neither alignment makes it better; in the first plan neither alignment" in page
     assert "| mixed 0.2 | **-100.0 [-100.0, -100.0]** |" in page
+    assert "Layers before 14 lie between 0.10 and 0.43; the best is layer 23 with 0.77." in page
     assert (tmp_path / "pretrained.svg").stat().st_size > 1000
     for line in report.plan_section():
         assert line in page

@@ -1,6 +1,6 @@
 """Ask the pretrained decoder about text passages, unrouted and under every policy.
 
-    python -m bench.pretrained.measure [--minutes M] [--items N] [--output FOLDER]
+    python -m bench.pretrained.measure [--minutes M] [--output FOLDER]
 
 The passage's token embeddings are handed in as the features of an image, so that its positions are visual tokens. Rows
 are kept in build/pretrained as they come: a repeated command goes on behind them, and stops after so many minutes of
@@ -26,19 +26,19 @@ from reroute_kernels.calibration_run import divergence
 
 from .convert import CHECKED, FOLDER
 from .passages import KINDS, TOKENS, Item, encoder_of, make_item
-from .runs import UNROUTED, Run, policies
+from .runs import FIRST, PLANS, SECOND, UNROUTED, Run, policies
 
 RESULTS = Path(__file__).parents[1] / "results" / "pretrained"
-SEED, CALIBRATION_SEED = 0, 1
-ITEMS = 304
-"""Items of each kind at most."""
+CALIBRATION_SEED = 1
+ITEMS = {FIRST.name: 16, SECOND.name: 304}
+"""Items of each kind at most, by plan."""
 CALIBRATED = 8
 """Items of each kind that calibration measures."""
-WITHOUT_LAYERS = 16
+WITHOUT_LAYERS = 4
 """Items of each kind that are answered without single layers."""
 BATCH = 8
 DECISIONS = 4
-MINUTES = 45.0
+MINUTES, RESEMBLANCE_MINUTES = 35.0, 6.0
 
 
 class Handed:
@@ -187,10 +187,12 @@ def calibrated_layers(model: nn.Module, encode, folder: Path) -> rk.Calibration:
     return rk.measure_layers(model, samples, resume=folder / "calibration.jsonl", progress=False)
 
 
-def measure(model: nn.Module, encode, rows: Rows, of_runs: dict[Run, rk.Policy | None], count: int, until: float):
+def measure(
+    model: nn.Module, encode, rows: Rows, of_runs: dict[Run, rk.Policy | None], seed: int, count: int, until: float
+) -> None:
     """Ask about items under every policy, batch by batch, until a time."""
     for kind, numbers in batches(count):
-        items = [make_item(kind, number, SEED, encode) for number in numbers]
+        items = [make_item(kind, number, seed, encode) for number in numbers]
         inputs, key = inputs_of(model, items), f"{kind} {numbers.start}"
         missing = [run for run in of_runs if f"{key} {run.name}" not in rows.found]
         if not missing and f"{key} places" in rows.found:
@@ -209,7 +211,7 @@ def measure_without_layers(model: nn.Module, encode, rows: Rows, until: float) -
     """Ask without the contribution of single layers, until a time."""
     decoder = model.model.language_model
     for kind, numbers in batches(WITHOUT_LAYERS):
-        items = [make_item(kind, number, SEED, encode) for number in numbers]
+        items = [make_item(kind, number, SECOND.seed, encode) for number in numbers]
         inputs, unrouted = inputs_of(model, items), None
         for layer in range(len(decoder.layers)):
             key = f"{kind} {numbers.start} without {layer}"
@@ -227,32 +229,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=FOLDER, help="folder that bench.pretrained.convert wrote")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--items", type=int, default=ITEMS, help="items of each kind at most")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="minutes of work; the results are those so far")
     args = parser.parse_args()
 
-    started = time.monotonic()
-    until = started + 60 * args.minutes
+    until = time.monotonic() + 60 * args.minutes
     model, tokenizer = load(args.model)
     encode = encoder_of(tokenizer)
     calibration = calibrated_layers(model, encode, args.model)
     layers = calibration.best_layers(DECISIONS)
-    of_runs = policies(model.config, layers)
-    header = {"seed": SEED, "tokens": TOKENS, "runs": {run.name: repr(policy) for run, policy in of_runs.items()}}
-    rows = Rows(args.model / "rows.jsonl", header)
-    resemblance_takes = 0.15 * (until - started)
-    measure(model, encode, rows, of_runs, args.items, until - resemblance_takes)
-    measure_without_layers(model, encode, rows, until)
+    rows: dict[str, Rows] = {}
+    for plan in PLANS:
+        of_runs = policies(model.config, layers, plan)
+        header = {"seed": plan.seed, "tokens": TOKENS, "runs": {run.name: repr(each) for run, each in of_runs.items()}}
+        rows[plan.name] = Rows(args.model / f"rows-{plan.name}.jsonl", header)
+        measure(model, encode, rows[plan.name], of_runs, plan.seed, ITEMS[plan.name], until)
+    measure_without_layers(model, encode, rows[SECOND.name], until + 60 * RESEMBLANCE_MINUTES)
 
-    from .summary import summarize
+    from .summary import resemblance, summarize
 
-    conversion = json.loads((args.model / CHECKED).read_text())
-    results = summarize(rows.found, of_runs, model.config) | {
+    found = {plan.name: rows[plan.name].found for plan in PLANS}
+    results = {
         "measured_on": description(torch.device("cpu")) | {"threads": torch.get_num_threads(), "dtype": "bfloat16"},
         "command": "python -m bench.pretrained.measure",
-        "conversion": conversion,
+        "conversion": json.loads((args.model / CHECKED).read_text()),
         "calibration": calibration.to_dict(),
         "calibrated layers": list(layers),
+        "plans": {
+            plan.name: summarize(found[plan.name], policies(model.config, layers, plan), model.config) for plan in PLANS
+        },
+        "resemblance": resemblance({f"{name} {key}": row for name in found for key, row in found[name].items()}),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

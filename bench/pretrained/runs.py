@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import reroute_kernels as rk
@@ -12,13 +12,10 @@ from reroute_kernels.cost import Decoder
 
 from .passages import TOKENS
 
-BUDGETS = (1 / 2, 1 / 3, 2 / 9, 1 / 6, 1 / 9)
-"""Shares of the visual tokens that run in a layer, mean over the layers; a third, two ninths and a ninth are the
-published 192, 128 and 64 of 576."""
-SOME_BUDGETS = (1 / 3, 2 / 9, 1 / 9)
-"""Budgets of the additions."""
-METHODS = ("fastv", "pdrop")
 PAPER = "reroute"
+LATE = (14, 17, 19, 21)
+"""Decision layers of the schedule `late`: the first plan's calibration found that layers before the 14th rank by
+chance. Removing decides at the first of them, as FastV does, and rerouting at all."""
 QUESTION_TOKENS = 16
 """Text tokens of a prompt that is costed."""
 
@@ -27,7 +24,7 @@ class Run(NamedTuple):
     """A way to run the model."""
 
     method: str
-    """One of `METHODS`, or `"unrouted"`."""
+    """`"fastv"`, `"pdrop"`, `"late"`, or `"unrouted"`."""
     way: str
     """`"remove"`, `PAPER` or one of `ADDITIONS`; `"-"` without routing."""
     budget: float
@@ -45,8 +42,14 @@ def solved(decoder: Decoder, policy: rk.Policy, budget: float) -> rk.Policy:
     return solve_like(decoder, policy, avg_tokens=budget * TOKENS, visual_tokens=TOKENS)
 
 
-def published(config: object, method: str, way: str, budget: float) -> rk.Policy:
-    """FastV or PyramidDrop as the paper removes and reroutes, at the same relative depths, solved for a budget."""
+def scheduled(config: object, method: str, way: str, budget: float) -> rk.Policy:
+    """A schedule as the paper removes and reroutes, solved for a budget.
+
+    Those of FastV and PyramidDrop are at the published relative depths.
+    """
+    if method == "late":
+        layers, action = (LATE[:1], "remove") if way == "remove" else (LATE, "reroute")
+        return rk.solve(Decoder.of(config), layers, avg_tokens=budget * TOKENS, visual_tokens=TOKENS, action=action)
     name = method if way == "remove" else f"reroute-{method}"
     return solved(Decoder.of(config), rk.preset(config, name, 576 * budget), budget)
 
@@ -75,24 +78,62 @@ ADDITIONS: Mapping[str, Callable[[Decoder, rk.Policy, tuple[int, ...]], rk.Polic
 """Additions to the paper's rerouting: from the decoder, the paper's policy, and the calibrated layers."""
 
 
-def policies(config: object, calibrated: tuple[int, ...]) -> dict[Run, rk.Policy | None]:
-    """Every run with its policy, None for the unrouted model.
+@dataclass(frozen=True)
+class Plan:
+    """A comparison, fixed before any of its items is asked."""
+
+    name: str
+    seed: int
+    """Of its items."""
+    methods: tuple[str, ...]
+    budgets: tuple[float, ...]
+    """Shares of the visual tokens that run in a layer, mean over the layers."""
+    additions: tuple[str, ...]
+    """Those of `ADDITIONS` that are compared, on the schedule of FastV."""
+    some_budgets: tuple[float, ...]
+    """Budgets of the additions."""
+
+
+FIRST = Plan(
+    name="first",
+    seed=0,
+    methods=("fastv", "pdrop"),
+    budgets=(1 / 2, 1 / 3, 2 / 9, 1 / 6, 1 / 9),
+    additions=tuple(ADDITIONS),
+    some_budgets=(1 / 3, 2 / 9, 1 / 9),
+)
+"""At budgets as in docs/grounding.md; a third, two ninths and a ninth are the published 192, 128 and 64 of 576."""
+SECOND = Plan(
+    name="second",
+    seed=2,
+    methods=("fastv", "late"),
+    budgets=(0.9, 0.75, 0.6),
+    additions=("memory 0.3", "no position", 'align="stage"', 'align="proxy"', "freeze, same FLOPs"),
+    some_budgets=(0.75, 0.6),
+)
+"""At larger budgets, on new items."""
+PLANS = (FIRST, SECOND)
+
+
+def policies(config: object, calibrated: tuple[int, ...], plan: Plan) -> dict[Run, rk.Policy | None]:
+    """Every run of a plan with its policy, None for the unrouted model.
 
     Args:
         config: of the model.
         calibrated: decision layers found by calibration on other items.
+        plan: the comparison.
     """
     decoder = Decoder.of(config)
     found: dict[Run, rk.Policy | None] = {UNROUTED: None}
-    for budget in BUDGETS:
-        for method in METHODS:
+    for budget in plan.budgets:
+        for method in plan.methods:
             for way in ("remove", PAPER):
-                found[Run(method, way, budget)] = published(config, method, way, budget)
-    for budget in SOME_BUDGETS:
+                found[Run(method, way, budget)] = scheduled(config, method, way, budget)
+    for budget in plan.some_budgets:
         paper = found[Run("fastv", PAPER, budget)]
         assert paper is not None
-        for name, of in ADDITIONS.items():
-            policy = of(decoder, paper, calibrated)
+        for name in plan.additions:
+            policy = ADDITIONS[name](decoder, paper, calibrated)
             if policy is not None:
                 found[Run("fastv", name, budget)] = policy
     return found

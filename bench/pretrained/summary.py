@@ -93,7 +93,6 @@ def summarize(
     return {
         "items": {kind: len(values[UNROUTED]["choice"][kind]) for kind in KINDS},
         "runs": runs,
-        "resemblance": resemblance(rows),
     }
 
 
