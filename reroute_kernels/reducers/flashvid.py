@@ -322,13 +322,26 @@ def _clustered(values: Tensor, stay: Tensor, peaks: Tensor) -> tuple[Tensor, Ten
     """Cluster the tokens of each frame that stay around peaks of density.
 
     Args:
-        values: (T, N, d) float32.
+        values: (T, N, d) float32; may be written to.
         stay: (T, N) bool.
         peaks: (T,) int64, clusters of each frame.
 
     Returns:
         (T, N) bool, the peaks, and at their places the means of the clusters, (T, N, d).
     """
+    if stay.device.type == "cpu":  # nothing waits for it to tell how many tokens stay in a frame
+        is_peak = torch.zeros_like(stay)
+        for frame, is_left in enumerate(stay):
+            if len(places := is_left.nonzero().flatten()):
+                part = values[frame, places][None]
+                found, part = _all_clustered(part, stay[frame, places][None], peaks[frame : frame + 1])
+                is_peak[frame, places], values[frame, places] = found[0], part[0]
+        return is_peak, values
+    return _all_clustered(values, stay, peaks)
+
+
+def _all_clustered(values: Tensor, stay: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_clustered`, comparing all tokens of a frame."""
     from .. import ops
 
     frames, tokens = stay.shape

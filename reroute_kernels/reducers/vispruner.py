@@ -34,22 +34,46 @@ def vispruner_tokens(features: Tensor, saliency: Tensor, *, salient: int, divers
     rest = best_tokens(-saliency, tokens - salient, pool=~flags(first, tokens))
     order = saliency.gather(1, rest).argsort(dim=1, descending=True, stable=True)
     rest, unit = rest.gather(1, order), normalize(features.float(), dim=-1)
-    while diverse and rest.shape[1] > diverse:
-        rest = _thinned(rest, unit, min(AT_ONCE, rest.shape[1] - diverse))
+    cosines = None
+    if rest.shape[1] <= features.shape[2]:  # no more memory than the features take
+        own = with_features(unit, rest)[1]
+        with full_precision(unit.device):
+            cosines = own @ own.transpose(1, 2)
+    left = torch.arange(rest.shape[1], device=rest.device).expand_as(rest)
+    while diverse and left.shape[1] > diverse:
+        left = _thinned(left, rest, unit, cosines, min(AT_ONCE, left.shape[1] - diverse))
+    rest = rest.gather(1, left)
     index = torch.cat([first, rest], dim=1) if diverse else first
     return index.sort(dim=1).values
 
 
-def _thinned(rest: Tensor, unit: Tensor, count: int) -> Tensor:
-    """The tokens (T, R) less `count` of those with even numbers, or all of these; in the same order."""
-    even, odd = (with_features(unit, rest[:, first::2])[1] for first in (0, 1))
-    count = min(count, even.shape[1])
+def _thinned(left: Tensor, rest: Tensor, unit: Tensor, cosines: Tensor | None, count: int) -> Tensor:
+    """The places (T, L) in `rest` less `count` of those with even numbers, or all of these; in the same order.
+
+    Args:
+        left: (T, L) int64.
+        rest: (T, R) int64, tokens by descending saliency.
+        unit: (T, N, d), the tokens' directions.
+        cosines: (T, R, R), of `rest`; None where that is too much to keep.
+        count: how many are dropped.
+    """
+    count = min(count, left[:, ::2].shape[1])
+    likeness = _likeness(left, rest, unit, cosines)
+    gone = torch.zeros_like(left, dtype=torch.bool)
+    gone[:, ::2] = flags(best_tokens(likeness, count), likeness.shape[1])
+    # Those that stay come first, in their order.
+    return left.gather(1, gone.byte().argsort(dim=1, stable=True)[:, : left.shape[1] - count])
+
+
+def _likeness(left: Tensor, rest: Tensor, unit: Tensor, cosines: Tensor | None) -> Tensor:
+    """(T, E): the largest cosine of each token with an even number to one with an odd number."""
+    even, odd = left[:, ::2], left[:, 1::2]
+    if cosines is not None:
+        rows = cosines.gather(1, even[:, :, None].expand(-1, -1, cosines.shape[2]))
+        return rows.gather(2, odd[:, None].expand(-1, even.shape[1], -1)).amax(dim=-1)
+    ones, others = (with_features(unit, rest.gather(1, each))[1] for each in (even, odd))
     with full_precision(unit.device):
-        likeness = (even @ odd.transpose(1, 2)).amax(dim=-1)
-    gone = torch.zeros_like(rest, dtype=torch.bool)
-    gone[:, ::2] = flags(best_tokens(likeness, count), even.shape[1])
-    places = torch.arange(rest.shape[1], device=rest.device).float().neg().expand(len(rest), -1)
-    return rest.gather(1, best_tokens(places, rest.shape[1] - count, pool=~gone))
+        return (ones @ others.transpose(1, 2)).amax(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,16 @@ def _pick(lines: Lines, weights: Tensor, count: int) -> list[int]:
     """The picked tokens of a row in their order."""
     picked: list[int] = []
     least = torch.full_like(weights, torch.inf)
+    cosines = lines.all() if len(lines) <= lines.tokens.shape[1] else None  # no more memory than the tokens take
     while len(picked) < count:
-        token = int(least.argmax()) if picked else _first(lines, weights)
+        if picked:
+            token = int(least.argmax())
+        else:
+            token = _first(lines, weights) if cosines is None else _first_of_all(cosines, weights)
         picked.append(token)
         if len(picked) < count:
-            entries = _entries(lines.of(token, least, count - len(picked)), weights)
+            line = lines.of(token, least, count - len(picked)) if cosines is None else cosines[token]
+            entries = _entries(line, weights)
             least = torch.minimum(least, entries)
             least[token] = -torch.inf  # for good
     return picked
@@ -40,6 +45,15 @@ def _pick(lines: Lines, weights: Tensor, count: int) -> list[int]:
 def _entries(cosines: Tensor, weights: Tensor) -> Tensor:
     """Weighted distances; rounding makes none negative."""
     return (1.0 - cosines).clamp_(min=0.0).mul_(weights).clamp_(min=WORST)
+
+
+def _first_of_all(cosines: Tensor, weights: Tensor) -> int:
+    """The token whose second smallest entry is the largest, from the cosines (N, N) of all tokens."""
+    entries = _entries(cosines, weights[:, None])  # of the token in each row
+    entries.fill_diagonal_(0.0)
+    if len(entries) > 1:
+        entries.scatter_(1, entries.argmin(dim=1, keepdim=True), torch.inf)
+    return int(entries.amin(dim=1).argmax())
 
 
 def _first(lines: Lines, weights: Tensor) -> int:

@@ -32,10 +32,10 @@ def _pick(lines: Lines, relevance: Tensor, count: int) -> list[int]:
         picked.append(token)
         added = outside[token].item()
         if added > 0 and step + 1 < count:
-            part = lines.of(token, scores, count - step) - along[:step, token] @ along[:step]
-            along[step] = part.mul_(added**-0.5)
-            outside = outside - part * part
-            outside = torch.where(outside > SPANNED, outside, 0.0)
+            line = lines.of(token, scores, count - step)
+            part = torch.addmv(line, along[:step].T, along[:step, token], alpha=-1).mul_(added**-0.5)
+            along[step] = part
+            torch.threshold_(outside.addcmul_(part, part, value=-1), SPANNED, 0.0)
         taken[token] = -torch.inf
         scores = torch.addcmul(taken, squares, outside)
     return picked

@@ -13,6 +13,8 @@ AHEAD = 64
 """Tokens whose lines of cosines are made at a time: those that are likely to be picked next."""
 HELD = 128
 """Lines that are held."""
+BLOCK = 96
+"""Tokens that are multiplied at a time where all are compared."""
 
 
 class Lines:
@@ -47,6 +49,20 @@ class Lines:
             self._token_at[place], self._place_of[number] = number, place
             self._held[place] = line
             self._next = (place + 1) % HELD
+        return lines
+
+    def all(self) -> Tensor:
+        """(N, N) float32, the lines of all tokens; each pair is multiplied once."""
+        count = len(self)
+        lines = self.tokens.new_empty(count, count)
+        with full_precision(self.tokens.device):
+            for start in range(0, count, BLOCK):
+                end = min(start + BLOCK, count)
+                part = self.tokens[start:end] @ self.tokens[start:].T
+                part *= self._inverse[start:end, None]
+                part *= self._inverse[start:]
+                lines[start:end, start:] = part
+                lines[end:, start:end] = part[:, end - start :].T
         return lines
 
     def of(self, token: int, scores: Tensor, picks: int) -> Tensor:
