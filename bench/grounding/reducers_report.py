@@ -87,8 +87,8 @@ def _answer(runs: dict[tuple[str, str, float], dict]) -> list[str]:
     told = "; ".join(f"less `{other}`, both {action}: {short(each)}" for other, action, each in others)
     return [
         f"(1) Of {len(apart)} pairs of a method and a budget, rerouting finds more boxes in {better}, fewer in "
-        f"{worse}, and {undecided} are undecided; the mean differences over the budgets are {gains} points. (3) Pairs that are "
-        f"better/worse/undecided: {told}.",
+        f"{worse}, and {undecided} are undecided; the mean differences over the budgets are {gains} points. (3) Pairs "
+        f"that are better/worse/undecided: {told}.",
         "",
     ]
 

@@ -10,7 +10,7 @@ from .additions_report import additions_section
 from .calibration_report import calibration_section
 from .metrics import MEASURES, cell, measures, pc, signed
 from .policies import KEEPS, METHODS
-from .reducers_report import reducers_section
+from .reducers_report import boxes_by_method, reducers_section
 from .resemblance import TOP
 from .scenes import KINDS
 from .train import EARLY, LATE, LATER
@@ -127,8 +127,13 @@ def model_card(results: dict, log: list[dict]) -> str:
     )
 
 
-def summary_table(results: dict) -> str:
-    """Boxes found by the published methods at every budget."""
+def summary_table(results: dict, reducers: dict | None = None) -> str:
+    """Boxes found by the published methods at every budget.
+
+    Args:
+        results: the results of `bench.grounding.benchmark`.
+        reducers: those of `bench.grounding.reducers`, if there are any.
+    """
     ways = {(way["method"], way["action"], way["keep"]): way for way in results["ways"]}
     budgets = [f"{ways['fastv', 'remove', keep]['average_visual_tokens']:.1f}" for keep in KEEPS]
     rows = [
@@ -136,12 +141,18 @@ def summary_table(results: dict) -> str:
         for method in ("fastv", "pdrop", "nuwa")
         for action in ACTIONS
     ]
+    about = ""
+    if reducers is not None:
+        rows += boxes_by_method(reducers)
+        about = (
+            f" Methods from `{rows[6][0]}` on reduce before the decoder; {reducers['items']['box']:,} of the scenes."
+        )
     whole = cell(results["ways"][0]["scores"]["box"]["acc@0.5"])
     return "\n".join(
         [
             f"Boxes found by the tiny model that ships here (ACC@0.5, %; {results['items']['box']:,} held-out scenes; "
             "95% intervals), by visual tokens per layer; run on a CPU. "
-            f"Without routing, with all {results['visual_tokens']}: {whole}.",
+            f"Without routing, with all {results['visual_tokens']}: {whole}.{about}",
             "",
             *table(["method", "", *budgets], rows),
         ]

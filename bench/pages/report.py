@@ -23,9 +23,16 @@ GROUNDING = {
 """The records of docs/grounding.md."""
 PRETRAINED = RESULTS / "pretrained" / "results.json"
 """The record of docs/pretrained.md."""
+
+
+def reducers_record() -> dict | None:
+    """The record of methods that reduce, if they were measured."""
+    return read(GROUNDING["reducers"]) if "reducers" in GROUNDING else None
+
+
 TABLES = (
     ("README.md", "gpus", lambda: gpu_summary(gpu_folders())),
-    ("README.md", "grounding", lambda: summary_table(read(GROUNDING["results"]))),
+    ("README.md", "grounding", lambda: summary_table(read(GROUNDING["results"]), reducers_record())),
     ("docs/kernels.md", "compiled", lambda: compile_tables(read_all("compile/triton-*.json"))),
     ("docs/models.md", "support", lambda: support_tables(read_all("models/transformers-*.json"))),
     ("docs/models.md", "types", types_table),

@@ -1,0 +1,64 @@
+"""The comparison of methods that reduce: equal budgets, the control, and the part of the page."""
+
+import numpy as np
+import torch
+
+import reroute_kernels as rk
+from bench.grounding import answers, policies, reducers, reducers_report
+from bench.grounding.additions import budget_of
+from reroute_kernels.reducers import VisionFeatures
+
+
+def average(run):
+    return rk.cost(policies.decoder(), reducers.policy_for(run), 7, policies.VISUAL_TOKENS).average_visual_tokens
+
+
+def test_both_actions_have_the_same_budget():
+    for run in reducers.all_runs():
+        budget = int(budget_of(run.keep))
+        policy = reducers.policy_for(run)
+        assert policy.positions == "original"
+        if run.method == reducers.FASTV:
+            assert budget - 0.5 <= average(run) < budget + 1
+        elif run.action == reducers.REMOVE:
+            assert (average(run), policy.schedule) == (budget, ())
+        else:
+            assert budget - 0.2 < average(run) <= budget
+            assert policy.reducer.survivors(144) == min(144, 2 * budget)
+            assert policy.stage_layers == (0, 2, 4, 8, 12)
+
+
+def test_control_leaves_tokens_at_even_distances():
+    image = VisionFeatures(torch.randn(2, 12, 3), (3, 4), lambda: None, lambda: None)
+    index, features = reducers.Even(keep=5 / 12).reduce(image)
+    assert index.tolist() == [[0, 2, 4, 7, 9]] * 2
+    assert torch.equal(features, image.features[:, [0, 2, 4, 7, 9]])
+
+
+def made_up_results():
+    """A record of answers that are right, but for removing, which answers every other scene."""
+    items = answers.held_out_items(24)
+    right = [item.question.answer for item in items]
+    some = [answer if number % 2 else "" for number, answer in enumerate(right)]
+    given = {run: some if run.action == reducers.REMOVE else right for run in reducers.all_runs()}
+    return {
+        "items": {kind: sum(item.question.kind == kind for item in items) for kind in reducers.KINDS},
+        "budgets": {str(keep): budget_of(keep) for keep in reducers.KEEPS},
+        "runs": [reducers.figures(items, given, run) for run in given],
+    }
+
+
+def test_page_tells_which_action_is_better():
+    record = made_up_results()
+    for run in record["runs"]:
+        assert np.isclose(run["box"]["score"][0], 1 if run["action"] == "reroute" else 0.5, atol=0.35)
+        assert ("less fastv" in run["box"]) == (run["method"] != "fastv")
+    page = "\n".join(reducers_report.reducers_section(record))
+    assert "Of 25 pairs of a method and a budget, rerouting finds more boxes in 25, fewer in 0, and 0 are" in page
+    assert "less `fastv`, both remove: 0/0/25" in page
+    assert page.count("| vispruner |") == 4
+    assert [row[:2] for row in reducers_report.boxes_by_method(record)][:2] == [
+        ["visionzip", "remove"],
+        ["visionzip", "reroute"],
+    ]
+    assert "They wait to be run." in reducers_report.reducers_section(None)
