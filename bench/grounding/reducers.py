@@ -74,8 +74,8 @@ def policy_for(run: Run) -> rk.Policy:
     share = int(budget_of(run.keep)) / VISUAL_TOKENS
     known = "divprune" if run.method == EVEN else run.method
     name = f"reroute-{known}" if run.action == REROUTE else known
-    kinds = ["full_attention"] * decoder().layers
-    policy = reduced_policy(name, share, kinds, scaled(3, 7, 15, 23), "", VISUAL_TOKENS)
+    count = decoder().layers
+    policy = reduced_policy(name, share, count, range(count), scaled(3, 7, 15, 23), "", VISUAL_TOKENS)
     return (
         rk.Policy(policy.schedule, policy.action, reducer=Even(policy.reducer.keep)) if run.method == EVEN else policy
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from ..checks import expect_one_of
 from ..precision import full_precision
@@ -271,7 +271,7 @@ def _others(
 def _joined(values: Tensor, free: Tensor, segments: _Segments, budget: _Budget, tau: float) -> tuple[Tensor, Tensor]:
     """The most similar token of the frame before, (T, N) int64 over T x N, and which tokens join it, (T, N) bool."""
     frames, tokens = free.shape
-    similarity, parent = _most_similar_before(normalize(values, dim=-1), free)
+    similarity, parent = _most_similar_before(values, free)
     may_join = free & segments.goes_on[:, None]
     similarity = similarity.masked_fill(~may_join, -math.inf)
     joins = similarity > tau
@@ -289,15 +289,18 @@ def _joined(values: Tensor, free: Tensor, segments: _Segments, budget: _Budget, 
     return before + parent, joins
 
 
-def _most_similar_before(unit: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+def _most_similar_before(values: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine (T, N) with the most similar free token of the frame before, and its place (T, N) int64 in that frame."""
     frames, tokens = free.shape
-    similarity, place = unit.new_full((frames, tokens), -math.inf), torch.zeros_like(free, dtype=torch.int64)
+    similarity, place = values.new_full((frames, tokens), -math.inf), torch.zeros_like(free, dtype=torch.int64)
+    inverse = torch.linalg.vector_norm(values, dim=-1).clamp(min=1e-12).reciprocal()
     step = max(1, _SIMILARITIES // tokens**2)
     for start in range(1, frames, step):
         end = min(start + step, frames)
-        products = unit[start:end] @ unit[start - 1 : end - 1].transpose(1, 2)
-        products = products.masked_fill(~free[start - 1 : end - 1, None], -math.inf)
+        products = values[start:end] @ values[start - 1 : end - 1].transpose(1, 2)
+        products *= inverse[start:end, :, None]
+        products *= inverse[start - 1 : end - 1, None]
+        products.masked_fill_(~free[start - 1 : end - 1, None], -math.inf)
         similarity[start:end], place[start:end] = products.max(dim=-1)
     return similarity, place
 

@@ -35,9 +35,12 @@ def vidcom2_tokens(features: Tensor, *, keep: float, is_video: bool = True) -> T
     frames, tokens, width = features.shape
     values = features.float()
     over = (0, 1) if is_video else (1,)
-    variance = values.var(dim=over, correction=0).view(-1, width)
+    variance = (values - values.mean(dim=over, keepdim=True)).square_().mean(dim=over).view(-1, width)
     calm = variance.argsort(dim=-1, stable=True)[:, : max(1, width // 2)].expand(frames, -1)
-    unit = normalize(values.gather(2, calm[:, None].expand(-1, tokens, -1)), dim=-1)
+    if is_video:
+        unit = normalize(values[:, :, calm[0]], dim=-1)
+    else:
+        unit = normalize(values.gather(2, calm[:, None].expand(-1, tokens, -1)), dim=-1)
     to_video = _similarity(unit, unit.mean(dim=over, keepdim=True))
     to_frame = _similarity(unit, unit.mean(dim=1, keepdim=True))
     share = torch.full((frames,), keep, dtype=torch.float32, device=features.device)
@@ -51,7 +54,7 @@ def vidcom2_tokens(features: Tensor, *, keep: float, is_video: bool = True) -> T
 
 def _similarity(unit: Tensor, centre: Tensor) -> Tensor:
     """(T, N), of vectors (T, N, d) to a centre of broadcasting shape."""
-    apart = (unit - normalize(centre, dim=-1)).square().sum(dim=-1)
+    apart = torch.linalg.vector_norm(unit - normalize(centre, dim=-1), dim=-1).square()
     return sum((torch.exp(-apart / (2 * width)) for width in WIDTHS), torch.zeros_like(apart))
 
 
