@@ -10,13 +10,14 @@ import pytest
 
 from bench.pages.performance import performance_page
 from bench.pages.targets import targets
+from bench.speed.reducers import EAGER
 from tests.conftest import HAS_GPU
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 SECTIONS = [
     *("prefill-llava", "prefill-qwen2_5_vl", "decision-llava", "decision-qwen2_5_vl", "decode-llava"),
-    *("operations", "copies", "greedy", "eager", "tests", "prefill-more-llava", "sanitizer"),
+    *("operations", "copies", "greedy", "reducers", "eager", "tests", "prefill-more-llava", "sanitizer"),
 ]
 """In the order in which they run, behind the floors."""
 
@@ -67,6 +68,8 @@ def test_counts_of_the_sections(dry_run):
     assert held["reroute"] == 2 * 2 * 2 * 8 * 4 * ((40 + 65) + 3 * (13 + 65))
     assert all(row["same_tokens"] == 1 for row in results["eager"])
     assert [row["operation"] for row in results["greedy"]] == ["select_diverse", "select_dpp"]
+    assert {row["method"] for row in results["reducers"]} == {*EAGER, "FlashVid"}
+    assert all(row["same_tokens"] == 1 for row in results["reducers"])
     assert all(row["same_picks"] == 1 and row["graph"]["median"] > 0 for row in results["greedy"])
 
 

@@ -1,11 +1,13 @@
 """The comparison of methods that reduce: equal budgets, the control, and the part of the page."""
 
 import numpy as np
+import pytest
 import torch
 
 import reroute_kernels as rk
 from bench.grounding import answers, policies, reducers, reducers_report
 from bench.grounding.additions import budget_of
+from reroute_kernels.reduced import REDUCED, is_for_videos
 from reroute_kernels.reducers import VisionFeatures
 
 
@@ -62,3 +64,26 @@ def test_page_tells_which_action_is_better():
         ["visionzip", "reroute"],
     ]
     assert "They wait to be run." in reducers_report.reducers_section(None)
+
+
+@pytest.fixture(scope="module")
+def answerer():
+    return answers.Answerer()
+
+
+@pytest.mark.parametrize("method", REDUCED)
+def test_every_method_runs_by_name(answerer, method):
+    """A batch is answered as its samples alone, and as many tokens run as are counted."""
+    text = f"{method}/{'20%' if is_for_videos(method) else 128}"
+    boxes = [item for item in answers.held_out_items(24) if item.question.kind == "box"]
+    items = [item for item in boxes if len(item.question.text.split()) == len(boxes[0].question.text.split())][:2]
+    with rk.apply(answerer.model, text) as routing:
+        together = answerer.answer(answerer.inputs(items))
+        trace = routing.trace
+        assert together == [answerer.answer(answerer.inputs([item]))[0] for item in items]
+    counted = [stage.visual_tokens for stage in rk.cost(answerer.model, text, 7, 144).stages]
+    for row in range(len(items)):
+        ran = [len(stage.selected[row]) for stage in (trace.reduction, *trace.stages)]
+        # A segment of a video may exceed its budget by one token a frame.
+        assert 0 <= ran[0] - counted[0] <= ("flashvid" in method)
+        assert ran[1:] == counted[1:]

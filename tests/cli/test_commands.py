@@ -126,7 +126,7 @@ def test_the_tables_of_all_presets_show_every_rule(columns, monkeypatch):
 
 
 def test_cost_as_json_is_what_cost_counts():
-    options = {"text_tokens": 10, "visual_tokens": 400, "batch": 3, "dtype": "float32"}
+    options = {"text_tokens": 10, "visual_tokens": 400, "batch": 3, "dtype": "float32", "images": 4}
     arguments = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", value)]
     counted = answer("cost", LLAVA, *POLICIES, *arguments)
     assert [each["name"] for each in counted] == ["unrouted", *POLICIES]
