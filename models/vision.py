@@ -339,23 +339,28 @@ class ClipVision(ReducedVision):
             _keys=partial(self._keys, hidden),
             _projected=partial(self._projected, features),
             _text=partial(self._texts_of_tiles, *features.shape[:2]),
+            _tiles=partial(self._tiles, len(features)),
         )
+
+    def _packing(self) -> Mapping:
+        """Variables of a model that is about to put the tiles of each image together; none if it does not."""
+        packs = hasattr(self._adapter.core, "pack_image_features")
+        values = self._running("get_image_features") if packs else None
+        return values if values is not None and "image_num_patches" in values else {}
+
+    def _tiles(self, tiles: int) -> list[int]:
+        """How many tiles each image has; 1 where the model does not tell."""
+        counts: list[int] = self._packing().get("image_num_patches", [])
+        return counts if sum(counts) == tiles else [1] * tiles
 
     def _texts_of_tiles(self, tiles: int, tokens: int) -> tuple[Tensor, ...]:
         """The text of the row in which each tile of `tokens` stands, (M, d)."""
-        packed = self._running("get_image_features") if self._packs_tiles else {}
-        if packed is None or (self._packs_tiles and "image_num_patches" not in packed):
-            raise refusals.REDUCER_TEXT.because(got=f"{tiles} tiles outside of get_image_features")
-        if not packed:
+        packing = self._packing()
+        if not packing:
             return self._texts([tokens] * tiles)
-        counts: list[int] = packed["image_num_patches"]
-        texts = self._texts(self._packed_lengths(counts, tokens, packed))
+        counts: list[int] = packing["image_num_patches"]
+        texts = self._texts(self._packed_lengths(counts, tokens, packing))
         return tuple(text for text, count in zip(texts, counts, strict=True) for _ in range(count))
-
-    @property
-    def _packs_tiles(self) -> bool:
-        """Whether the model puts the tiles of an image together, without padding and with newlines."""
-        return hasattr(self._adapter.core, "pack_image_features")
 
     def _packed_lengths(self, counts: Sequence[int], tokens: int, arguments: Mapping) -> list[int]:
         """How many placeholders images of so many tiles fill."""

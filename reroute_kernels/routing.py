@@ -510,8 +510,8 @@ class RoutedForward:
         if self._raters is None:
             assert self.inputs is not None
             prompt, device = self.prompt, self.inputs.device
-            flags = (on_device(device, each) for each in (prompt.pool, rating_text(prompt)))
-            self._raters = text_raters(self.inputs, *flags, prompt.most_text)
+            visual, text = on_device(device, prompt.pool), on_device(device, rating_text(prompt))
+            self._raters = text_raters(self.inputs, visual, text, prompt.most_text)
             self.inputs = None
         raters = on_device(source.hidden.device, self._raters)
         if source.kept is None:

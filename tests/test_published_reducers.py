@@ -166,11 +166,31 @@ def test_vidcom2_equals_the_slow_way(frames, tokens, keep):
     assert torch.equal(made, subject.features.flatten(0, 1)[index])
 
 
-def test_vidcom2_takes_images_one_by_one():
+def test_vidcom2_leaves_images_whole():
     subject = image(3, 12)
-    alone = [vidcom2_tokens(subject.projected[t : t + 1], keep=0.25) + 12 * t for t in range(3)]
-    assert torch.equal(VidCom2(0.25).reduce(subject)[0], torch.cat(alone))
-    assert len(alone[0]) == VidCom2(0.25).survivors(12)
+    index, made = VidCom2(0.25).reduce(subject)
+    assert index.tolist() == [list(range(12))] * 3
+    assert torch.equal(made, subject.features)
+    assert made.data_ptr() != subject.features.data_ptr()
+    assert len(vidcom2_tokens(subject.projected[:1], keep=0.25)) == VidCom2(0.25).survivors(12)
+
+
+@pytest.mark.parametrize(
+    ("given", "tiles"), [({"is_video": True}, [5]), ({"_tiles": lambda: [2, 1, 2]}, [2, 1, 2]), ({}, [1] * 5)]
+)
+def test_divprune_compares_all_tiles_of_an_image(given, tiles):
+    subject, found, first = image(5, 8, **given), [], 0
+    assert subject.tiles == tuple(tiles)
+    for size in tiles:
+        own = slice(first, first + size)
+        features, projected = (each[own].flatten(0, 1)[None] for each in (subject.features, subject.projected))
+        whole = VisionFeatures(features, (1, 8), None, None, _projected=lambda projected=projected: projected)
+        found += [8 * first + token for token in sorted(slow_divprune(whole, 0, math.ceil(0.3 * 8 * size)))]
+        first += size
+    index, made = DivPrune(0.3).reduce(subject)
+    flat = index if index.ndim == 1 else (index + 8 * torch.arange(5)[:, None]).flatten()
+    assert flat.tolist() == found
+    assert torch.equal(made.flatten(0, -2), subject.features.flatten(0, 1)[found])
 
 
 def test_relevance_is_scaled_in_each_image():

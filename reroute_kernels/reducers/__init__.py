@@ -3,6 +3,9 @@
 A reducer is any object with a method `reduce(image)`, which gives the tokens that stay, and their features. Dropped
 tokens never enter the language model; the others are the pool of all decisions. `survivors` is needed to cost it.
 
+Methods for images take tiles, and frames of a video, one by one. DivPrune compares those of an image or a video with
+each other, FlashVid those of a video; VidCom2 leaves images whole.
+
 Equally many tokens of each of T images are given as (T, K); frames of a video that keep different numbers of tokens as
 one flat index over all T x N.
 """

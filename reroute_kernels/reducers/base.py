@@ -34,6 +34,7 @@ class VisionFeatures:
     _keys: Callable[[], Tensor] | None = field(default=None, repr=False)
     _projected: Callable[[], Tensor] | None = field(default=None, repr=False)
     _text: Callable[[], Sequence[Tensor]] | None = field(default=None, repr=False)
+    _tiles: Callable[[], Sequence[int]] | None = field(default=None, repr=False)
 
     @cached_property
     def saliency(self) -> Tensor:
@@ -69,6 +70,13 @@ class VisionFeatures:
         `features` where no projector follows. Where one does, it runs once more, without gradients.
         """
         return self.features if self._projected is None else self._projected()
+
+    @cached_property
+    def tiles(self) -> tuple[int, ...]:
+        """How many of the T, in order, belong to each image: all of a video; 1 each where it is not known."""
+        if self.is_video:
+            return (len(self.features),)
+        return (1,) * len(self.features) if self._tiles is None else tuple(self._tiles())
 
     @cached_property
     def text(self) -> tuple[Tensor, ...]:

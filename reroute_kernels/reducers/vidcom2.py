@@ -17,7 +17,7 @@ TEMPERATURE = 0.01
 """Of the softmax over frames."""
 
 
-def vidcom2_tokens(features: Tensor, *, keep: float, is_video: bool = True) -> Tensor:
+def vidcom2_tokens(features: Tensor, *, keep: float) -> Tensor:
     """Tokens that VidCom2 (arXiv 2505.14454) leaves of a video.
 
     Tokens are compared by the half of the channels that vary least, as vectors of length 1. The similarity to a centre
@@ -25,28 +25,21 @@ def vidcom2_tokens(features: Tensor, *, keep: float, is_video: bool = True) -> T
     are less like the video get more tokens, around a share `keep` of them; those with the least similarities stay.
 
     Args:
-        features: (T, N, d).
+        features: (T, N, d), of the frames of one video.
         keep: share of the tokens that stay, in (0, 1]; of each frame a whole number, rounded down, at least one.
-        is_video: whether the T are frames of one video; else each is an image of its own.
 
     Returns:
         (M,) int64, ascending over T x N.
     """
-    frames, tokens, width = features.shape
+    _, tokens, width = features.shape
     values = features.float()
-    over = (0, 1) if is_video else (1,)
-    variance = (values - values.mean(dim=over, keepdim=True)).square_().mean(dim=over).view(-1, width)
-    calm = variance.argsort(dim=-1, stable=True)[:, : max(1, width // 2)].expand(frames, -1)
-    if is_video:
-        unit = normalize(values[:, :, calm[0]], dim=-1)
-    else:
-        unit = normalize(values.gather(2, calm[:, None].expand(-1, tokens, -1)), dim=-1)
-    to_video = _similarity(unit, unit.mean(dim=over, keepdim=True))
+    variance = (values - values.mean(dim=(0, 1))).square_().mean(dim=(0, 1))
+    calm = variance.argsort(stable=True)[: max(1, width // 2)]
+    unit = normalize(values[..., calm], dim=-1)
+    to_video = _similarity(unit, unit.mean(dim=(0, 1), keepdim=True))
     to_frame = _similarity(unit, unit.mean(dim=1, keepdim=True))
-    share = torch.full((frames,), keep, dtype=torch.float32, device=features.device)
-    if is_video:
-        distinct = (-to_video.mean(dim=1) / TEMPERATURE).softmax(dim=0)
-        share = share * (1 + distinct - distinct.mean())
+    distinct = (-to_video.mean(dim=1) / TEMPERATURE).softmax(dim=0)
+    share = keep * (1 + distinct - distinct.mean())
     counts = (share * tokens + 1e-4).long().clamp(1, tokens)  # rounding must not make 16 of 15.999998
     place = (to_video + to_frame).argsort(dim=1, stable=True).argsort(dim=1)
     return (place < counts[:, None]).flatten().nonzero()[:, 0]
@@ -60,7 +53,7 @@ def _similarity(unit: Tensor, centre: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VidCom2(ShareReducer):
-    """VidCom2 (arXiv 2505.14454), see `vidcom2_tokens`. An image is a video of one frame.
+    """VidCom2 (arXiv 2505.14454), see `vidcom2_tokens`. Images stay whole.
 
     Args:
         keep: share of the tokens that stay, in (0, 1]; of each frame a whole number, rounded down, at least one.
@@ -73,9 +66,13 @@ class VidCom2(ShareReducer):
     """
 
     def reduce(self, image: VisionFeatures) -> tuple[Tensor, Tensor]:
-        index = vidcom2_tokens(image.projected, keep=self.keep, is_video=image.is_video)
+        if not image.is_video:
+            count, tokens, _ = image.features.shape
+            index = torch.arange(tokens, device=image.features.device).expand(count, -1)
+            return index, image.features.clone()
+        index = vidcom2_tokens(image.projected, keep=self.keep)
         return index, image.features.flatten(0, 1)[index]
 
     def survivors(self, visual_tokens: int) -> int:
-        """Number of tokens that stay of an image; about as many of a frame."""
+        """Number of tokens that stay of a frame of a video, about; of an image all do."""
         return max(1, int(visual_tokens * self.keep + 1e-4))

@@ -282,9 +282,18 @@ def images_of(case, prompt, inputs):
                 _keys=lambda keys=keys: keys,
                 _projected=lambda projected=projected: projected,
                 _text=lambda salient=salient: (text,) * len(salient),
+                _tiles=lambda salient=salient: slow_tiles(case, inputs, len(salient)),
             )
         )
     return images
+
+
+def slow_tiles(case, inputs, tiles):
+    """How many tiles each image has: in these families an overview and two more."""
+    if case.name in ("llava_next", "llava_onevision"):
+        assert tiles == 3 * len(inputs["image_sizes"])
+        return [3] * len(inputs["image_sizes"])
+    return [1] * tiles
 
 
 def slow_grid(case, inputs, number, tokens):

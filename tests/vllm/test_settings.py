@@ -7,7 +7,7 @@ import pytest
 
 import reroute_kernels as rk
 from reroute_kernels import vllm as plugin
-from reroute_kernels.rankings import KeyNorm, LastQuery, Mixed, Remembered
+from reroute_kernels.rankings import KeyNorm, LastQuery, Mixed, Remembered, TextRaters
 from reroute_kernels.vllm import Settings, engine_arguments, serve_arguments
 from reroute_kernels.vllm.settings import ARCHITECTURES
 
@@ -90,6 +90,8 @@ def test_other_rankings():
         Settings(rk.Policy([rk.Stage(3, 0.5)], ranking=KeyNorm()))
     with pytest.raises(NotImplementedError, match=r"ranking must be LastQuery, in .* got Mixed\(ranking=KeyNorm"):
         Settings(rk.Policy([rk.Stage(3, 0.5)], ranking=Mixed(KeyNorm())))
+    with pytest.raises(NotImplementedError, match=r"ranking must be LastQuery, in .* got TextRaters\("):
+        Settings(rk.Policy([rk.Stage(3, 0.5)], ranking=TextRaters("this")))
 
 
 def test_rankings_around_another():
