@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from operator import attrgetter
@@ -177,6 +178,12 @@ class Adapter:
         return visual_token_ids(self.model.config)
 
     @cached_property
+    def own_cache(self) -> str | None:
+        """The one of `cache_types` that this version of transformers brings along, if it does."""
+        module = sys.modules[type(self.decoder).__module__]
+        return next((name for name in self.cache_types if hasattr(module, name)), None)
+
+    @cached_property
     def heads(self) -> tuple[int, int]:
         """Query and key heads of a decoder layer, of all processes."""
         config = self.decoder.config
@@ -229,7 +236,8 @@ class Adapter:
 
     def cached_keys(self, cache, layer_idx: int) -> Tensor:
         """(B, Hkv, at least P, D), the rotated keys that a cache holds for a layer."""
-        return cache.layers[layer_idx].keys
+        # Caches of hybrid models have lists of keys before transformers 5.6.
+        return cache.key_cache[layer_idx] if hasattr(cache, "key_cache") else cache.layers[layer_idx].keys
 
     def states(self, layer: Module, hidden: Tensor) -> Tensor:
         """Hidden states as the attention of a layer reads them: after the norm that it begins with, if it has one."""

@@ -155,9 +155,6 @@ class Qwen3_5Adapter(Adapter):
     vision = QwenVision
     cache_types = ("Qwen3_5DynamicCache", "Qwen3_5MoeDynamicCache")  # of transformers before 5.6
 
-    def cached_keys(self, cache, layer_idx: int) -> Tensor:
-        return cache.key_cache[layer_idx] if hasattr(cache, "key_cache") else super().cached_keys(cache, layer_idx)
-
     def queries(self, attention: Module, states: Tensor) -> Tensor:
         query, _gate = attention.q_proj(states).unflatten(-1, (-1, 2 * attention.head_dim)).chunk(2, dim=-1)
         return attention.q_norm(query)
@@ -219,6 +216,7 @@ class Lfm2VLAdapter(Adapter):
 
     text_model_types = ("lfm2",)
     norm_name = "operator_norm"
+    cache_types = ("Lfm2HybridConvCache",)  # of transformers before 5.6
 
     def _layer_types(self) -> list[str]:
         # They keep a state of the last tokens, as linear attention does.

@@ -319,6 +319,11 @@ PROMPT_RULES = (
         lambda c: c.generation.assisted and c.layers.length_is_routed and not c.generation.crops_by_count,
     ),
     Refusal(
+        "assisted decoding on caches of hybrid models before transformers 5.6, which keep states of rejected tokens",
+        "{c.cache_name} must be a DynamicCache for assisted decoding, got a model that makes a {c.adapter.own_cache}",
+        lambda c: c.generation.assisted and c.adapter.own_cache,
+    ),
+    Refusal(
         "padding on the right beside a sample without a token",
         "attention_mask must put padding on the left where a sample sits a prompt out, got padding on the right "
         "beside a sample without a token",

@@ -206,7 +206,8 @@ def test_frozen_tokens_where_all_layers_of_the_stages_have_full_attention(family
 def test_a_classifier_around_gemma3():
     """Routed by the outer model or by the Gemma 3 in it, which is what the automatic class makes of its folder."""
     family = load("shieldgemma2")
-    model = transformers.ShieldGemma2ForImageClassification(family.model.config).eval()
+    config = transformers.ShieldGemma2Config(**family.model.config.to_dict())
+    model = transformers.ShieldGemma2ForImageClassification(config).eval()
     model.model = copy.deepcopy(family.model)
     model.yes_token_index, model.no_token_index = 7, 8
     inputs = family.batch([family.prompt(1, 6, 15, seed=1)])

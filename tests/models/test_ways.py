@@ -73,6 +73,8 @@ class NotOffered(Exception):
         "transformers: Tensor on device (meta|cpu) is not on the expected device (meta|cpu)",
         "transformers: assisted generation is not supported with stateful models",
         r"transformers: You passed `inputs_embeds` to `.generate\(\)`",
+        "transformers: The size of tensor a",  # masks of several turns on convolutions
+        "transformers: split_with_sizes expects",  # patches of each beam, of features in their place
         "transformers: The shape of the mask",  # kinds of tokens beside guessed ones
         "transformers: the prompt sees what is guessed",
         "transformers: it is given a ",
@@ -373,6 +375,7 @@ def _(case):
 
 @way("beam search", "`generate(num_beams=3)`, also of a batch")
 def _(case):
+    offered(generate(case, [one_image(case)], num_beams=3))
     compare(case, generate(case, [one_image(case)], num_beams=3))
     # Some versions repeat the tiles of an image one by one, not image by image, for the beams.
     tiles = case.name.startswith(("aya", "internvl")) or case.name in OTHERS
@@ -386,6 +389,7 @@ def _(case):
 
 @way("num_return_sequences", "three samples, and two of four beams")
 def _(case):
+    offered(generate(case, [one_image(case)], do_sample=True, num_return_sequences=3))
     compare(case, generate(case, [one_image(case)], do_sample=True, num_return_sequences=3))
     compare(case, generate(case, [one_image(case)], num_beams=4, num_return_sequences=2))
 
@@ -421,9 +425,9 @@ def _(case):
             refusal("must be empty where a prompt brings images to a model in which", call, case.model)
     for begin in (text_only(case), one_image(case)):
         compare(case, partial(turns, case, [begin], [image]))
-    compare_turns(
-        case, [text_only(case), one_image(case), two_images(case)], [case.prompt(1, 3, 8, s) for s in (7, 8, 9)]
-    )
+    turn = [text_only(case), one_image(case), two_images(case)], [case.prompt(1, 3, 8, s) for s in (7, 8, 9)]
+    offered(lambda: turns(case, *turn))
+    compare_turns(case, *turn)
     if hybrid(case):  # padding between two turns is part of a window and of a recurrent state, routed or not
         return
     short, long = case.prompt(0, 2, 3, seed=4), case.prompt(0, 4, 30, seed=3)
@@ -511,7 +515,10 @@ def _(case):
     def assisted():
         return call(prompt_lookup_num_tokens=3, max_matching_ngram_size=1)
 
-    offered(assisted)
+    cache = offered(assisted).past_key_values
+    if type(cache).__name__ in rk.models.ADAPTERS[case.model.config.model_type].cache_types:
+        with rk.apply(case.model, policies(case)[0]):
+            refusal("must be a DynamicCache for assisted decoding", assisted, case.model)
     if decoder_of(case.model).config.model_type == "gemma":
         raise NotOffered("transformers: the prompt sees what is guessed")
     lengths.clear()
