@@ -227,7 +227,7 @@ def main() -> int:
 def run_sections(sections: Sections, plan: Plan) -> None:
     """Run the sections, those first that matter most."""
     import reroute_kernels as rk
-    from bench.speed import decisions, decoders, greedy
+    from bench.speed import decisions, decoders, greedy, reducers
     from bench.speed.device import floors
 
     clock, models = plan.clock, decoders.Models(plan.clock.device, plan.dtype, plan.longest)
@@ -243,6 +243,7 @@ def run_sections(sections: Sections, plan: Plan) -> None:
             sections.run("operations", lambda: decisions.measure_operations(*shapes))
             sections.run("copies", lambda: decisions.measure_copies(clock, *plan.large, plan.dtype))
         sections.run("greedy", lambda: greedy.measure_greedy(clock, plan.selections, plan.dtype))
+        sections.run("reducers", lambda: reducers.measure_reducers(clock, plan.reducers, plan.dtype))
         sections.run("eager", lambda: decisions.measure_against_eager(clock, plan.shapes, plan.dtype))
     sections.run("tests", lambda: run_tests(plan.shards, 200, plan.tests))
     with rk.backend(plan.models_backend):
@@ -282,7 +283,8 @@ class Plan:
         clock, dtype: of all measurements.
         headlines, more: prefills by decoder, measured first and last; longest: visual tokens of the longest.
         decoding: the prompt behind which a token is decoded.
-        shapes, batches, large: of single operations; selections: of greedy ones.
+        shapes, batches, large: of single operations; selections: of greedy ones;
+            reducers: of whole ones.
         copied: bytes of the copy whose bandwidth is a floor.
         tests, shards: arguments of pytest, and in how many processes.
         sanitizer: gives the section of that name.
@@ -300,6 +302,7 @@ class Plan:
     batches: tuple[int, ...]
     large: tuple[int, int, int]
     selections: tuple
+    reducers: tuple
     copied: int
     tests: list[str]
     shards: int
@@ -311,7 +314,7 @@ class Plan:
 
 def plan_of(device: torch.device) -> Plan:
     """The plan for a GPU."""
-    from bench.speed import decisions, decoders, greedy
+    from bench.speed import decisions, decoders, greedy, reducers
     from bench.speed.device import Clock
 
     return Plan(
@@ -325,6 +328,7 @@ def plan_of(device: torch.device) -> Plan:
         batches=decisions.BATCHES,
         large=(16, 8192, 4096),
         selections=greedy.SHAPES,
+        reducers=reducers.SHAPES,
         copied=2**30,
         tests=[str(ROOT / "tests" / f"{name}.py") for name in TESTS] + ["--fuzz-cases", "200"],
         shards=max(1, (os.cpu_count() or 2) - 2),
@@ -335,7 +339,7 @@ def plan_of(device: torch.device) -> Plan:
 
 def dry_plan(device: torch.device) -> Plan:
     """The plan for a CPU: tiny shapes."""
-    from bench.speed import decisions, greedy
+    from bench.speed import decisions, greedy, reducers
     from bench.speed.decoders import Case
     from bench.speed.device import Clock
     from bench.speed.prefill import Decoder
@@ -352,6 +356,7 @@ def dry_plan(device: torch.device) -> Plan:
         batches=(1,),
         large=(2, 16, 32),
         selections=greedy.TINY_SHAPES,
+        reducers=reducers.TINY_SHAPES,
         copied=2**20,
         tests=[str(ROOT / "tests" / "test_gather.py"), "-k", "launch"],
         shards=1,

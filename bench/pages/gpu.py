@@ -140,6 +140,7 @@ def operations_section(results: dict) -> list[str]:
         )
         lines.append("")
     lines += greedy_rows(results.get("greedy", []))
+    lines += reducer_rows(results.get("reducers", []))
     if against := results.get("eager"):
         lines += [
             "### Against the usual eager code",
@@ -185,3 +186,20 @@ def greedy_rows(rows: list[dict]) -> list[str]:
     )
     headings = ["operation", "of", "features", "picks", "eager", "operation", "operation in a graph"]
     return ["### Greedy selections", "", about, "", *table(headings, cells), ""]
+
+
+def reducer_rows(rows: list[dict]) -> list[str]:
+    """Table of whole reducers."""
+    if not rows:
+        return []
+    about = "Medians in us, without the vision tower; the eager code goes over images, frames and picks in loops."
+    cells = (
+        [
+            row["name"],
+            f"{row['rows']} x {row['tokens']:,} x {row['width']:,}",
+            *(f"{timing['median']:,.0f}" for timing in row["microseconds"].values()),
+            f"{row['microseconds']['eager']['median'] / row['microseconds']['reducer']['median']:.2f}",
+        ]
+        for row in rows
+    )
+    return ["### Reducers", "", about, "", *table(["of", "features", "eager", "reducer", "ratio"], cells), ""]

@@ -7,6 +7,7 @@ from pathlib import Path
 from bench.pages.cpu import cpu_section
 from bench.pages.gpu import device_section
 from bench.pages.records import RESULTS, read
+from bench.pages.reducers import reducers_section
 from bench.pages.serving import serving_section
 
 
@@ -29,6 +30,7 @@ def performance_page(folders: list[Path], target: Path) -> None:
     for folder in folders:
         lines += device_section(folder, target)
     lines += serving_section(read(RESULTS / "cpu" / "serving.json"))
+    lines += ["", *reducers_section(read(RESULTS / "cpu" / "reducers.json"))]
     lines += ["", *cpu_section(read(RESULTS / "cpu" / "benchmarks.json"))]
     target.mkdir(parents=True, exist_ok=True)
     (target / "performance.md").write_text("\n".join(lines).rstrip() + "\n")

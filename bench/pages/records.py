@@ -11,7 +11,7 @@ DECODERS = ("llava", "qwen2_5_vl")
 SECTIONS = (
     *(f"{kind}-{name}" for kind in ("prefill", "decision") for name in DECODERS),
     "decode-llava",
-    *("floors", "operations", "copies", "greedy", "eager", "tests", "sanitizer"),
+    *("floors", "operations", "copies", "greedy", "reducers", "eager", "tests", "sanitizer"),
     *(f"prefill-more-{name}" for name in DECODERS),
 )
 """The sections of the GPU report, a record each, those first that matter most."""

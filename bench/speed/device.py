@@ -48,6 +48,13 @@ def description(device: torch.device) -> dict[str, object]:
     return described
 
 
+def cpu_name() -> str:
+    """Name of the processor, as the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def kernel_digest() -> str:
     """Digest of the kernels' sources, by which a record tells whether they have changed since."""
     sources = sorted((Path(__file__).parents[2] / "reroute_kernels" / "triton").glob("*.py"))

