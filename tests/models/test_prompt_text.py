@@ -65,10 +65,10 @@ def test_each_image_is_handed_the_text_of_its_row(name):
         check(case, prompts, [text for text, _ in reducer.seen])
         reducer.seen.clear()
         # Without a mask, in a batch of one, and twice as many rows for beams.
-        inputs = case.batch(prompts[2:])
+        inputs = case.batch(prompts[:1])
         del inputs["attention_mask"]
         case.model.generate(**inputs, **GREEDY | {"num_beams": 2})
-        check(case, prompts[2:], [text for text, _ in reducer.seen])
+        check(case, prompts[:1], [text for text, _ in reducer.seen])
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
