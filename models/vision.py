@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import cycle, repeat
 from typing import TypeVar
 
 import torch
@@ -343,22 +344,36 @@ class ClipVision(ReducedVision):
         )
 
     def _packing(self) -> Mapping:
-        """Variables of a model that is about to put the tiles of each image together; none if it does not."""
-        packs = hasattr(self._adapter.core, "pack_image_features")
-        values = self._running("get_image_features") if packs else None
-        return values if values is not None and "image_num_patches" in values else {}
+        """Arguments of a model that is about to put the tiles of each image together; none if it does not."""
+        if not hasattr(self._adapter.core, "pack_image_features"):
+            return {}
+        values = self._running("get_image_features")
+        if values is None or "image_sizes" not in values:
+            raise self._refuse("tiles whose images are known where they are encoded (get_image_features)", "others")
+        return values
 
     def _tiles(self, tiles: int) -> list[int]:
         """How many tiles each image has; 1 where the model does not tell."""
-        counts: list[int] = self._packing().get("image_num_patches", [])
-        return counts if sum(counts) == tiles else [1] * tiles
+        packing = self._packing()
+        if not packing:
+            return [1] * tiles
+        core = self._adapter.core
+        given = packing.get("batch_num_images")  # a sample of several images has no tiles
+        cut = [count == 1 for count in given for _ in range(count)] if given is not None else repeat(True)
+        count_tiles = sys.modules[type(core).__module__].image_size_to_num_patches
+        options = core.config.image_grid_pinpoints, core.config.vision_config.image_size
+        sizes = packing["image_sizes"]
+        counts = [count_tiles(size, *options) if is_cut else 1 for size, is_cut in zip(sizes, cut, strict=False)]
+        if sum(counts) != tiles:
+            raise self._refuse(f"{sum(counts)} tiles for images of these sizes", tiles)
+        return counts
 
     def _texts_of_tiles(self, tiles: int, tokens: int) -> tuple[Tensor, ...]:
         """The text of the row in which each tile of `tokens` stands, (M, d)."""
         packing = self._packing()
         if not packing:
             return self._texts([tokens] * tiles)
-        counts: list[int] = packing["image_num_patches"]
+        counts = self._tiles(tiles)
         texts = self._texts(self._packed_lengths(counts, tokens, packing))
         return tuple(text for text, count in zip(texts, counts, strict=True) for _ in range(count))
 
