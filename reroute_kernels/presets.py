@@ -233,10 +233,11 @@ def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool
             return _solved(model, method, avg_tokens, matched)
         model = published.name
     expect_one_of(avg_tokens=(avg_tokens, tiers(model, method)))
-    policy = _published(MODELS[model], method.removesuffix("-stagewise"), int(avg_tokens))
+    tier = int(avg_tokens)
+    policy = _published(MODELS[model], method.removesuffix("-stagewise"), tier)
     if not matched:
         return policy
-    limit = _partners_average(model, method, avg_tokens) if policy.action == "reroute" else avg_tokens
+    limit = _partners_average(model, method, tier) if policy.action == "reroute" else tier
     return solve_like(model, policy, avg_tokens=limit, visual_tokens=VISUAL_TOKENS)
 
 
@@ -265,10 +266,12 @@ def _partners_average(model: object, method: str, avg_tokens: float) -> float:
     return avg_tokens if budget is None else budget.reached
 
 
-def _solved(config_or_model: object, method: str, avg_tokens: float, matched: bool) -> Policy:
+def _solved(config_or_model: object, method: str, avg_tokens: float | str, matched: bool) -> Policy:
     """A method at the relative depths of LLaVA-1.5, solved for a budget."""
     expect_one_of(method=(method, METHODS + REDUCED))
-    if isinstance(avg_tokens, bool) or not isinstance(avg_tokens, Real):
+    if isinstance(avg_tokens, str) and avg_tokens.endswith("%"):
+        raise ValueError(f"avg_tokens must be a number for {method!r}, got {avg_tokens!r}")
+    if isinstance(avg_tokens, bool | str) or not isinstance(avg_tokens, Real):
         raise TypeError(f"avg_tokens must be a number, got {avg_tokens!r}")
     config = text_config(config_or_model)
     count = config.num_hidden_layers

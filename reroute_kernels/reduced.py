@@ -71,11 +71,14 @@ def share_of(method: str, amount: object, visual_tokens: int) -> float:
     if is_for_videos(method):
         return _percentage(method, amount)
     accepted = f"avg_tokens must be a number of visual tokens from 1 to {visual_tokens} for {method!r}, got {amount!r}"
-    if isinstance(amount, bool) or not isinstance(amount, str | Real):
-        raise TypeError(accepted)
-    if isinstance(amount, str) or not 1 <= amount <= visual_tokens:
+    if isinstance(amount, str):
         raise ValueError(accepted)
-    return amount / visual_tokens
+    if isinstance(amount, bool) or not isinstance(amount, Real):
+        raise TypeError(accepted)
+    number = float(amount)
+    if not 1 <= number <= visual_tokens:
+        raise ValueError(accepted)
+    return number / visual_tokens
 
 
 def _percentage(method: str, amount: object) -> float:

@@ -165,6 +165,8 @@ def test_texts():
         ("vidcom2/ten%", config(8), "such as '10%', for 'vidcom2', got 'ten%'"),
         ("visionzip/600", config(8), "avg_tokens must be a number of visual tokens from 1 to 576 for 'visionzip', got"),
         ("visionzip/10%", config(8), "visual tokens from 1 to 576 for 'visionzip', got '10%'"),
+        ("fastv/10%", config(8), "avg_tokens must be a number for 'fastv', got '10%'"),
+        ("fastv/10%", QWEN, "avg_tokens must be one of 192, 128, 64, got '10%'"),
         ("visionzap/64", config(8), "method must be one of 'fastv', "),
         ("flashvid/10%", config(1), "model must have a layer that can decide early enough for the budget, got"),
         ("reroute-holov/64", config(1), "model must have a layer that can decide early enough for the budget, got"),
