@@ -10,7 +10,7 @@ from reroute_kernels.attention import Attention
 from .adapter import Adapter, rotated
 from .modules import Module
 from .towers import Idefics3Vision, InternVision, PixtralVision, SiglipVision
-from .vision import ClipVision, QwenVision
+from .vision import ClipVision, QwenVision, ReducedVision
 
 
 class LlavaAdapter(Adapter):
@@ -103,9 +103,9 @@ class Qwen3VLAdapter(Adapter):
     DeepStack adds visual features after the first layers.
     """
 
-    text_model_types = ("qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text")
+    text_model_types: tuple[str, ...] = ("qwen3_vl_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text")
     position_axes = 3
-    vision = QwenVision
+    vision: type[ReducedVision] | None = QwenVision
     decoder_arguments = (*Adapter.decoder_arguments, "visual_pos_masks", "deepstack_visual_embeds")
 
     def __init__(self, model: nn.Module):
@@ -319,7 +319,8 @@ class KimiAdapter(Adapter):
         return self._rotating_first(attention, key.transpose(1, 2))
 
     def cached_keys(self, cache, layer_idx: int) -> Tensor:
-        attention, cached = self.layers[layer_idx].self_attn, cache.layers[layer_idx]
+        layer: Module = self.layers[layer_idx]
+        attention, cached = layer.self_attn, cache.layers[layer_idx]
         key, _value = attention.expand_kv(cached.keys, cached.values)
         key = self._rotating_first(attention, key)
         if not self._neighbours:

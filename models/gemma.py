@@ -15,7 +15,7 @@ from .modules import Module
 class Gemma3Adapter(Adapter):
     """`Gemma3ForConditionalGeneration`: the tokens of an image see each other in every layer."""
 
-    text_model_types = ("gemma3_text",)
+    text_model_types: tuple[str, ...] = ("gemma3_text",)
     cuts_masks = True
     rotates_by_kind = True
 
@@ -57,7 +57,8 @@ class Gemma4Adapter(Gemma3Adapter):
     @cached_property
     def heads(self) -> tuple[int, int]:
         queries = self.decoder.config.num_attention_heads
-        attention = self.layers[self.deciding_layers()[0]].self_attn
+        layer: Module = self.layers[self.deciding_layers()[0]]
+        attention = layer.self_attn
         return queries, queries // attention.num_key_value_groups
 
     def values(self, attention: Module, states: Tensor) -> Tensor:
@@ -81,5 +82,5 @@ class ShieldGemma2Adapter(Gemma3Adapter):
     """`ShieldGemma2ForImageClassification`, which answers by the logits of the Gemma 3 that it holds."""
 
     def __init__(self, model: nn.Module):
-        inside = getattr(model, "model", None)
+        inside: Module = getattr(model, "model", None)
         super().__init__(inside if isinstance(getattr(inside, "model", None), nn.Module) else model)

@@ -133,7 +133,8 @@ def part_of_mask(
         (B, 1, M, keys): boolean for sdpa, additive for eager, a BlockMask for flex attention.
     """
     device = like.device
-    queries, cached, places = (on_device(device, rows) for rows in (queries, cached, places))
+    queries, cached = on_device(device, queries), on_device(device, cached)
+    places = on_device(device, places)
     cached = torch.nn.functional.pad(cached, (0, keys - cached.shape[1]), value=-1)
     rows, columns, holds = queries.clamp(min=0), cached.clamp(min=0), cached >= 0
     if form != "flex_attention":
