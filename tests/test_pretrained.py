@@ -268,6 +268,10 @@ def test_page_says_what_the_figures_say(results, tmp_path):
     }
     report.pretrained_page(told, tmp_path)
     page = (tmp_path / "pretrained.md").read_text()
+    assert (
+        "By divergence from the unrouted model yes: 16 of 16 comparisons better and 0 worse; by right choices" in page
+    )
+    assert "Not clearly above chance" not in page
     assert "over 10 pairs of a schedule and a budget: right choices 10 better, 0 worse, 0 undecided; divergence" in page
     assert "divergence from the unrouted model 6 better, 0 worse, 0 undecided" in page
     assert "at any: none at the larger budgets, none at the published ones." in page

@@ -203,6 +203,9 @@ def whole(decoder, tower, seed: int = 0):
     """The LLaVA, whose projector is drawn anew."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+    for part in (decoder.config, tower.config):
+        part._name_or_path = ""
+    del decoder.config.quantization_config  # the weights are dequantized, and saved so
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=decoder.config,

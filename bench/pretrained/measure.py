@@ -38,7 +38,7 @@ WITHOUT_LAYERS = 4
 """Items of each kind that are answered without single layers."""
 BATCH = 8
 DECISIONS = 4
-MINUTES, RESEMBLANCE_MINUTES = 35.0, 6.0
+MINUTES, RESEMBLANCE_MINUTES = 29.0, 6.0
 
 
 class Handed:
@@ -250,9 +250,9 @@ def main():
     found = {plan.name: rows[plan.name].found for plan in PLANS}
     results = {
         "measured_on": description(torch.device("cpu")) | {"threads": torch.get_num_threads(), "dtype": "bfloat16"},
-        "command": "python -m bench.pretrained.measure",
+        "command": f"python -m bench.pretrained.measure --minutes {args.minutes:g}",
         "conversion": json.loads((args.model / CHECKED).read_text()),
-        "calibration": calibration.to_dict(),
+        "calibration": calibration.to_dict() | {"model": "build/pretrained"},
         "calibrated layers": list(layers),
         "plans": {
             plan.name: summarize(found[plan.name], policies(model.config, layers, plan), model.config) for plan in PLANS

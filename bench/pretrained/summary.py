@@ -107,19 +107,18 @@ def resemblance(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         }
         for name in ("rank", "coverage")
     }
-    skipped: dict[int, dict[str, list]] = {}
-    for row in rows.values():
-        if "without" in row:
-            of_layer = skipped.setdefault(row["without"], {measure: [] for measure in MEASURES})
-            for measure in MEASURES:
-                of_layer[measure] += row[measure]
-    most = max((len(each["choice"]) for each in skipped.values()), default=0)
-    found["without layers"] = {
-        "items": most,
-        "layers": {
-            str(layer): {measure: interval(each[measure]) for measure in MEASURES}
-            for layer, each in sorted(skipped.items())
-            if len(each["choice"]) == most
-        },
-    }
+    found["without layers"] = _without_layers([row for row in rows.values() if "without" in row])
     return found
+
+
+def _without_layers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The measures without each layer, over the kinds that were asked without all of them."""
+    layers = sorted({row["without"] for row in rows})
+    whole = [kind for kind in KINDS if {row["without"] for row in rows if row["kind"] == kind} == set(layers)]
+    told, items = {}, 0
+    for layer in layers if whole else ():
+        of_layer = [row for row in rows if row["without"] == layer and row["kind"] in whole]
+        values = {measure: [each for row in of_layer for each in row[measure]] for measure in MEASURES}
+        told[str(layer)] = {measure: interval(values[measure]) for measure in MEASURES}
+        items = len(values["choice"])
+    return {"kinds": whole, "items": items, "layers": told}
