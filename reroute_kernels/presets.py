@@ -11,7 +11,7 @@ from .budget import keep_ratio, solve, solve_like
 from .checks import expect_one_of
 from .cost import DECODERS, Decoder, deciding_layers, layer_types, text_config, unknown_name
 from .policy import Policy, Stage
-from .rankings import LastQuery
+from .rankings import LastQuery, TextRaters
 from .reduced import IMAGE_METHODS, REDUCED, VIDEO_METHODS, amounts, of_layers, reduced_policy, share_of
 from .reducers import Nuwa
 
@@ -98,6 +98,12 @@ _PYRAMIDS = {
 }
 """Keep ratios of the decisions, by method and tier."""
 
+_SPARSEVLM = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
+"""Tokens of 576 that SparseVLM keeps at its decisions, by tier."""
+
+_SPARSEVLM_LAYERS = (3, 7, 16)
+"""Those behind the layers by which SparseVLM ranks, of 32; in other decoders at the same depths."""
+
 METHODS = (
     "fastv",
     "pdrop",
@@ -108,8 +114,8 @@ METHODS = (
 )
 """The methods of the Reroute paper."""
 
-ORIGINALS = ("fastv-original", "pdrop-original", "nuwa", "reroute-nuwa")
-"""FastV, PyramidDrop and Nüwa as their own authors run them, and Nüwa under `reroute`."""
+ORIGINALS = ("fastv-original", "pdrop-original", "nuwa", "reroute-nuwa", "sparsevlm", "reroute-sparsevlm")
+"""FastV, PyramidDrop, Nüwa and SparseVLM as their own authors run them, the latter two under `reroute`, too."""
 
 ALL_METHODS = METHODS + ORIGINALS + REDUCED
 """Every method that has presets."""
@@ -147,7 +153,7 @@ def presets(*, originals: bool = False) -> list[Preset]:
             those for videos on Qwen2.5-VL.
 
     >>> print(*presets()[:2], len(presets(originals=True)))
-    llava-1.5-7b/fastv/192 llava-1.5-7b/fastv/128 104
+    llava-1.5-7b/fastv/192 llava-1.5-7b/fastv/128 116
     """
     return [
         Preset(model, method, tier)
@@ -196,19 +202,21 @@ def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool
             `"fastv-original"` (arXiv 2403.06764; at the Reroute paper's keep ratios), `"pdrop-original"` (arXiv
             2410.17247; on Qwen2.5-VL at the same depths) and `"nuwa"` (arXiv 2602.02951) follow their own authors'
             code. `"reroute-nuwa"` defers in the second stage of Nüwa, by two decisions, and runs as many tokens in
-            every layer. `"visionzip"`, `"divprune"`, `"cdpruner"`, `"holov"` and `"vispruner"` reduce images before the
-            decoder, `"vidcom2"` videos, and nothing else; behind the prefix `reroute-` they leave twice as many tokens,
-            of which the decoder defers at the layers of `reroute-fastv`, at the same budget. `"flashvid"` (arXiv
-            2602.08024) reduces videos, and removes tokens at one layer of the decoder; `"reroute-flashvid"` defers
-            there, and decides once more halfway to the end. All of these run on any model, at any budget if it is no
-            published one. The codes for LLaVA number the tokens that stay anew; so do these methods on models of
-            such types, unless they defer.
+            every layer. `"sparsevlm"` (arXiv 2410.04417) ranks by the text that resembles the image, and does not
+            recycle what it removes; `"reroute-sparsevlm"` defers at its layers. `"visionzip"`, `"divprune"`,
+            `"cdpruner"`, `"holov"` and `"vispruner"` reduce images before the decoder, `"vidcom2"` videos, and nothing
+            else; behind the prefix `reroute-` they leave twice as many tokens, of which the decoder defers at the
+            layers of `reroute-fastv`, at the same budget. `"flashvid"` (arXiv 2602.08024) reduces videos, and removes
+            tokens at one layer of the decoder; `"reroute-flashvid"` defers there, and decides once more halfway to the
+            end. All of these run on any model, at any budget if it is no published one. The codes for LLaVA number the
+            tokens that stay anew; so do these methods on models of such types, unless they defer.
         avg_tokens: the published tier, one of `tiers(model, method)`: visual tokens per layer on average, of 576. It is
             a name. On LLaVA the true averages are within 1 of it, but for the pdrop pair at 64, which averages 80 and
             84. On Qwen2.5-VL they are 197, 134 and 72 for methods named after FastV (the original at 128: 135). They
             are 192, 129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at
-            432, 288 and 144. `reroute_kernels.cost` counts. For another model any number is taken, and is a limit.
-            `"flashvid"` and `"vidcom2"` take a percentage of the visual tokens instead, such as `"10%"`.
+            432, 288 and 144. Those of SparseVLM are 203, 141 and 79 on LLaVA. `reroute_kernels.cost` counts. For
+            another model any number is taken, and is a limit. `"flashvid"` and `"vidcom2"` take a percentage of the
+            visual tokens instead, such as `"10%"`.
         matched: solve the schedule anew, with its published keep ratios as the shape, so that pairs match at 576
             tokens. A method that removes comes as close to `avg_tokens` as `solve` does, never above: with one
             decision, as in FastV, to less than 1 token, with several to an eighth of one. A method that defers comes as
@@ -372,6 +380,17 @@ def _able_layers(config: Any) -> list[int]:
     return able
 
 
+def _sparsevlm(layers: int, counts: tuple[int, ...], defers: bool) -> Policy:
+    """SparseVLM without recycling; deferring, it runs as many tokens at each decision, and no more in all."""
+    starts = tuple(round(layer * layers / _LLAVA.decoder.layers) for layer in _SPARSEVLM_LAYERS)
+    if defers:
+        lengths = [end - start for start, end in zip(starts, (*starts[1:], layers), strict=True)]
+        total = sum(count * length for count, length in zip(counts, lengths, strict=True))
+        counts = (total // sum(lengths),) * len(starts)
+    keeps = tuple(keep_ratio(count, VISUAL_TOKENS) for count in counts)
+    return Policy(_stages(starts, keeps), "reroute" if defers else "remove", TextRaters())
+
+
 def _published(model: PublishedModel, method: str, tier: int) -> Policy:
     if method == "pdrop-original":
         return Policy(_stages(model.pyramiddrop_layers, (0.5, 0.25, 0.125)), "remove", positions="contiguous")
@@ -381,6 +400,8 @@ def _published(model: PublishedModel, method: str, tier: int) -> Policy:
         stages = _stages(model.nuwa_layers[:decisions], (keep_ratio(selected, VISUAL_TOKENS),) * decisions)
         action = "remove" if method == "nuwa" else "reroute"
         return Policy(stages, action, model.nuwa_ranking, reducer=reducer)
+    if method.endswith("sparsevlm"):
+        return _sparsevlm(model.decoder.layers, _SPARSEVLM[tier], defers=method.startswith("reroute-"))
     if method == "fastv-original":
         keep = keep_ratio(round(VISUAL_TOKENS * _FASTV[tier]), VISUAL_TOKENS)
         return Policy(_stages((3,), (keep,)), "remove", LastQuery(layer="previous"))

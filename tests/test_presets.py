@@ -8,7 +8,7 @@ import pytest
 import reroute_kernels as rk
 from reroute_kernels import Policy, Stage
 from reroute_kernels.presets import MODELS, ORIGINALS, REDUCED, tiers
-from reroute_kernels.rankings import LastQuery
+from reroute_kernels.rankings import LastQuery, TextRaters
 from reroute_kernels.reducers import Nuwa
 
 # Keep ratios by tier: FastV, PyramidDrop, Reroute matched to FastV, Reroute matched to PyramidDrop.
@@ -130,6 +130,20 @@ def test_nuwa(model, tier, method):
     assert rk.cost.average_visual_tokens(policy, MODELS[model].decoder.layers, 576) == average
 
 
+@pytest.mark.parametrize(("model", "layers"), [("llava-1.5-7b", (3, 7, 16)), ("qwen2.5-vl-7b", (3, 6, 14))])
+@pytest.mark.parametrize(("tier", "counts"), [(192, (300, 200, 110)), (128, (303, 110, 36)), (64, (66, 30, 17))])
+def test_sparsevlm(model, layers, tier, counts):
+    published, deferring = (rk.preset(model, method, tier) for method in ("sparsevlm", "reroute-sparsevlm"))
+    assert published == Policy(published.schedule, "remove", TextRaters())
+    assert deferring == Policy(deferring.schedule, "reroute", TextRaters())
+    assert published.stage_layers == deferring.stage_layers == layers
+    assert published.selected_counts(576) == counts
+    assert len(set(deferring.selected_counts(576))) == 1
+    total = MODELS[model].decoder.layers
+    mine, theirs = (rk.cost.average_visual_tokens(each, total, 576) for each in (deferring, published))
+    assert theirs - 1 < mine <= theirs
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,7 +154,8 @@ def test_nuwa(model, tier, method):
         (
             ("llava-1.5-7b", "fastv-stagewise", 192),
             "method must be one of 'fastv', 'pdrop', 'reroute-fastv', 'reroute-fastv-stagewise', 'reroute-pdrop', "
-            "'reroute-pdrop-stagewise', 'fastv-original', 'pdrop-original', 'nuwa', 'reroute-nuwa', 'visionzip', "
+            "'reroute-pdrop-stagewise', 'fastv-original', 'pdrop-original', 'nuwa', 'reroute-nuwa', 'sparsevlm', "
+            "'reroute-sparsevlm', 'visionzip', "
             "'reroute-visionzip', 'divprune', 'reroute-divprune', 'cdpruner', 'reroute-cdpruner', 'holov', "
             "'reroute-holov', 'vispruner', 'reroute-vispruner', 'flashvid', 'reroute-flashvid', 'vidcom2', "
             "'reroute-vidcom2', got 'fastv-stagewise'",

@@ -38,7 +38,8 @@ def deep_model(name):
 @pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("name", FOLDERS)
 def test_generation(name, method, action):
-    inputs = batch([PROMPTS[FOLDERS[name]](2, 6, 14, seed=11)])
+    # With the first seed two tokens have the same score under SparseVLM, up to rounding.
+    inputs = batch([PROMPTS[FOLDERS[name]](2, 6, 14, seed=12 if "sparsevlm" in method else 11)])
     policy = replace(rk.preset(name, method, tiers(name, method)[0]), action=action)
     check = check_reducer if policy.reducer is not None else check_rankings
     trace = check(deep_model(name), inputs, policy)
