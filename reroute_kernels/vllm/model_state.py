@@ -1,6 +1,7 @@
-"""The state beside a model that routes under vLLM's model runner V2, the one for GPUs. No GPU has run it yet.
+"""The state beside a model that routes under vLLM's model runner V2.
 
-The tests drive it on a CPU, with a stand-in for that runner; an engine refuses it unless `untested_runner` is set.
+The tests run it with that runner on a CPU. No GPU has run it yet: there an engine refuses it unless `untested_runner`
+is set.
 """
 
 from __future__ import annotations

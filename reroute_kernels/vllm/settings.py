@@ -39,7 +39,8 @@ class Settings:
         own_groups: whether the layers of each stage have their own groups of the KV cache, which take blocks for the
             tokens that run there only; else every layer takes blocks for all tokens.
         trace: whether the workers keep the selections of the latest prefills, for `RoutedWorker.routing_traces`.
-        untested_runner: whether vLLM's model runner V2, the one for GPUs, may be used; no GPU has tested it.
+        untested_runner: whether vLLM's model runner V2 may be used on a GPU; it is tested on a CPU only, where it may
+            always be used.
 
     Raises:
         NotImplementedError: vLLM cannot run such a policy.

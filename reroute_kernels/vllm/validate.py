@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.platforms import current_platform
 
 from . import check_version
 from .plan import Plan
@@ -31,7 +32,9 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
         raise ValueError(f"worker_cls must be {WORKER!r}, got {parallel.worker_cls!r}")
     plan = Plan(settings.policy, model.hf_config.get_text_config().num_hidden_layers)
     multimodal = model.multimodal_config
-    mode = config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
+    on_cpu = current_platform.is_cpu()
+    # A CPU captures no graphs, whatever the mode.
+    mode = CUDAGraphMode.NONE if on_cpu else config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
     # The runner V2 prepares decode steps for full graphs; the older one reads the lengths of each layer's cache anew.
     with_graphs = CUDAGraphMode.FULL_DECODE_ONLY if config.use_v2_model_runner else CUDAGraphMode.PIECEWISE
     graphs = (CUDAGraphMode.NONE, with_graphs)
@@ -55,8 +58,8 @@ def check_config(config: VllmConfig) -> tuple[Settings, Plan]:
         "the compilation mode STOCK_TORCH_COMPILE": config.compilation_config.mode
         == CompilationMode.STOCK_TORCH_COMPILE,
         f"cudagraph_mode {mode.name} (only {' or '.join(each.name for each in graphs)})": mode not in graphs,
-        "the model runner V2 (no GPU has tested it; set VLLM_USE_V2_MODEL_RUNNER=0, or `untested_runner`)": (
-            config.use_v2_model_runner and not settings.untested_runner
+        "the model runner V2 on a GPU (tested on a CPU only; set VLLM_USE_V2_MODEL_RUNNER=0, or `untested_runner`)": (
+            config.use_v2_model_runner and not on_cpu and not settings.untested_runner
         ),
     }
     if speculative is not None and speculative.method != "ngram":

@@ -1,6 +1,5 @@
-import gc
 import os
-from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -37,24 +36,6 @@ def asked(family):
 @pytest.fixture
 def engine(family, folder):
     """Makes an engine under settings of `additional_config["reroute"]`, or unrouted; gone when its block ends."""
+    from tests.vllm import engines
 
-    @contextmanager
-    def make(reroute=None, **options):
-        from vllm import LLM
-        from vllm.distributed import cleanup_dist_env_and_memory
-        from vllm.triton_utils import dispatcher
-
-        from tests.vllm.engines import arguments
-
-        # A second engine in a process looks through all modules, and fails over one of numba's, which n-grams bring.
-        dispatcher.vars = lambda value: each if isinstance(each := vars(value), dict) else {}
-        llm = LLM(str(folder), **arguments(family, reroute) | options)
-        try:
-            yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
-            cleanup_dist_env_and_memory()
-
-    return make
+    return partial(engines.engine, family, folder)

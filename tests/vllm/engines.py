@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 from reroute_kernels.vllm import Settings, engine_arguments
 from tests.vllm.requests import STEPS, Answer, Request
@@ -34,6 +37,25 @@ def arguments(family: str, reroute: dict | None = None) -> dict[str, object]:
     }
 
 
+@contextmanager
+def engine(family: str, folder: Path, reroute: dict | None = None, **options) -> Iterator:
+    """An engine under settings of `additional_config["reroute"]`, or unrouted; gone when the block ends."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.triton_utils import dispatcher
+
+    # A second engine in a process looks through all modules, and fails over one of numba's, which n-grams bring.
+    dispatcher.vars = lambda value: each if isinstance(each := vars(value), dict) else {}
+    llm = LLM(str(folder), **arguments(family, reroute) | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
 def answers(llm, requests: Sequence[Request], steps: int = STEPS) -> list[Answer]:
     """Greedy answers to requests that are all there at once."""
     from vllm import SamplingParams
@@ -56,3 +78,8 @@ def answers(llm, requests: Sequence[Request], steps: int = STEPS) -> list[Answer
 def scheduler(llm):
     """The scheduler of an engine in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def model_runner(llm):
+    """The model runner of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner

@@ -1,7 +1,6 @@
-"""The adapter for the model runner V2, on a CPU: its arithmetic drives an engine, with a stand-in for that runner.
+"""The state beside a model under the model runner V2: batches as graphs pad them, which an engine on a CPU never has.
 
-The stand-in hands `RoutedModelState` the same arguments as the runner, from the state of the older runner. Three things
-need a GPU and are not tested: that runner itself, its graphs, and the attention backends there.
+test_runner_v2.py runs it with that runner.
 """
 
 from __future__ import annotations
@@ -15,17 +14,14 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an
 
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states import default
 from vllm.v1.worker.utils import AttentionGroup
 
-from reroute_kernels.vllm import Plan, Settings, worker
+from reroute_kernels.vllm import Plan, Settings
 from reroute_kernels.vllm.groups import split_by_stage
 from reroute_kernels.vllm.model_state import Request, RoutedModelState
-from tests.vllm.engines import answers
-from tests.vllm.test_engine import EITHER, EVEN, check, expected  # noqa: F401
 
 
 def batch_of(names, indices, computed, scheduled, prompt, padded_requests=None, padded_tokens=None):
@@ -57,61 +53,6 @@ def batch_of(names, indices, computed, scheduled, prompt, padded_requests=None, 
             "is_prefilling_np": computed < np.array(prompt),
         }
     )
-
-
-@pytest.fixture
-def through_state(monkeypatch):
-    """Engines whose runner hands each step to a `RoutedModelState`; the steps so far: (starts, slots' address)."""
-    monkeypatch.setattr(default, "get_rope_state", lambda *args, **kwargs: None)
-    monkeypatch.setattr(default, "maybe_create_mm_pruner", lambda *args, **kwargs: None)
-    steps = []
-
-    def forward(runner, input_ids=None, positions=None, intermediate_tensors=None, inputs_embeds=None, **kwargs):
-        batch = runner.input_batch
-        names = batch.req_ids[: batch.num_reqs]
-        if not names:
-            return runner.model(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        tables = [batch.block_table[number] for number in range(len(runner.kv_cache_config.kv_cache_groups))]
-        if runner.model.state is None:
-            state = RoutedModelState(runner.vllm_config, runner.model, None, runner.device)
-            state.initialize_kv_cache(
-                runner.kv_cache_config, SimpleNamespace(block_sizes=[table.block_size for table in tables])
-            )
-            state.traces = runner.traces  # for the engine's `routing_traces`
-        state = runner.model.state
-        for index, name in enumerate(names):
-            request = runner.requests[name]
-            told = {"req_id": name, "mm_features": request.mm_features, "prompt_len": request.num_prompt_tokens}
-            state.add_request(index, SimpleNamespace(**told))
-        count = len(names)
-        computed = batch.num_computed_tokens_cpu[:count].tolist()
-        scheduled = np.diff(runner.query_start_loc.np[: count + 1]).tolist()
-        made = batch_of(names, range(count), computed, scheduled, batch.num_prompt_tokens[:count].tolist())
-        context = get_forward_context()
-        firsts = [group.layer_names[0] for group in runner.kv_cache_config.kv_cache_groups]
-        context.attn_metadata = state.prepare_attn(
-            made,
-            CUDAGraphMode.NONE,
-            tuple(table.get_device_tensor(count) for table in tables),
-            torch.stack([context.slot_mapping[name] for name in firsts]),
-            runner.attn_groups,
-            runner.kv_cache_config,
-        )
-        steps.append((state._next.step is not None, {each.data_ptr() for each in state._next.slots.values()}))
-        hidden = runner.model(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        runner.traces |= state.traces
-        return hidden
-
-    monkeypatch.setattr(worker.RoutedRunner, "_model_forward", forward)
-    return steps
-
-
-@EITHER
-def test_answers_as_the_adapter_for_transformers(through_state, engine, asked, expected, own_groups):  # noqa: F811
-    with engine(EVEN | {"own_groups": own_groups, "untested_runner": True}) as llm:
-        check(answers(llm, asked), expected, "reroute")
-    assert {starts for starts, _ in through_state} == {True, False}, "steps of both kinds"
-    assert len({frozenset(addresses) for _, addresses in through_state}) == 1, "buffers moved, which graphs hold"
 
 
 @pytest.fixture

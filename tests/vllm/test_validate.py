@@ -1,6 +1,7 @@
 """Features that routing does not go with are refused by name when the engine starts."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,7 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an
 from vllm.config import CompilationMode, CUDAGraphMode, KVTransferConfig, LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from reroute_kernels.vllm import Settings
+from reroute_kernels.vllm import Settings, validate
 from reroute_kernels.vllm.settings import WORKER
 from reroute_kernels.vllm.validate import check_config
 from tests.vllm.checkpoints import LLAVA
@@ -96,11 +97,24 @@ def test_other_guesses(config):
         check_config(made)
 
 
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """As if the platform were a GPU."""
+    monkeypatch.setattr(validate, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+
+
 def test_the_other_model_runner(config, monkeypatch):
+    """It is tested on a CPU, and needs no setting there."""
+    made = config()
+    monkeypatch.setattr(type(made), "use_v2_model_runner", True)
+    assert not check_config(made)[0].untested_runner
+
+
+def test_the_other_model_runner_on_a_gpu(config, monkeypatch, on_gpu):
     """Refused until a GPU has run it, unless asked for by name."""
     made, asked_for = config(), config(additional_config={"reroute": REROUTE | {"untested_runner": True}})
     monkeypatch.setattr(type(made), "use_v2_model_runner", True)
-    with pytest.raises(NotImplementedError, match="VLLM_USE_V2_MODEL_RUNNER=0, or `untested_runner`"):
+    with pytest.raises(NotImplementedError, match=r"V2 on a GPU .*VLLM_USE_V2_MODEL_RUNNER=0, or `untested_runner`"):
         check_config(made)
     assert check_config(asked_for)[0].untested_runner
 
@@ -116,7 +130,7 @@ def test_the_other_model_runner(config, monkeypatch):
         (True, "FULL", False),
     ],
 )
-def test_graphs(config, monkeypatch, runner_v2, mode, accepted):
+def test_graphs(config, monkeypatch, on_gpu, runner_v2, mode, accepted):
     made = config(additional_config={"reroute": REROUTE | {"untested_runner": True}})
     monkeypatch.setattr(type(made), "use_v2_model_runner", runner_v2)
     altered(compilation_config__cudagraph_mode=CUDAGraphMode[mode])(made)
@@ -127,6 +141,14 @@ def test_graphs(config, monkeypatch, runner_v2, mode, accepted):
             NotImplementedError, match=rf"^reroute does not go with cudagraph_mode {mode} \(only NONE or"
         ):
             check_config(made)
+
+
+@pytest.mark.parametrize("runner_v2", [False, True])
+def test_a_cpu_has_no_graphs(config, monkeypatch, runner_v2):
+    made = config()
+    monkeypatch.setattr(type(made), "use_v2_model_runner", runner_v2)
+    altered(compilation_config__cudagraph_mode=CUDAGraphMode.PIECEWISE)(made)
+    check_config(made)
 
 
 def test_steps_shorter_than_a_prompt(config):
