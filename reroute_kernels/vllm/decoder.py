@@ -1,7 +1,8 @@
-"""vLLM's Llama and Qwen2 decoders, layer by layer; both have the same parts under the same names."""
+"""vLLM's Llama, Qwen2 and Qwen3 decoders, layer by layer; they have the same parts under the same names."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -43,8 +44,21 @@ def check_decoder(decoder: nn.Module) -> None:
             )
 
 
-def run_routed(decoder: nn.Module, positions: Tensor, hidden: Tensor, step: RoutedStep) -> Tensor:
-    """Hidden states of all tokens of a step after the last norm, (T, d); tokens that did not run show their last."""
+def run_routed(
+    decoder: nn.Module, positions: Tensor, hidden: Tensor, step: RoutedStep, additions: Sequence[Tensor] = ()
+) -> Tensor:
+    """Run a step in which a prompt with visual tokens starts.
+
+    Args:
+        decoder: one that `check_decoder` accepts.
+        positions: (T,) or (3, T) rotary positions of all tokens of the step.
+        hidden: (T, d), their embeddings.
+        step: the state of the step, which selects tokens.
+        additions: (T, d) each, added to the hidden states of all tokens after the first layers, one after each.
+
+    Returns:
+        (T, d), hidden states of all tokens after the last norm; tokens that did not run show their last.
+    """
     # [T] or [3, T] -> [T, ...]: tokens along the first axis.
     by_token = positions.T if positions.ndim == 2 else positions
     residual = None
@@ -56,6 +70,8 @@ def run_routed(decoder: nn.Module, positions: Tensor, hidden: Tensor, step: Rout
             hidden, by_token = step.decide(hidden, by_token, LayerProjection(layer), combine)
             positions = by_token.T.contiguous() if by_token.ndim == 2 else by_token
         hidden, residual = layer(positions, hidden, residual)
+        if layer_idx < len(additions):
+            hidden = step.add(hidden, additions[layer_idx])
     return decoder.norm(step.finish(hidden + residual))
 
 
@@ -102,16 +118,23 @@ class LayerProjection:
         return self._rotated(_places(rotary), key)
 
     def _projected(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(Q, Hq * D) of some tokens and (L, Hkv * D) of all."""
+        """(Q, Hq * D) of some tokens and (L, Hkv * D) of all, normed where the layer norms its heads."""
         attention = self.layer.self_attn
         states = self.layer.input_layernorm(hidden[0])
         weights = query_and_key_weights(attention, states)
         if weights is not None:
-            query, key = weights
-            return linear(states[rows], *query), linear(states, *key)
-        projected, _ = attention.qkv_proj(states)
-        query, key, _ = projected.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
-        return query[rows], key.contiguous()
+            of_query, of_key = weights
+            query, key = linear(states[rows], *of_query), linear(states, *of_key)
+        else:
+            projected, _ = attention.qkv_proj(states)
+            query, key, _ = projected.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
+            query, key = query[rows], key.contiguous()
+        return self._normed(query, "q_norm"), self._normed(key, "k_norm")
+
+    def _normed(self, heads: Tensor, name: str) -> Tensor:
+        """(N, H * D), each head by a norm of the attention; as they are where it has none."""
+        norm = getattr(self.layer.self_attn, name, None)
+        return heads if norm is None else norm(self._in_heads(heads)[0]).flatten(1)
 
     def _rotated(self, positions: Tensor, heads: Tensor) -> Tensor:
         """(1, N, H, D) of (N, H * D), which may be written to.

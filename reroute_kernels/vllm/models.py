@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
 from .decoder import check_decoder, run_routed
 from .groups import StageSpec
@@ -78,7 +82,13 @@ class RoutedModel:
         Returns:
             (T, d), the result of `forward`.
         """
-        return run_routed(self.language_model.model, positions, embeddings, step)
+        with self.additions(len(embeddings)) as additions:
+            return run_routed(self.language_model.model, positions, embeddings, step, additions)
+
+    @contextmanager
+    def additions(self, tokens: int) -> Iterator[list[Tensor]]:
+        """(T, d) each, what the model adds to the hidden states after its first layers, while the block lasts."""
+        yield []
 
 
 class RerouteLlavaForConditionalGeneration(RoutedModel, LlavaForConditionalGeneration):
@@ -91,3 +101,15 @@ class RerouteQwen2VLForConditionalGeneration(RoutedModel, Qwen2VLForConditionalG
 
 class RerouteQwen2_5_VLForConditionalGeneration(RoutedModel, Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL."""
+
+
+class RerouteQwen3VLForConditionalGeneration(RoutedModel, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL, which adds visual features after its first layers (DeepStack)."""
+
+    @contextmanager
+    def additions(self, tokens: int) -> Iterator[list[Tensor]]:
+        features = self._get_deepstack_input_embeds(tokens)
+        try:
+            yield [] if features is None else list(features.tensors.values())
+        finally:
+            self._clear_deepstack_input_embeds(tokens)

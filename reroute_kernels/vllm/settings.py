@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "LlavaForConditionalGeneration": "RerouteLlavaForConditionalGeneration",
     "Qwen2VLForConditionalGeneration": "RerouteQwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": "RerouteQwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": "RerouteQwen3VLForConditionalGeneration",
 }
 """vLLM's architectures that have a routed one, by name."""
 

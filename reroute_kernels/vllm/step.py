@@ -28,7 +28,8 @@ class RoutedStep:
         self, plan: Plan, shares: Sequence[Share], visual: Sequence[Sequence[tuple[int, int]]], device: torch.device
     ):
         self._plan = plan
-        self._tokens = [share.scheduled for share in shares]
+        self._scheduled = [share.scheduled for share in shares]
+        self._tokens = self._scheduled  # of each request in this stage
         self._prompts: dict[int, Prompt] = {}
         self._positions: dict[int, tuple[Tensor, ...]] = {}  # of the full sequences
         self._forwards: dict[int, RoutedForward] = {}
@@ -72,6 +73,25 @@ class RoutedStep:
             rows[number] = forward.rotary[0][0]
         self._tokens = [len(each) for each in hiddens]
         return torch.cat(hiddens), torch.cat(rows)
+
+    def add(self, hidden: Tensor, addition: Tensor) -> Tensor:
+        """Add to the tokens of the step between two layers, to deferred ones too.
+
+        Args:
+            hidden: (T, d) of the stage; what the layer holds back as its residual may be left out.
+            addition: (T, d) of all tokens of the step.
+
+        Returns:
+            The sum, of the shape of `hidden`.
+        """
+        hiddens, additions = list(hidden.split(self._tokens)), addition.split(self._scheduled)
+        for number, each in enumerate(additions):
+            forward = self._forwards.get(number)
+            if forward is None:
+                hiddens[number] = hiddens[number] + each
+            else:
+                hiddens[number] = forward.add(hiddens[number][None], each[None])[0]
+        return torch.cat(hiddens)
 
     def finish(self, hidden: Tensor) -> Tensor:
         """(T, d) of all tokens of the step behind the last layer."""

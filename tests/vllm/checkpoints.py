@@ -7,7 +7,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 
 from bench.grounding.llava_folder import MEAN, STD
 from tests.models.prompts import IMAGE, VIDEO, VISION_END, VISION_START
@@ -21,8 +25,16 @@ SPECIAL = {
     "<|vision_start|>": VISION_START,
     "<|vision_end|>": VISION_END,
 }
-KINDS = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
-PROCESSORS = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+KINDS = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+}
+PROCESSORS = {
+    "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+}
 VISION = {
     "qwen2_vl": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
     "qwen2_5_vl": {
@@ -34,11 +46,27 @@ VISION = {
         "fullatt_block_indexes": [1],
         "window_size": 56,
     },
+    "qwen3_vl": {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 128,
+        "patch_size": 14,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1, 2],
+    },
 }
 
 
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+SECTIONS = {"rope_parameters": ROTARY | {"mrope_section": [4, 6, 6]}}
+INTERLEAVED = {"rope_parameters": ROTARY | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+TEXT = {"qwen2_vl": SECTIONS, "qwen2_5_vl": SECTIONS, "qwen3_vl": INTERLEAVED | {"head_dim": 32}}
+
+
 def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
-    """A Qwen2-VL or Qwen2.5-VL with random weights, 12 layers, 4 query and 2 key heads."""
+    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL with random weights, 12 layers, 4 query and 2 key heads."""
     model_class = KINDS[kind]
     config = model_class.config_class(
         architectures=[model_class.__name__],
@@ -54,10 +82,10 @@ def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
             "max_position_embeddings": 1024,
             "initializer_range": 0.1,
             "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
+            **TEXT[kind],
         },
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -66,7 +94,11 @@ def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
-    model_class(config).save_pretrained(folder)
+    model = model_class(config)
+    if kind == "qwen3_vl":  # an addition left out must show
+        for merger in model.model.visual.deepstack_merger_list:
+            merger.linear_fc2.weight.data *= 4
+    model.save_pretrained(folder)
     words = {f"w{number}": number for number in range(500)} | SPECIAL
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -75,10 +107,11 @@ def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
     sizes = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 64}
     pixels = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": sizes}
     pixels |= {"image_mean": MEAN, "image_std": STD}
-    processor = {"processor_class": PROCESSORS[kind]}
+    name, of_videos = PROCESSORS[kind]
+    processor = {"processor_class": name}
     files = {
         "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor", **pixels, **processor},
-        "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", **pixels, **processor},
+        "video_preprocessor_config.json": {"video_processor_type": of_videos, **pixels, **processor},
         "processor_config.json": processor,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

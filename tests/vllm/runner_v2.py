@@ -105,6 +105,18 @@ def off_by_one() -> Iterator[None]:
 
 
 @contextmanager
+def not_added() -> Iterator[None]:
+    """Features that a model adds between layers reach the tokens that run, and no others."""
+    from reroute_kernels.routing import TokenSequence
+
+    def add(tokens, addition):
+        tokens.hidden, tokens.owned = tokens.hidden + tokens._of_own(addition), True
+
+    with patch.object(TokenSequence, "add", add):
+        yield
+
+
+@contextmanager
 def halved() -> Iterator[None]:
     """As if chunked prefill were on nevertheless."""
     from reroute_kernels.vllm.model_state import RoutedModelState

@@ -117,6 +117,24 @@ def test_equals_the_whole_projection(attention, bias, axes, positions):
     assert torch.equal(hidden, before)
 
 
+def normed(scale):
+    """A norm of heads, as Qwen3 has them."""
+    norm = nn.RMSNorm(HEAD)
+    nn.init.constant_(norm.weight, scale)
+    return norm
+
+
+def test_heads_are_normed(attention):
+    its, _ = attention()
+    projection = LayerProjection(SimpleNamespace(self_attn=its, input_layernorm=nn.Identity()))
+    hidden = torch.randn(1, 12, CHANNELS)
+    plain = projection.attention(hidden, None, None, None, None)
+    its.q_norm, its.k_norm = normed(2.0), normed(3.0)
+    made = projection.attention(hidden, None, None, None, None)
+    torch.testing.assert_close(made.query, its.q_norm(plain.query), rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(made.key, its.k_norm(plain.key), rtol=ROUNDING, atol=ROUNDING)
+
+
 class Quantized(UnquantizedLinearMethod):
     pass
 

@@ -110,6 +110,13 @@ def test_batched_and_alone(engine, asked, expected, name, own_groups):
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks were not given back"
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+def test_features_between_layers(engine, asked, expected):
+    """Qwen3-VL adds visual features after its first three layers, and a decision comes before."""
+    with engine(SCHEDULES["first layer"] | {"own_groups": True}) as llm:
+        check(answers(llm, asked), expected, "first layer")
+
+
 @pytest.mark.parametrize("family", ["llava"], indirect=True)
 def test_compiled(engine, asked, expected):
     with engine(EVEN, enforce_eager=False) as llm:

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an
 from reroute_kernels.vllm import Settings
 from tests.vllm.interpreted import start
 from tests.vllm.requests import SHAPES
-from tests.vllm.runner_v2 import halved, off_by_one, run
+from tests.vllm.runner_v2 import halved, not_added, off_by_one, run
 from tests.vllm.test_engine import CROWDED, EITHER, EVEN, SCHEDULES, check, expected, groups, same  # noqa: F401
 
 RUNNER = "vllm.v1.worker.cpu.model_runner"
@@ -30,6 +30,7 @@ def under_v2():
         yield lambda *args, **kwargs: pool.submit(run, *args, **kwargs).result()
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"], indirect=True)
 def test_unrouted_parity(under_v2, family, folder, expected):  # noqa: F811
     made = under_v2(family, folder, None)
     assert made.runner == RUNNER
@@ -45,6 +46,9 @@ def test_unrouted_parity(under_v2, family, folder, expected):  # noqa: F811
         ("llava", "remove", True),
         ("qwen2_5_vl", "first layer", False),
         ("qwen2_5_vl", "memory without position", True),
+        ("qwen3_vl", "reroute", True),
+        ("qwen3_vl", "first layer", False),
+        ("qwen3_vl", "memory, remove, mixed", False),
     ],
     indirect=["family"],
     ids=lambda value: value if isinstance(value, str) else groups(value),
@@ -90,6 +94,14 @@ def test_preemption(under_v2, family, folder, oracle, asked, own_groups):
         wanted.append(oracle.answer(request, answer.prompt, policy, 48))
     same(made.answers, wanted, names)
     assert made.leaked == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+def test_features_that_are_not_added_to_deferred_tokens_show(under_v2, family, folder, expected):  # noqa: F811
+    """Qwen3-VL adds visual features after its first three layers, and a decision may come before."""
+    made = under_v2(family, folder, SCHEDULES["first layer"], change=not_added)
+    with pytest.raises(AssertionError):
+        check(made.answers, expected, "first layer")
 
 
 @pytest.mark.parametrize("family", ["llava"], indirect=True)
