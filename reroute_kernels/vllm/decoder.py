@@ -14,12 +14,13 @@ from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.qwen2 import Qwen2Model
+from vllm.model_executor.models.qwen3_moe import Qwen3MoeModel
 
 from ..attention import Attention
 from ..rankings import Norm, Rotary
 from .step import RoutedStep
 
-DECODERS = (LlamaModel, Qwen2Model)
+DECODERS = (LlamaModel, Qwen2Model, Qwen3MoeModel)
 _PARTS = ("qkv_proj", "rotary_emb", "q_size", "kv_size", "num_heads", "num_kv_heads", "head_dim", "scaling")
 
 

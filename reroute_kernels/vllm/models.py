@@ -12,6 +12,7 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
+from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
 from .decoder import check_decoder, run_routed
 from .groups import StageSpec
@@ -103,8 +104,8 @@ class RerouteQwen2_5_VLForConditionalGeneration(RoutedModel, Qwen2_5_VLForCondit
     """Qwen2.5-VL."""
 
 
-class RerouteQwen3VLForConditionalGeneration(RoutedModel, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL, which adds visual features after its first layers (DeepStack)."""
+class DeepStack(RoutedModel):
+    """Mixin for models that add visual features after their first layers."""
 
     @contextmanager
     def additions(self, tokens: int) -> Iterator[list[Tensor]]:
@@ -113,3 +114,11 @@ class RerouteQwen3VLForConditionalGeneration(RoutedModel, Qwen3VLForConditionalG
             yield [] if features is None else list(features.tensors.values())
         finally:
             self._clear_deepstack_input_embeds(tokens)
+
+
+class RerouteQwen3VLForConditionalGeneration(DeepStack, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL."""
+
+
+class RerouteQwen3VLMoeForConditionalGeneration(DeepStack, Qwen3VLMoeForConditionalGeneration):
+    """Qwen3-VL with a mixture of experts."""

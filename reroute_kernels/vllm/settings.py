@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "Qwen2VLForConditionalGeneration": "RerouteQwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": "RerouteQwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration": "RerouteQwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration": "RerouteQwen3VLMoeForConditionalGeneration",
 }
 """vLLM's architectures that have a routed one, by name."""
 

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from bench.grounding.llava_folder import MEAN, STD
@@ -29,11 +31,13 @@ KINDS = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
 }
 PROCESSORS = {
     "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
+    "qwen3_vl_moe": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
 }
 VISION = {
     "qwen2_vl": {"depth": 2, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
@@ -57,16 +61,21 @@ VISION = {
         "deepstack_visual_indexes": [0, 1, 2],
     },
 }
-
-
+VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
 ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONS = {"rope_parameters": ROTARY | {"mrope_section": [4, 6, 6]}}
 INTERLEAVED = {"rope_parameters": ROTARY | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
 TEXT = {"qwen2_vl": SECTIONS, "qwen2_5_vl": SECTIONS, "qwen3_vl": INTERLEAVED | {"head_dim": 32}}
+TEXT["qwen3_vl_moe"] = TEXT["qwen3_vl"] | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+}
 
 
 def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
-    """A Qwen2-VL, Qwen2.5-VL or Qwen3-VL with random weights, 12 layers, 4 query and 2 key heads."""
+    """A checkpoint of a kind with random weights, 12 layers, 4 query and 2 key heads."""
     model_class = KINDS[kind]
     config = model_class.config_class(
         architectures=[model_class.__name__],
@@ -95,10 +104,12 @@ def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     model = model_class(config)
-    if kind == "qwen3_vl":  # an addition left out must show
+    if kind.startswith("qwen3_vl"):  # an addition left out must show
         for merger in model.model.visual.deepstack_merger_list:
             merger.linear_fc2.weight.data *= 4
     model.save_pretrained(folder)
+    if kind == "qwen3_vl_moe":
+        _transpose_experts(folder / "model.safetensors")
     words = {f"w{number}": number for number in range(500)} | SPECIAL
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -124,3 +135,11 @@ def write_qwen(folder: Path, kind: str, seed: int = 0) -> Path:
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value, indent=1))
     return folder
+
+
+def _transpose_experts(file: Path) -> None:
+    """As published checkpoints have the experts' weights; transformers reads both."""
+    weights = load_file(file)
+    turned = {name: weights[name].transpose(1, 2).contiguous() for name in weights if ".mlp.experts." in name}
+    assert turned
+    save_file(weights | turned, file, {"format": "pt"})

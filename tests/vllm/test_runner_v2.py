@@ -49,6 +49,7 @@ def test_unrouted_parity(under_v2, family, folder, expected):  # noqa: F811
         ("qwen3_vl", "reroute", True),
         ("qwen3_vl", "first layer", False),
         ("qwen3_vl", "memory, remove, mixed", False),
+        ("qwen3_vl_moe", "reroute", False),
     ],
     indirect=["family"],
     ids=lambda value: value if isinstance(value, str) else groups(value),
