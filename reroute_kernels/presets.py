@@ -231,7 +231,7 @@ def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool
     >>> print(preset("llava-1.5-7b", "reroute-fastv", 192))
     3:0.2644,7:0.2644,15:0.2644,23:0.2644
     >>> print(preset("qwen2.5-vl-7b", "flashvid", "10%").selected_counts(visual_tokens=6272))
-    (188,)
+    (235,)
     """
     if method in REDUCED:
         return _reduced(model, method, avg_tokens)

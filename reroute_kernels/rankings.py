@@ -314,7 +314,7 @@ class TextRaters(_ByAttention):
 
     def flops(self, decoder, tokens: int, text_tokens: int) -> int:
         """As many as if all text rated. The search for raters is counted at every decision, though it is made once."""
-        search = 2 * decoder.hidden_size * text_tokens * (tokens - text_tokens)
+        search = 2 * decoder.hidden_size * text_tokens * tokens
         return self._flops(decoder, tokens, text_tokens) + search
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import reroute_kernels as rk
 from reroute_kernels.cost import DECODERS
 from reroute_kernels.models.calls import PromptFacts
-from reroute_kernels.rankings import AllText, KeyNorm, LastQuery
+from reroute_kernels.rankings import AllText, KeyNorm, LastQuery, TextRaters
 from reroute_kernels.reducers import Nuwa
 from tests.models.families import CLIP, IDS, MODELS, VISION, load
 from tests.models.prompts import IMAGE, batch, llava_prompt
@@ -192,11 +192,27 @@ def test_other_attention_is_refused(name, kind):
 
 
 @pytest.mark.parametrize("action", ["reroute", "remove"])
-@pytest.mark.parametrize("ranking", RANKINGS, ids=repr)
+@pytest.mark.parametrize("ranking", [each for each in RANKINGS if not isinstance(each, TextRaters)], ids=repr)
 def test_rankings(ranking, action):
     model = copy.deepcopy(load("llava").model)
     model.set_attn_implementation("eager")
     check_routed(model, rk.Policy([rk.Stage(1, 0.5), rk.Stage(2, 0.4), rk.Stage(6, 0.2)], action, ranking), visual=40)
+
+
+@pytest.mark.parametrize("action", ["reroute", "remove"])
+@pytest.mark.parametrize("layer", ["previous", "this"])
+def test_raters_are_counted_as_all_text(layer, action):
+    """They are no more than it, and are searched for once, not at each decision."""
+    model, visual = copy.deepcopy(load("llava").model), 40
+    model.set_attn_implementation("eager")
+    stages = [rk.Stage(1, 0.5), rk.Stage(2, 0.4), rk.Stage(6, 0.2)]
+    raters, all_text = (rk.Policy(stages, action, ranking) for ranking in (TextRaters(layer), AllText(layer)))
+    with rk.apply(model, raters):
+        counted, _, _ = count(model, **prompt(model, 1, visual))
+    expected, without = (rk.cost(model, each, TEXT, visual).prefill_flops for each in (raters, all_text))
+    search = 2 * model.config.text_config.hidden_size * TEXT * (TEXT + visual)
+    assert without < counted <= without + search
+    assert counted <= expected <= without + 3 * search
 
 
 @pytest.mark.parametrize("action", ["reroute", "remove"])

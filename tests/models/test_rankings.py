@@ -250,8 +250,8 @@ def test_one_row_where_one_is_needed(model, inputs, monkeypatch):
             (
                 lambda ranking=ranking: Remembered(ranking),
                 ValueError,
-                "ranking must give scores of 0 or more, as LastQuery, AllText, Random and Uniform do, or one's own "
-                f"with nonnegative = True, got {ranking!r}",
+                "ranking must give scores of 0 or more, as LastQuery, AllText, TextRaters, Random and Uniform do, or "
+                f"one's own with nonnegative = True, got {ranking!r}",
             )
             for ranking in (KeyNorm(), Mixed(KeyNorm()))
         ),
