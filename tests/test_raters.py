@@ -71,4 +71,4 @@ def test_costs_what_all_text_costs_and_the_search():
         heads, kv_heads, head_dim, hidden_size = 4, 2, 8, 32
 
     projections = 2 * 32 * (100 * 16 + 20 * 32)
-    assert TextRaters().flops(Decoder, 100, 20) == projections + 2 * 20 * 32 * 100 + 2 * 32 * 20 * 80
+    assert TextRaters().flops(Decoder, 100, 20) == projections + 2 * 20 * 32 * 100 + 2 * 32 * 20 * 100
