@@ -6,7 +6,8 @@ import torch
 
 import reroute_kernels as rk
 from bench.grounding import answers, policies, reducers, reducers_report
-from bench.grounding.additions import budget_of
+from bench.grounding.comparison import budget_of
+from bench.grounding.scenes import KINDS
 from reroute_kernels.reduced import REDUCED, is_for_videos
 from reroute_kernels.reducers import VisionFeatures
 
@@ -44,7 +45,7 @@ def made_up_results():
     some = [answer if number % 2 else "" for number, answer in enumerate(right)]
     given = {run: some if run.action == reducers.REMOVE else right for run in reducers.all_runs()}
     return {
-        "items": {kind: sum(item.question.kind == kind for item in items) for kind in reducers.KINDS},
+        "items": {kind: sum(item.question.kind == kind for item in items) for kind in KINDS},
         "budgets": {str(keep): budget_of(keep) for keep in reducers.KEEPS},
         "runs": [reducers.figures(items, given, run) for run in given],
     }

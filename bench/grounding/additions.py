@@ -9,7 +9,6 @@ what was chosen, is compared on the held-out scenes. Writes additions.json to be
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +21,12 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import reroute_kernels as rk
-from bench.speed.device import description
 from reroute_kernels.rankings import LastQuery, Mixed, Remembered
 
 from .answers import SEED, Item, held_out_items
-from .benchmark import TEXT_TOKENS, _here, answer_all, prepare
-from .metrics import interval, measures, score
-from .policies import KEEPS, VISUAL_TOKENS, Way, decoder, policy_of
+from .benchmark import _here, answer_all, prepare
+from .comparison import budget_of, costs_of, scores_by_kind, scores_of, setting, write
+from .policies import KEEPS, VISUAL_TOKENS, Way, policy_of
 from .processes import command_line, run_all, threads_of, workers
 from .scenes import GRID, KINDS
 
@@ -127,12 +125,6 @@ def answers_of(run: Run, choice: Choice) -> list[str]:
     return answer_all(policy_for(run, choice))[0]
 
 
-def budget_of(keep: float) -> float:
-    """Visual tokens per layer of FastV at a keep ratio."""
-    policy = policy_of(Way("fastv", REMOVE, keep))
-    return rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS).average_visual_tokens
-
-
 def choice_runs() -> list[tuple[Run, Choice]]:
     """The runs by which a ranking is chosen."""
     return [(Run(method, CHOSEN, keep), choice) for choice in CHOICES for method in METHODS for keep in KEEPS]
@@ -158,16 +150,6 @@ def choose(means: Mapping[Choice, Mapping[str, float]]) -> Choice:
     return max(allowed, key=lambda choice: means[choice]["box"])
 
 
-def scores_of(items: Sequence[Item], answers: Sequence[str], kind: str) -> list[float]:
-    """The main measure of each answer to a kind of question."""
-    measure = measures(kind)[0]
-    return [
-        score(item.question, answer)[measure]
-        for item, answer in zip(items, answers, strict=True)
-        if item.question.kind == kind
-    ]
-
-
 def means_of(items: Sequence[Item], answers: Mapping[tuple[Run, Choice], list[str]]) -> dict[Choice, dict[str, float]]:
     """For each choice and kind of question, the mean of the main measure over methods and budgets."""
     means = {}
@@ -181,19 +163,10 @@ def means_of(items: Sequence[Item], answers: Mapping[tuple[Run, Choice], list[st
 
 def comparison(items: Sequence[Item], answers: Mapping[Run, list[str]], run: Run, choice: Choice) -> dict[str, object]:
     """Figures of one run: its scores, and the paired differences to the paper's rerouting and to removing."""
-    found: dict[str, object] = run._asdict()
-    if run.method != RESIZE:
-        policy = policy_for(run, choice)
-        counted = rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS)
-        found |= {"policy": repr(policy), "average_visual_tokens": counted.average_visual_tokens}
-        found |= {"prefill_flops": counted.prefill_flops, "kv_bytes": counted.kv_bytes}
-    for kind in KINDS:
-        mine = scores_of(items, answers[run], kind)
-        found[kind] = {"score": interval(mine)}
-        for other in (PAPER, REMOVE) if run.method != RESIZE else ():
-            theirs = scores_of(items, answers[run._replace(addition=other)], kind)
-            found[kind][f"less {other}"] = interval([a - b for a, b in zip(mine, theirs, strict=True)])
-    return found
+    if run.method == RESIZE:
+        return run._asdict() | scores_by_kind(items, answers[run], {})
+    others = {other: answers[run._replace(addition=other)] for other in (PAPER, REMOVE)}
+    return run._asdict() | costs_of(policy_for(run, choice)) | scores_by_kind(items, answers[run], others)
 
 
 def collect(
@@ -216,16 +189,13 @@ def main():
     given = collect(args, args.scenes, SEED, [(run, choice) for run in runs], "additions")
     answers, items = {run: given[run, choice] for run in runs}, held_out_items(args.scenes)
     results = {
-        "measured_on": description(torch.device("cpu")) | {"jobs": args.jobs},
-        "items": {kind: sum(item.question.kind == kind for item in items) for kind in KINDS},
+        **setting(args, items),
         "tried": {"seed": CHOICE_SEED, "scenes": few, "means": [each._asdict() | means[each] for each in CHOICES]},
         "choice": choice._asdict(),
-        "budgets": {str(keep): budget_of(keep) for keep in KEEPS},
         "runs": [comparison(items, answers, run, choice) for run in runs],
         "seconds": round(time.perf_counter() - started),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "additions.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(args, "additions", results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ and the best of the search are then compared on the held-out scenes. Writes cali
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,8 +27,9 @@ from reroute_kernels.budget import OverBudget
 from .answers import SEED, Answerer, Item, batches, held_out_items
 from .benchmark import TEXT_TOKENS
 from .checkpoint import FOLDER
+from .comparison import budget_of, write
 from .metrics import interval, measures, score
-from .policies import KEEPS, VISUAL_TOKENS, Way, decoder, policy_of, scaled
+from .policies import KEEPS, VISUAL_TOKENS, decoder, scaled
 from .processes import command_line, run_all, threads_of, workers
 from .scenes import KINDS
 
@@ -61,12 +61,6 @@ class Run(NamedTuple):
             visual_tokens=VISUAL_TOKENS,
             text_tokens=TEXT_TOKENS,
         )
-
-
-def budget_of(keep: float) -> float:
-    """Visual tokens per layer of FastV at a keep ratio."""
-    policy = policy_of(Way("fastv", "remove", keep))
-    return rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS).average_visual_tokens
 
 
 def searched_runs() -> list[Run]:
@@ -255,8 +249,7 @@ def measure(folder: Path, scenes: int, jobs: int) -> dict[str, object]:
 def main():
     args = command_line(__doc__)
     results = measure(args.model, args.scenes, args.jobs)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "calibration.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(args, "calibration", results)
 
 
 if __name__ == "__main__":

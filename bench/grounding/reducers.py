@@ -16,8 +16,6 @@ Writes reducers.json to bench/results/grounding.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -25,18 +23,14 @@ import torch
 from torch import Tensor
 
 import reroute_kernels as rk
-from bench.speed.device import description
 from reroute_kernels.reduced import IMAGE_METHODS, reduced_policy
 from reroute_kernels.reducers import VisionFeatures
 from reroute_kernels.reducers.base import ShareReducer, with_features
 
-from .additions import budget_of, scores_of
-from .answers import SEED, held_out_items
-from .benchmark import TEXT_TOKENS, answer_all, prepare
-from .metrics import interval
+from .benchmark import answer_all
+from .comparison import budget_of, compare, costs_of, scores_by_kind
 from .policies import KEEPS, VISUAL_TOKENS, Way, decoder, policy_of, scaled
-from .processes import command_line, run_all, threads_of, workers
-from .scenes import KINDS
+from .processes import command_line
 
 REMOVE, REROUTE = "remove", "reroute"
 FASTV, EVEN = "fastv", "even"
@@ -93,45 +87,17 @@ def answers_of(run: Run) -> list[str]:
 
 def figures(items: list, answers: Mapping[Run, list[str]], run: Run) -> dict[str, object]:
     """Scores of a run, what it costs, and its paired differences to removing, to FastV and to the control."""
-    policy = policy_for(run)
-    counted = rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS)
-    found: dict[str, object] = run._asdict() | {
-        "policy": repr(policy),
-        "average_visual_tokens": counted.average_visual_tokens,
-        "prefill_flops": counted.prefill_flops,
-        "kv_bytes": counted.kv_bytes,
-    }
     others = {
-        f"less {REMOVE}": run._replace(action=REMOVE),
-        f"less {FASTV}": run._replace(method=FASTV),
-        f"less {EVEN}": run._replace(method=EVEN),
+        REMOVE: run._replace(action=REMOVE),
+        FASTV: run._replace(method=FASTV),
+        EVEN: run._replace(method=EVEN),
     }
-    for kind in KINDS:
-        mine = scores_of(items, answers[run], kind)
-        found[kind] = {"score": interval(mine)}
-        for name, other in others.items():
-            if other != run:
-                theirs = scores_of(items, answers[other], kind)
-                found[kind][name] = interval([a - b for a, b in zip(mine, theirs, strict=True)])
-    return found
+    compared = {name: answers[other] for name, other in others.items() if other != run}
+    return run._asdict() | costs_of(policy_for(run)) | scores_by_kind(items, answers[run], compared)
 
 
 def main():
-    args = command_line(__doc__)
-
-    started = time.perf_counter()
-    with workers(args.jobs, prepare, args.model, args.scenes, threads_of(args.jobs), SEED) as (pool, progress):
-        answers = run_all(pool, progress, answers_of, {run: (run,) for run in all_runs()}, "reducers")
-    items = held_out_items(args.scenes)
-    results = {
-        "measured_on": description(torch.device("cpu")) | {"jobs": args.jobs},
-        "items": {kind: sum(item.question.kind == kind for item in items) for kind in KINDS},
-        "budgets": {str(keep): budget_of(keep) for keep in KEEPS},
-        "runs": [figures(items, answers, run) for run in answers],
-        "seconds": round(time.perf_counter() - started),
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "reducers.json").write_text(json.dumps(results, indent=1) + "\n")
+    compare(command_line(__doc__), "reducers", all_runs(), answers_of, figures)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,18 @@ freezing fits into them at all. Writes waiting.json to bench/results/grounding.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 import reroute_kernels as rk
-from bench.speed.device import description
 from reroute_kernels.budget import OverBudget, solve_like
 
-from .additions import METHODS, budget_of, scores_of
-from .answers import SEED, held_out_items
-from .benchmark import TEXT_TOKENS, answer_all, prepare
-from .metrics import interval
+from .additions import METHODS
+from .benchmark import TEXT_TOKENS, answer_all
+from .comparison import compare, costs_of, scores_by_kind
 from .policies import KEEPS, VISUAL_TOKENS, Way, decoder, policy_of
-from .processes import command_line, run_all, threads_of, workers
-from .scenes import KINDS
+from .processes import command_line
 
 PAPER = "reroute"
 
@@ -81,38 +74,13 @@ def answers_of(run: Run) -> list[str]:
 
 def figures(items: list, answers: Mapping[Run, list[str]], run: Run) -> dict[str, object]:
     """Scores of a run, what it costs, and its paired differences to the paper's rerouting."""
-    policy = policy_for(run)
-    counted = rk.cost(decoder(), policy, TEXT_TOKENS, VISUAL_TOKENS)
-    found: dict[str, object] = run._asdict() | {
-        "policy": repr(policy),
-        "average_visual_tokens": counted.average_visual_tokens,
-        "prefill_flops": counted.prefill_flops,
-        "kv_bytes": counted.kv_bytes,
-    }
-    for kind in KINDS:
-        mine, paper = (scores_of(items, answers[each], kind) for each in (run, run._replace(waiting=PAPER)))
-        apart = interval([a - b for a, b in zip(mine, paper, strict=True)])
-        found[kind] = {"score": interval(mine), "less reroute": apart}
-    return found
+    paper = answers[run._replace(waiting=PAPER)]
+    compared = scores_by_kind(items, answers[run], {PAPER: paper})
+    return run._asdict() | costs_of(policy_for(run)) | compared
 
 
 def main():
-    args = command_line(__doc__)
-
-    started = time.perf_counter()
-    runs = possible_runs()
-    with workers(args.jobs, prepare, args.model, args.scenes, threads_of(args.jobs), SEED) as (pool, progress):
-        answers = run_all(pool, progress, answers_of, {run: (run,) for run in runs}, "waiting tokens")
-    items = held_out_items(args.scenes)
-    results = {
-        "measured_on": description(torch.device("cpu")) | {"jobs": args.jobs},
-        "items": {kind: sum(item.question.kind == kind for item in items) for kind in KINDS},
-        "budgets": {str(keep): budget_of(keep) for keep in KEEPS},
-        "runs": [figures(items, answers, run) for run in runs],
-        "seconds": round(time.perf_counter() - started),
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "waiting.json").write_text(json.dumps(results, indent=1) + "\n")
+    compare(command_line(__doc__), "waiting", possible_runs(), answers_of, figures)
 
 
 if __name__ == "__main__":
