@@ -83,6 +83,40 @@ def published_name(name: str) -> str:
     return name
 
 
+def processor_files(side: int, patch: int, mean: list[float], std: list[float]) -> dict[str, dict[str, object]]:
+    """Configurations of a LLaVA's processors, by file; images are squares of `side` pixels, in patches of `patch`.
+
+    Args:
+        side: pixels along an edge of the image.
+        patch: pixels along an edge of a patch.
+        mean, std: with which the three channels are normalized.
+    """
+    return {
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "processor_class": "LlavaProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": side},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": side, "width": side},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": mean,
+            "image_std": std,
+        },
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "image_token": IMAGE,
+            "num_additional_image_tokens": 1,
+            "patch_size": patch,
+            "vision_feature_select_strategy": "default",
+        },
+    }
+
+
 def write(folder: Path, config: dict, weights: dict[str, Tensor], tokenizer: Tokenizer, chat_template: str) -> None:
     """Write a checkpoint.
 
@@ -105,28 +139,7 @@ def write(folder: Path, config: dict, weights: dict[str, Tensor], tokenizer: Tok
         "generation_config.json": {
             name: config["text_config"][name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")
         },
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": side},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": side, "width": side},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": MEAN,
-            "image_std": STD,
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE,
-            "num_additional_image_tokens": 1,
-            "patch_size": patch,
-            "vision_feature_select_strategy": "default",
-        },
+        **processor_files(side, patch, MEAN, STD),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "processor_class": "LlavaProcessor",

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bench.grounding.llava_folder import processor_files
+
 FOLDER = Path(__file__).parents[2] / "build" / "pretrained"
 """Where the checkpoint is."""
 CHECKED = "conversion.json"
@@ -236,28 +238,7 @@ def write(folder: Path, model: nn.Module, tokenizer) -> None:
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     files = {
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": SIDE},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": SIDE, "width": SIDE},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": MEAN,
-            "image_std": STD,
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "image_token": IMAGE,
-            "num_additional_image_tokens": 1,
-            "patch_size": PATCH,
-            "vision_feature_select_strategy": "default",
-        },
+        **processor_files(SIDE, PATCH, MEAN, STD),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "processor_class": "LlavaProcessor",
