@@ -7,35 +7,31 @@ if a call runs as usual.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import FrameType
 
 from torch import nn
 
 
-def _frames_of(module: nn.Module, name: str) -> int:
+def _frames_of(module: nn.Module, name: str) -> Iterator[FrameType]:
+    """The frames of a module's methods of this name that run, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
-    count = 0
     while frame is not None:
-        count += frame.f_code.co_name == name and frame.f_locals.get("self") is module
+        if frame.f_code.co_name == name and frame.f_locals.get("self") is module:
+            yield frame
         frame = frame.f_back
-    return count
 
 
 def running(module: nn.Module, name: str) -> dict[str, object] | None:
     """The variables of the innermost method of this name that a module runs; None if it runs none."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == name and frame.f_locals.get("self") is module:
-            return frame.f_locals
-        frame = frame.f_back
-    return None
+    return next((frame.f_locals for frame in _frames_of(module, name)), None)
 
 
 def calls_of(module: nn.Module) -> int:
     """How many calls of a module run, each inside the one before; those whose hooks run now count, too."""
-    return _frames_of(module, nn.Module._call_impl.__name__)
+    return sum(1 for _ in _frames_of(module, nn.Module._call_impl.__name__))
 
 
 def forwards_of(module: nn.Module) -> int:
     """How many of its `forward` run, called past its hooks or not."""
-    return _frames_of(module, "forward")
+    return sum(1 for _ in _frames_of(module, "forward"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
+from .positions import flags_of
 from .precision import full_precision
 from .prompt import Prompt
 from .ref.rank import last_queries
@@ -38,9 +40,9 @@ def text_raters(inputs: Tensor, visual: Tensor, text: Tensor, most_text: int) ->
     Returns:
         (B, L) bool, at least one token of each sample that has text.
     """
-    batch, length = text.shape
+    length = text.shape[1]
     index = last_queries(inputs, text, min(most_text, length))
-    embeddings = inputs.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, inputs.shape[2])).float()
+    embeddings = ops.gather_tokens(index, inputs)[0].float()
     relevance = torch.zeros(index.shape, dtype=torch.float32, device=inputs.device)
     with full_precision(inputs.device):
         for start in range(0, length, TILE):
@@ -51,5 +53,4 @@ def text_raters(inputs: Tensor, visual: Tensor, text: Tensor, most_text: int) ->
     mean = relevance.sum(dim=1, keepdim=True) / (index >= 0).sum(dim=1, keepdim=True)
     rates = (index >= 0) & (relevance >= mean)
     rates |= (index >= 0) & ~rates.any(dim=1, keepdim=True)  # all are alike, and the mean is rounded up
-    flags = torch.zeros(batch, length + 1, dtype=torch.bool, device=inputs.device)
-    return flags.scatter(1, torch.where(rates, index, length), True)[:, :length]
+    return flags_of(torch.where(rates, index, -1), length)

@@ -22,9 +22,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 def pytest_collection_modifyitems(config, items):
     if (cases := config.getoption("cases")) != "all":
         left = left_out(items)
-        wanted = [item for item in items if (item in left) == (cases == "rest")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
-        items[:] = wanted
+        kept, deselected = [], []
+        for item in items:
+            (kept if (item in left) == (cases == "rest") else deselected).append(item)
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = kept
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -155,9 +155,11 @@ def best_tokens(scores: Tensor, keep: int, pool: Tensor | None = None) -> Tensor
     return ops.select_tokens(scores, pool=pool, pinned=torch.zeros_like(pool), keep=keep, length=keep)
 
 
-def flags(index: Tensor, tokens: int) -> Tensor:
-    """(T, N) bool, True at the tokens of an index (T, K)."""
-    return torch.zeros(len(index), tokens, dtype=torch.bool, device=index.device).scatter(1, index, True)
+def other_tokens(index: Tensor, tokens: int) -> Tensor:
+    """(T, N - K) int64, ascending: the tokens of N that are not in an index (T, K)."""
+    from ..positions import flags_of, positions_of
+
+    return positions_of(~flags_of(index, tokens), tokens - index.shape[1])
 
 
 def check_numbers(owner: object, *names: str) -> None:

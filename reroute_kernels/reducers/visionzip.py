@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..precision import full_precision
-from .base import ShareReducer, VisionFeatures, best_tokens, check_share, flags, with_features
+from .base import ShareReducer, VisionFeatures, best_tokens, check_share, other_tokens, with_features
 
 
 def visionzip_tokens(
@@ -39,7 +39,7 @@ def visionzip_tokens(
     count = min(contextual, tokens - dominant)
     if not count:
         return with_features(features, salient)
-    rest = best_tokens(-saliency, tokens - dominant, pool=~flags(salient, tokens))
+    rest = other_tokens(salient, tokens)
     step = max(1, rest.shape[1] // count)
     columns = torch.arange(rest.shape[1], device=rest.device)
     target = rest[:, : step * count : step]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..precision import full_precision
-from .base import ShareReducer, VisionFeatures, best_tokens, check_numbers, flags, with_features
+from .base import ShareReducer, VisionFeatures, best_tokens, check_numbers, other_tokens, with_features
 
 AT_ONCE = 8
 """Tokens that are dropped in a round."""
@@ -31,7 +31,7 @@ def vispruner_tokens(features: Tensor, saliency: Tensor, *, salient: int, divers
     """
     tokens = features.shape[1]
     first = best_tokens(saliency, salient)
-    rest = best_tokens(-saliency, tokens - salient, pool=~flags(first, tokens))
+    rest = other_tokens(first, tokens)
     order = saliency.gather(1, rest).argsort(dim=1, descending=True, stable=True)
     rest, unit = rest.gather(1, order), normalize(features.float(), dim=-1)
     cosines = None
@@ -58,11 +58,10 @@ def _thinned(left: Tensor, rest: Tensor, unit: Tensor, cosines: Tensor | None, c
         count: how many are dropped.
     """
     count = min(count, left[:, ::2].shape[1])
-    likeness = _likeness(left, rest, unit, cosines)
-    gone = torch.zeros_like(left, dtype=torch.bool)
-    gone[:, ::2] = flags(best_tokens(likeness, count), likeness.shape[1])
+    gone = 2 * best_tokens(_likeness(left, rest, unit, cosines), count)
+    stay = torch.ones_like(left, dtype=torch.bool).scatter(1, gone, False)
     # Those that stay come first, in their order.
-    return left.gather(1, gone.byte().argsort(dim=1, stable=True)[:, : left.shape[1] - count])
+    return left.gather(1, stay.byte().argsort(dim=1, descending=True, stable=True)[:, : left.shape[1] - count])
 
 
 def _likeness(left: Tensor, rest: Tensor, unit: Tensor, cosines: Tensor | None) -> Tensor:
