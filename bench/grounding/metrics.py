@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from reroute_kernels.boxes import overlap
+from reroute_kernels.intervals import Interval
 
 from .scenes import Question, read_box
 
@@ -20,14 +20,6 @@ MEASURES = {
 }
 BOX_MEASURES, TEXT_MEASURES = ("acc@0.5", "acc@0.3", "iou", "centre"), ("exact",)
 RESAMPLES = 1000
-
-
-class Interval(NamedTuple):
-    """A mean with the interval that holds 95% of the means of bootstrap samples."""
-
-    mean: float
-    low: float
-    high: float
 
 
 def measures(kind: str) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ import reroute_kernels as rk
 from reroute_kernels import notation
 from reroute_kernels.cli import demo
 from reroute_kernels.cli.commands import app
+from tests.cli.photos import assert_one_clear_line
 from tests.models.prompts import GOLDEN
 
 
@@ -124,11 +124,7 @@ def checkpoint(folder, **config):
 )
 def test_one_clear_line_and_exit_code_2(arguments, message, tmp_path):
     result = run("demo", "--repeats", "1", "--max-new-tokens", "1", *arguments(tmp_path))
-    assert result.exit_code == 2
-    lines = [line for line in result.stderr.splitlines() if line.startswith("reroute-kernels: ")]
-    assert len(lines) == 1
-    assert re.search(message, lines[0]), lines[0]
-    assert "Traceback" not in result.output
+    assert_one_clear_line(result, message)
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 import reroute_kernels as rk
 from reroute_kernels.cli.commands import app
-from reroute_kernels.cli.demo import TINY_CHECKPOINT, example, full_prompt, load_network, load_processor
+from reroute_kernels.cli.demo import TINY_CHECKPOINT, full_prompt, load_network, load_processor
 from reroute_kernels.cli.loyalty import policies_of
 from reroute_kernels.loyalty import MEASURES, measure_loyalty
+from tests.cli.photos import assert_one_clear_line, make_photos
 
 QUESTION, LENGTH = "how many objects", 3
 
@@ -20,12 +21,7 @@ QUESTION, LENGTH = "how many objects", 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two images, and a file that is none."""
-    folder = tmp_path_factory.mktemp("photos")
-    with Image.open(example().image) as scene:
-        for number in range(2):
-            scene.rotate(90 * number).save(folder / f"{number}.png")
-    (folder / "notes.txt").write_text("no image")
-    return folder
+    return make_photos(tmp_path_factory.mktemp("photos"), 2)
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +142,5 @@ def test_bad_prompts_leave_the_model_as_it_was(failing, model, prompts):
 )
 def test_one_clear_line_and_exit_code_2(arguments, message, folder, tmp_path):
     named = {"tiny": TINY_CHECKPOINT, "photos": folder, "tmp": tmp_path}
-    result = run(*arguments.format(**named).split())
-    assert result.exit_code == 2
-    lines = [line for line in result.stderr.splitlines() if line.startswith("reroute-kernels: ")]
-    assert len(lines) == 1, result.output
-    assert re.search(message, lines[0]), lines[0]
+    assert_one_clear_line(run(*arguments.format(**named).split()), message)
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,7 @@ from bench.pages.screenshot import NAMES, chromium, find_chromium
 from reroute_kernels.boxes import overlap, read_box
 from reroute_kernels.cli import demo, view
 from reroute_kernels.cli.commands import app
+from tests.cli.photos import assert_one_clear_line
 
 QUESTION = (
     "</script><script>document.title = 'broken out'</script> <!-- & \"<b>http://example.com/x.js</b>\" {{data}} é"
@@ -214,11 +215,7 @@ def test_merged_patches_are_marked(tmp_path):
 def test_one_clear_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("--max-new-tokens", 1, *arguments)
-    assert result.exit_code == 2
-    lines = [line for line in result.stderr.splitlines() if line.startswith("reroute-kernels: ")]
-    assert len(lines) == 1
-    assert re.search(message, lines[0]), lines[0]
-    assert "Traceback" not in result.output
+    assert_one_clear_line(result, message)
     assert not list(tmp_path.iterdir())
 
 

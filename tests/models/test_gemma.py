@@ -109,18 +109,22 @@ def test_images_and_rotary_embeddings_matter(family):
 
 
 @torch.no_grad()
+def check_a_call(model, inputs, this):
+    """The routed call selects as the slow way does, and gives its logits."""
+    with SlowWay(model, this) as slow:
+        expected = model(**inputs).logits
+    with rk.apply(model, this) as routing:
+        logits = model(**inputs).logits
+    assert selections(routing.trace) == slow.selected
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
 def test_without_types_of_tokens_images_are_causal(family):
     """As in the model: it makes masks of images by the types of tokens alone."""
     inputs = family.batch([family.prompt(1, 6, 15, seed=1)])
     for name in ("token_type_ids", "mm_token_type_ids"):
         inputs.pop(name, None)
-    this = policy(schedule=STAGES)
-    with SlowWay(family.model, this) as slow:
-        expected = family.model(**inputs).logits
-    with rk.apply(family.model, this) as routing:
-        logits = family.model(**inputs).logits
-    assert selections(routing.trace) == slow.selected
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    check_a_call(family.model, inputs, policy(schedule=STAGES))
 
 
 @torch.no_grad()
@@ -189,17 +193,10 @@ def test_models_that_are_refused(family):
         rk.apply(model, policy(schedule=STAGES))
 
 
-@torch.no_grad()
 def test_frozen_tokens_where_all_layers_of_the_stages_have_full_attention(family):
     """They are read by the tokens of their image, too, that stand before them."""
     inputs = family.batch([family.prompt(2, 6, 15, seed=1)])
-    this = rk.Policy([rk.Stage(5, 0.3)], "freeze")
-    with SlowWay(family.model, this) as slow:
-        expected = family.model(**inputs).logits
-    with rk.apply(family.model, this) as routing:
-        logits = family.model(**inputs).logits
-    assert selections(routing.trace) == slow.selected
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    check_a_call(family.model, inputs, rk.Policy([rk.Stage(5, 0.3)], "freeze"))
 
 
 @torch.no_grad()

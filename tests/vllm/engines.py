@@ -85,3 +85,16 @@ def scheduler(llm):
 def model_runner(llm):
     """The model runner of an engine in this process."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def preemptions(llm) -> list[str]:
+    """The requests that an engine throws out of its cache from now on, in a list that grows."""
+    its, preempted = scheduler(llm), []
+    preempt = its._preempt_request
+
+    def noted(request, *args, **kwargs):
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    its._preempt_request = noted
+    return preempted

@@ -49,21 +49,14 @@ def run(
         change: a context in which the engine runs.
         options: of `vllm.LLM`.
     """
-    from tests.vllm.engines import answers, engine, model_runner, scheduler
+    from tests.vllm.engines import answers, engine, model_runner, preemptions, scheduler
 
     asked = [request for name, request in zip(SHAPES, requests(family), strict=True) if name in names]
     with change(), recorded() as seen, engine(family, folder, reroute, **options) as llm:
-        its, preempted = scheduler(llm), []
-        preempt = its._preempt_request
-
-        def noted(request, *args, **kwargs):
-            preempted.append(request.request_id)
-            return preempt(request, *args, **kwargs)
-
-        its._preempt_request = noted
+        preempted = preemptions(llm)
         made = answers(llm, asked, steps)
         made_alone = [answers(llm, [request], steps)[0] for request in asked] if alone else []
-        pool = its.kv_cache_manager.block_pool
+        pool = scheduler(llm).kv_cache_manager.block_pool
         leaked = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         return Run(made, made_alone, type(model_runner(llm)).__module__, seen, preempted, leaked)
 

@@ -15,7 +15,7 @@ from vllm import LLM
 
 from reroute_kernels.vllm import Settings, worker
 from reroute_kernels.vllm.plan import stage_layout
-from tests.vllm.engines import answers, arguments, scheduler
+from tests.vllm.engines import answers, arguments, preemptions, scheduler
 from tests.vllm.requests import SHAPES, requests
 
 TOLERANCE = 1e-4
@@ -153,19 +153,12 @@ def test_guesses_of_ngrams(family, folder, expected, own_groups):
 @pytest.mark.parametrize("own_groups", [False, True], ids=groups)
 def test_preemption(engine, oracle, asked, own_groups):
     """Requests that are thrown out of the cache while they decode start anew, and are ranked as at first."""
-    steps, preempted = 48, []
+    steps = 48
     names, length, blocks = CROWDED[oracle.family]
     crowd = [asked[list(SHAPES).index(name)] for name in names]
     limits = {"max_model_len": length, "num_gpu_blocks_override": blocks[own_groups]}
     with engine(EVEN | {"own_groups": own_groups}, **limits) as llm:
-        its = scheduler(llm)
-        preempt = its._preempt_request
-
-        def recorded(request, *args, **kwargs):
-            preempted.append(request.request_id)
-            return preempt(request, *args, **kwargs)
-
-        its._preempt_request = recorded
+        preempted = preemptions(llm)
         got = answers(llm, crowd, steps)
     assert preempted, "nothing was preempted"
     policy = Settings.of(EVEN).policy
