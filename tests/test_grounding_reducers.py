@@ -1,6 +1,5 @@
 """The comparison of methods that reduce: equal budgets, the control, and the part of the page."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -54,7 +53,9 @@ def made_up_results():
 def test_page_tells_which_action_is_better():
     record = made_up_results()
     for run in record["runs"]:
-        assert np.isclose(run["box"]["score"][0], 1 if run["action"] == "reroute" else 0.5, atol=0.35)
+        assert run["box"]["score"][0] == (
+            1 if run["action"] == "reroute" else 6 / 14
+        )  # of 14 boxes 6 are at odd places
         assert ("less fastv" in run["box"]) == (run["method"] != "fastv")
     page = "\n".join(reducers_report.reducers_section(record))
     assert "Of 25 pairs of a method and a budget, rerouting finds more boxes in 25, fewer in 0, and 0 are" in page
