@@ -25,6 +25,7 @@ from reroute_kernels.presets import MODELS, ORIGINALS
 from reroute_kernels.roofline import GPUS, decode_seconds, prefill_seconds
 from reroute_kernels.versions import SUPPORTED
 from reroute_kernels.vllm import Settings, engine_arguments, serve_arguments
+from tests.cli.photos import make_photos
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = typer.main.get_command(app).commands
@@ -80,12 +81,15 @@ def test_the_examples_of_the_pages_run(tmp_path, monkeypatch):
     pages = [(ROOT / name).read_text() for name in ("README.md", "docs/commands.md")]
     found = (re.findall(r"^reroute-kernels (.*?)(?: +#.*)?$", page, flags=re.MULTILINE) for page in pages)
     commands = [command for of_page in found for command in of_page]
-    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view", "calibrate", "loyalty"}
+    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view", "calibrate"}
     monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    make_photos(photos, 1)
     for command in commands:
-        result = run(*shlex.split(command))
+        result = run(*shlex.split(command.replace(" MODEL ", f" {TINY_CHECKPOINT} ")))
         assert result.exit_code == 0, result.output
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [photos]
 
 
 @pytest.mark.parametrize("originals", [False, True])
