@@ -159,6 +159,16 @@ def test_ties_of_relevance(device, operations):
         assert operations.select_dpp(features, relevance, keep=keep).tolist() == [expected]
 
 
+@pytest.mark.parametrize("alike", [12, 5], ids=["the-second-pick", "the-last-picks"])
+def test_less_relevant_tokens_are_picked_where_the_others_are_alike(device, operations, made, alike):
+    features, _ = made(1, 30, 12)
+    features[:, :alike] = features[:, :1]
+    relevance = 0.5 - 0.01 * torch.arange(30, dtype=torch.float32, device=device)[None]
+    relevance[:, :alike] = 1.0
+    check(operations, Dpp, features, relevance, 5, tolerance=1e-5)
+    assert (operations.select_dpp(features, relevance, keep=5) >= alike).sum() == 4
+
+
 @BOTH
 def test_rows_of_any_length(device, operations, made, kind):
     features, values = made(6, 20, 8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from .greedy import Lines, by_rows
 
 SPANNED = 1e-5
 """Squared length outside the picked tokens' span, up to which a unit vector counts as inside."""
+MOST_RELEVANT = 2
+"""So many times the tokens to pick are looked at first, the most relevant ones."""
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -20,21 +24,37 @@ def select_dpp(features: Tensor, relevance: Tensor, *, keep: int, lengths: Tenso
 
 
 def _pick(lines: Lines, relevance: Tensor, count: int) -> list[int]:
-    """The picked tokens of a row in their order."""
-    picked: list[int] = []
+    """The picked tokens of a row in their order.
+
+    A score never grows. The picks among the most relevant tokens are those among all, if each of them scored above the
+    relevance of all others: no cosine of the others is needed then.
+    """
     squares = (relevance * relevance).clamp_(max=LARGEST)
-    outside = torch.ones_like(relevance)  # squared length of each unit vector outside the picked ones' span
-    along = relevance.new_zeros(count, len(relevance))  # its parts along the directions that they added
-    taken = torch.zeros_like(relevance)  # minus infinity for the picked ones
+    if MOST_RELEVANT * count < len(lines):
+        values, order = squares.topk(MOST_RELEVANT * count + 1)
+        some = order[:-1].sort().values
+        picked = _pick_above(values[-1].item(), lines.among(some), squares[some], count)
+        if picked is not None:
+            return some[picked].tolist()
+    return _pick_above(-math.inf, lines, squares, count) or []
+
+
+def _pick_above(limit: float, lines: Lines, squares: Tensor, count: int) -> list[int] | None:
+    """The picked tokens of a row in their order; None if one would not score above the limit."""
+    picked: list[int] = []
+    outside = torch.ones_like(squares)  # squared length of each unit vector outside the picked ones' span
+    along = squares.new_zeros(count, len(squares))  # its parts along the directions that they added
+    taken = torch.zeros_like(squares)  # minus infinity for the picked ones
     scores = squares
     while len(picked) < count:
         step, token = len(picked), int(scores.argmax())
+        if scores[token] <= limit:
+            return None
         picked.append(token)
         added = outside[token].item()
         if added > 0 and step + 1 < count:
-            line = lines.of(token, scores, count - step)
-            part = torch.addmv(line, along[:step].T, along[:step, token], alpha=-1).mul_(added**-0.5)
-            along[step] = part
+            line, before = lines.of(token, scores, count - step), along[:step]
+            part = torch.addmv(line, before.T, before[:, token], alpha=-1, out=along[step]).mul_(added**-0.5)
             torch.threshold_(outside.addcmul_(part, part, value=-1), SPANNED, 0.0)
         taken[token] = -torch.inf
         scores = torch.addcmul(taken, squares, outside)

@@ -27,6 +27,7 @@ class Lines:
 
     def __init__(self, tokens: Tensor, norms: Tensor):
         self.tokens = tokens
+        self._norms = norms
         self._inverse = torch.where(norms > 0, norms.reciprocal(), 0.0)
         self._held = tokens.new_empty(HELD, len(tokens))
         self._token_at = [-1] * HELD
@@ -36,19 +37,23 @@ class Lines:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def among(self, numbers: Tensor) -> Lines:
+        """Lines of some tokens to one another; numbers: (b,) int64."""
+        return Lines(self.tokens.index_select(0, numbers), self._norms[numbers])
+
     def make(self, numbers: Tensor) -> Tensor:
-        """(b, N) float32, the lines of b tokens, which are held for a while."""
-        with full_precision(self.tokens.device):
-            lines = self.tokens.index_select(0, numbers) @ self.tokens.T
-        lines *= self._inverse[numbers, None]
-        lines *= self._inverse
-        for number, line in zip(numbers.tolist(), lines, strict=True):
-            place = self._next
+        """(b, N) float32, the lines of b tokens, at most `AHEAD`; they are held until others need their place."""
+        start = self._next if self._next + len(numbers) <= HELD else 0
+        self._next = start + len(numbers)
+        for place, number in enumerate(numbers.tolist(), start):
             if self._place_of.get(self._token_at[place]) == place:
                 del self._place_of[self._token_at[place]]
             self._token_at[place], self._place_of[number] = number, place
-            self._held[place] = line
-            self._next = (place + 1) % HELD
+        lines = self._held[start : self._next]
+        with full_precision(self.tokens.device):
+            torch.mm(self.tokens.index_select(0, numbers), self.tokens.T, out=lines)
+        lines *= self._inverse[numbers, None]
+        lines *= self._inverse
         return lines
 
     def all(self) -> Tensor:
@@ -91,6 +96,7 @@ def by_rows(
         keep: tokens to pick.
         lengths: (T,), or None.
     """
+    features, values = features.detach(), values.detach()
     rows, total, _ = features.shape
     index = torch.full((rows, keep), -1, device=features.device)
     counts = [total] * rows if lengths is None else lengths.clamp(0, total).tolist()
