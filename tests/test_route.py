@@ -26,7 +26,11 @@ SHAPES = {
 
 
 of_every_shape = pytest.mark.parametrize(
-    ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES.values(), ids=SHAPES
+    ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"),
+    [
+        pytest.param(*shape, id=name, marks=pytest.mark.rest if name == "length-65537" else ())
+        for name, shape in SHAPES.items()
+    ],
 )
 
 
@@ -75,9 +79,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.everyday(20)
 @pytest.mark.parametrize("padded", [False, True], ids=["no-mask", "padding"])
-@pytest.mark.parametrize(
-    ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES.values(), ids=SHAPES
-)
+@of_every_shape
 def test_equals_the_single_operations(
     device, operations, launches, batch, length, queries, heads, kv_heads, head_dim, launched, padded
 ):
@@ -129,9 +131,7 @@ def test_nothing_to_compact(device, operations):
 
 
 @pytest.mark.everyday(8)
-@pytest.mark.parametrize(
-    ("batch", "length", "queries", "heads", "kv_heads", "head_dim", "launched"), SHAPES.values(), ids=SHAPES
-)
+@of_every_shape
 def test_scores_are_those_of_ranking_at_no_cost(
     device, operations, launches, batch, length, queries, heads, kv_heads, head_dim, launched
 ):

@@ -111,7 +111,9 @@ def test_pools_and_pinned_tokens(device, operations, pooled, pinned):
     assert torch.equal(index, sorted_selection(scores, pool, pinned, keep, 100))
 
 
-@pytest.mark.parametrize("length", [4096, 4097, 10_001, 16_384, 65_536, 65_537, 131_072])
+@pytest.mark.parametrize(
+    "length", [4096, 4097, 10_001, 16_384, 65_536, 65_537, pytest.param(131_072, marks=pytest.mark.rest)]
+)
 def test_long_sequences(device, operations, launches, length):
     scores = torch.stack([normal_scores(length), few_values(length), special_values(length)]).to(device)
     pool, pinned = random_flags(device, 3, length)
