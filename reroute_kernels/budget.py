@@ -69,6 +69,7 @@ def solve(
     reducer: ReducerLike | None = None,
     rankings: Sequence[RankingLike | None] | None = None,
     align: str | None = None,
+    recycle: float = 0.0,
 ) -> Policy:
     """A policy of a given shape that comes close to a budget and never exceeds it, as `reroute_kernels.cost` counts.
 
@@ -84,7 +85,7 @@ def solve(
         flops: budget of FLOPs of the prefill, without the LM head.
         kv_bytes: budget of bytes that the prompt leaves in the cache, text included.
         visual_tokens, text_tokens, batch, dtype: of the prompt that is costed, as in `reroute_kernels.cost`.
-        action, ranking, positions, reducer, align: as in `Policy`.
+        action, ranking, positions, reducer, align, recycle: as in `Policy`.
         rankings: one for each decision layer, as in `Stage`: None is `ranking`.
 
     Returns:
@@ -113,7 +114,7 @@ def solve(
     def policy_of(counts: Sequence[int]) -> Policy:
         keeps = [keep_ratio(count, visual_tokens) for count in counts]
         stages = list(map(Stage, layers, keeps, of_stages))
-        return Policy(stages, action, ranking, positions, reducer, align=align)
+        return Policy(stages, action, ranking, positions, reducer, align=align, recycle=recycle)
 
     def reached(counts: Sequence[int]) -> float:
         return getattr(cost(decoder, policy_of(counts), text_tokens, visual_tokens, batch, dtype), _COSTS[kind])
@@ -157,6 +158,7 @@ def solve_like(config, policy: Policy, **budget) -> Policy:
         reducer=policy.reducer,
         rankings=[stage.ranking for stage in policy.schedule],
         align=policy.align,
+        recycle=policy.recycle,
         **budget,
     )
 

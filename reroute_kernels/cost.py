@@ -233,7 +233,7 @@ class StageCost:
     mlp: int
     """FLOPs."""
     ranking: int
-    """FLOPs of the decision that begins the stage; with those of its proxies, if it has any."""
+    """FLOPs of the decision that begins the stage; with those of its proxies or clusters, if it has any."""
     kv_bytes: int
     """Bytes of the keys and values that the layers cache."""
     visual_kv_bytes: int
@@ -416,7 +416,8 @@ def cost(
                 ranking=batch
                 * (
                     _ranking_flops(span.ranking, decoder, ranked, text_tokens)
-                    + _alignment_flops(decoder, span.proxies, ranked)
+                    + _similarity_flops(decoder, span.proxies, ranked)
+                    + _similarity_flops(decoder, span.recycled, span.recycled)
                 ),
                 kv_bytes=layers * cached * kv_width,
                 visual_kv_bytes=layers * (span.visual_tokens + span.frozen) * kv_width,
@@ -487,6 +488,8 @@ class _Span(NamedTuple):
     """Visual tokens that the layers cache and do not run."""
     proxies: int = 0
     """Visual tokens that run in place of deferred ones."""
+    recycled: int = 0
+    """Removed visual tokens that are clustered."""
 
 
 def _spans(policy: Policy | None, num_layers: int, visual_tokens: int, images: int) -> list[_Span]:
@@ -499,10 +502,11 @@ def _spans(policy: Policy | None, num_layers: int, visual_tokens: int, images: i
     spans = [_Span(0, ends[0], candidates)] if ends[0] else []
     if policy is not None and schedule:
         counts = policy.selected_counts(visual_tokens, candidates)
-        stages = zip(pairwise(ends), counts, policy.rankings, policy.proxy_counts(counts, candidates), strict=True)
-        for (first, end), selected, ranking, proxies in stages:
+        proxies, recycled = policy.proxy_counts(counts, candidates), policy.recycled_counts(counts, candidates)
+        stages = zip(pairwise(ends), counts, policy.rankings, proxies, recycled, strict=True)
+        for (first, end), selected, ranking, led, (clustered, _) in stages:
             frozen = candidates - selected if policy.action == "freeze" else 0
-            spans.append(_Span(first, end, selected, candidates, ranking, frozen, proxies))
+            spans.append(_Span(first, end, selected, candidates, ranking, frozen, led, clustered))
             if policy.action == "remove":
                 candidates = selected
     return spans
@@ -514,9 +518,9 @@ def _ranking_flops(ranking: RankingLike | None, decoder: Decoder, tokens: int, t
     return _method(ranking, "ranking", "flops")(decoder, tokens, text_tokens)
 
 
-def _alignment_flops(decoder: Decoder, proxies: int, tokens: int) -> int:
-    """FLOPs of a sample: similarities of all tokens to the leaders."""
-    return 2 * proxies * tokens * decoder.hidden_size
+def _similarity_flops(decoder: Decoder, some: int, others: int) -> int:
+    """FLOPs of a sample: similarities of all tokens to the leaders, or distances among recycled tokens."""
+    return 2 * some * others * decoder.hidden_size
 
 
 def _method(owner: object, name: str, method: str):

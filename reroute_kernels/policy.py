@@ -128,12 +128,16 @@ class Policy:
             the tokens that a stage runs is the mean of a group of deferred ones of similar hidden states, in the place
             of one of them, and each of the group receives the change that the layers made to it. After the last stage
             nothing is added, and the last stage has no such means.
+        recycle: what becomes of removed tokens, under `remove` alone: this share of them, those with the best scores,
+            in [0, 1]. It is merged, as in SparseVLM (arXiv 2410.04417): one in ten of the share, and one more, of the K
+            tokens that a stage runs are means of clusters of similar ones, each in the place of one of them, and are
+            candidates later. With 0 every removed token is gone.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: `schedule` is empty without a reducer, out of order, or begins at layer 0 with a reducer or with a
             ranking by the previous layer there; a name is unknown; `align` is given under another action than
-            `reroute`, or positions are contiguous under `freeze`.
+            `reroute` or `recycle` under another one than `remove`, or positions are contiguous under `freeze`.
 
     >>> policy = Policy([Stage(layer=3, keep=0.25), Stage(layer=7, keep=0.1)], action="remove")
     >>> policy.selected_counts(visual_tokens=576)
@@ -147,6 +151,7 @@ class Policy:
     reducer: ReducerLike | None = None
     budget: Budget | None = field(default=None, compare=False, repr=False)
     align: str | None = None
+    recycle: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "ranking", _accepted_ranking(self.ranking))
@@ -165,8 +170,21 @@ class Policy:
             raise ValueError(
                 f"align must be None under the action {self.action!r}, under which no token waits, got {self.align!r}"
             )
+        self._check_recycle()
         if self.schedule and self.schedule[0].layer == 0:
             self._check_first_layer()
+
+    def _check_recycle(self) -> None:
+        if isinstance(self.recycle, bool) or not isinstance(self.recycle, Real):
+            raise TypeError(f"recycle must be a number in [0, 1], got {self.recycle!r}")
+        object.__setattr__(self, "recycle", float(self.recycle))
+        if not 0.0 <= self.recycle <= 1.0:
+            raise ValueError(f"recycle must be in [0, 1], got {self.recycle}")
+        if self.recycle and self.action != "remove":
+            raise ValueError(
+                f"recycle must be 0 under the action {self.action!r}, under which no token is removed, got "
+                f"{self.recycle}"
+            )
 
     def _check_schedule(self) -> None:
         if not isinstance(self.schedule, Iterable):
@@ -357,3 +375,33 @@ class Policy:
             min(count // PROXIES, candidates - count, count - even[stage]) for stage, count in enumerate(selected)
         ]
         return (*counts[:-1], *(0 for _ in counts[-1:]))
+
+    def recycled_counts(self, selected: Sequence[int], candidates: int) -> tuple[tuple[int, int], ...]:
+        """How many removed tokens each stage recycles, and how many of its K tokens are means of clusters of them.
+
+        Args:
+            selected: K of each stage, as `selected_counts` gives them.
+            candidates: how many tokens may be selected at the first decision.
+
+        >>> policy = Policy([Stage(3, 309.5 / 576)], action="remove", recycle=0.3)
+        >>> policy.recycled_counts(policy.selected_counts(576), 576)  # 300 are selected by score, and 276 are not
+        ((83, 9),)
+        """
+        counts = []
+        for count, even in zip(selected, self.even_counts(selected), strict=True):
+            counts.append(self._recycled(candidates - count, count - even - 1))
+            candidates = count
+        return tuple(counts)
+
+    def _recycled(self, dropped: int, most: int) -> tuple[int, int]:
+        """Tokens that are recycled and their clusters, at most so many, if `dropped` tokens are not in the stage."""
+        if not self.recycle or dropped < 1 or most < 1:
+            return 0, 0
+
+        def tokens(clusters: int) -> int:
+            return min(dropped + clusters, int(self.recycle * (dropped + clusters)) + 1)
+
+        clusters = min(most, int(self.recycle * dropped / (10 - self.recycle)))
+        while clusters < most and tokens(clusters) // 10 + 1 > clusters:
+            clusters += 1
+        return tokens(clusters), clusters

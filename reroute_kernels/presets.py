@@ -99,7 +99,10 @@ _PYRAMIDS = {
 """Keep ratios of the decisions, by method and tier."""
 
 _SPARSEVLM = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
-"""Tokens of 576 that SparseVLM keeps at its decisions, by tier."""
+"""Tokens of 576 that SparseVLM selects at its decisions, by tier."""
+
+_RECYCLED = 0.3
+"""Share of the tokens that SparseVLM removes at a decision, of which it keeps means."""
 
 _SPARSEVLM_LAYERS = (3, 7, 16)
 """Those behind the layers by which SparseVLM ranks, of 32; in other decoders at the same depths."""
@@ -202,8 +205,8 @@ def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool
             `"fastv-original"` (arXiv 2403.06764; at the Reroute paper's keep ratios), `"pdrop-original"` (arXiv
             2410.17247; on Qwen2.5-VL at the same depths) and `"nuwa"` (arXiv 2602.02951) follow their own authors'
             code. `"reroute-nuwa"` defers in the second stage of Nüwa, by two decisions, and runs as many tokens in
-            every layer. `"sparsevlm"` (arXiv 2410.04417) ranks by the text that resembles the image, and does not
-            recycle what it removes; `"reroute-sparsevlm"` defers at its layers. `"visionzip"`, `"divprune"`,
+            every layer. `"sparsevlm"` (arXiv 2410.04417) ranks by the text that resembles the image, and
+            keeps means of what it removes; `"reroute-sparsevlm"` defers at its layers. `"visionzip"`, `"divprune"`,
             `"cdpruner"`, `"holov"` and `"vispruner"` reduce images before the decoder, `"vidcom2"` videos, and nothing
             else; behind the prefix `reroute-` they leave twice as many tokens, of which the decoder defers at the
             layers of `reroute-fastv`, at the same budget. `"flashvid"` (arXiv 2602.08024) reduces videos, and removes
@@ -214,7 +217,7 @@ def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool
             a name. On LLaVA the true averages are within 1 of it, but for the pdrop pair at 64, which averages 80 and
             84. On Qwen2.5-VL they are 197, 134 and 72 for methods named after FastV (the original at 128: 135). They
             are 192, 129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at
-            432, 288 and 144. Those of SparseVLM are 203, 141 and 79 on LLaVA. `reroute_kernels.cost` counts. For
+            432, 288 and 144. Those of SparseVLM are 207, 145 and 82 on LLaVA. `reroute_kernels.cost` counts. For
             another model any number is taken, and is a limit. `"flashvid"` and `"vidcom2"` take a percentage of the
             visual tokens instead, such as `"10%"`.
         matched: solve the schedule anew, with its published keep ratios as the shape, so that pairs match at 576
@@ -381,14 +384,27 @@ def _able_layers(config: Any) -> list[int]:
 
 
 def _sparsevlm(layers: int, counts: tuple[int, ...], defers: bool) -> Policy:
-    """SparseVLM without recycling; deferring, it runs as many tokens at each decision, and no more in all."""
+    """SparseVLM; deferring, it recycles nothing, and runs as many tokens at each decision, and no more in all."""
     starts = tuple(round(layer * layers / _LLAVA.decoder.layers) for layer in _SPARSEVLM_LAYERS)
+    counts = _with_recycled(counts)
     if defers:
         lengths = [end - start for start, end in zip(starts, (*starts[1:], layers), strict=True)]
         total = sum(count * length for count, length in zip(counts, lengths, strict=True))
         counts = (total // sum(lengths),) * len(starts)
     keeps = tuple(keep_ratio(count, VISUAL_TOKENS) for count in counts)
-    return Policy(_stages(starts, keeps), "reroute" if defers else "remove", TextRaters())
+    if defers:
+        return Policy(_stages(starts, keeps), ranking=TextRaters())
+    return Policy(_stages(starts, keeps), "remove", TextRaters(), recycle=_RECYCLED)
+
+
+def _with_recycled(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens that run behind each decision of SparseVLM, with the means of those that it recycles."""
+    total, candidates = [], VISUAL_TOKENS
+    for count in counts:
+        recycled = int(_RECYCLED * (candidates - count)) + 1
+        total.append(count + recycled // 10 + 1)
+        candidates = total[-1]
+    return tuple(total)
 
 
 def _published(model: PublishedModel, method: str, tier: int) -> Policy:

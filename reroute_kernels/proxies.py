@@ -74,44 +74,58 @@ def leaders(selected: Tensor, pool: Tensor, count: Tensor) -> Tensor:
     """Deferred candidates at even distances, one for each group.
 
     Args:
-        selected: (B, S) int64, positions that run for themselves, -1 at rows without a token.
+        selected: (B, P) bool, the tokens that run for themselves.
         pool: (B, P) bool, the candidates.
         count: (B,) int64, groups of each sample.
 
     Returns:
         (B, P) bool.
     """
-    return evenly(pool & ~flags_of(selected, pool.shape[1]), count)
+    return evenly(pool & ~selected, count)
 
 
-def start_proxies(compact: Tensor, index: Tensor, hidden: Tensor, pool: Tensor, led: Tensor, most: int):
-    """Group the deferred candidates by cosine similarity to the leaders, and put the means of the groups in their rows.
+def closest_leaders(hidden: Tensor, waits: Tensor, led: Tensor, most: int) -> Tensor:
+    """Group waiting tokens by the leader that their hidden states resemble most, by cosine similarity.
 
     A leader is in its own group; of equally similar leaders the first one counts.
 
     Args:
-        compact: (B, M, d), the tokens that were gathered to run.
-        index: (B, M) int64, their positions, -1 at rows without a token.
-        hidden: (B, P, d) of the parent.
-        pool: (B, P) bool, the candidates.
-        led: (B, P) bool, the leaders, which are among the positions.
+        hidden: (B, P, d).
+        waits: (B, P) bool, the tokens to group beside the leaders.
+        led: (B, P) bool, the leaders.
         most: G, the most leaders of a sample.
 
     Returns:
-        (B, M, d), the compact rows with those of proxies; and the proxies.
+        (B, P) int64, the number of each token's leader among those of its sample, -1 if it has none.
     """
     places = positions_of(led, most)
-    rows = positions_of(led.gather(1, index.clamp(min=0)) & (index >= 0), most)
     with torch.no_grad():
         unit = normalize(hidden.detach().float(), dim=-1)
         (heads,) = ops.gather_tokens(places, unit)
         with full_precision(hidden.device):
             similarity = heads @ unit.transpose(1, 2)  # [B, G, P]
         nearest = similarity.masked_fill((places < 0)[:, :, None], -torch.inf).argmax(dim=1)
-        numbers = torch.arange(most, device=pool.device).expand_as(places).contiguous()
-        groups = torch.where(pool & ~flags_of(index, pool.shape[1]), nearest, -1)
+        numbers = torch.arange(most, device=waits.device).expand_as(places).contiguous()
+        groups = torch.where(waits, nearest, -1)
         groups = ops.scatter_tokens_(groups, places, numbers)
-        groups = torch.where((places >= 0).any(dim=1, keepdim=True), groups, -1)
+        return torch.where((places >= 0).any(dim=1, keepdim=True), groups, -1)
+
+
+def start_proxies(compact: Tensor, index: Tensor, hidden: Tensor, groups: Tensor, led: Tensor, most: int):
+    """Put the means of groups in the rows of their leaders.
+
+    Args:
+        compact: (B, M, d), the tokens that were gathered to run.
+        index: (B, M) int64, their positions, -1 at rows without a token.
+        hidden: (B, P, d) of the parent.
+        groups: (B, P) int64, the group of each token, numbered in the order of the leaders, -1 if it is in none.
+        led: (B, P) bool, the leaders, which are among the positions.
+        most: G, the most leaders of a sample.
+
+    Returns:
+        (B, M, d), the compact rows with those of proxies; and the proxies.
+    """
+    rows = positions_of(led.gather(1, index.clamp(min=0)) & (index >= 0), most)
     start, _ = ops.merge_tokens(hidden, groups, most)
     return _with_rows(compact, rows, start), Proxies(rows, groups, start)
 

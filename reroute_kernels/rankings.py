@@ -294,7 +294,7 @@ class TextRaters(_ByAttention):
     Raters are text tokens behind the image whose embeddings resemble those of the visual tokens: each visual token's
     relevance is spread over the text by a softmax of products, and those with at least the mean rate. They are found
     once for a prompt, before any layer runs. A score is the sum over the raters, divided by the number of text tokens
-    of the sample that has most. Removed tokens are not recycled.
+    of the sample that has most.
 
     Args:
         layer, query_reduction, head_reduction, rotary: as in `LastQuery`. SparseVLM ranks by the layer before.

@@ -19,9 +19,10 @@ from .backends import active_backend
 from .memory import Memory
 from .policy import Policy
 from .positions import flags_of, positions_of
-from .proxies import Proxies, leaders, start_proxies
+from .proxies import Proxies, closest_leaders, leaders, start_proxies
 from .rankings import Candidates, Norm, Projection, RankingLike, Remembered, evenly, part_of
 from .raters import rating_text, text_raters
+from .recycling import recycle
 from .trace import DecisionScores
 
 if TYPE_CHECKING:
@@ -205,9 +206,16 @@ class RoutedForward:
         self.lengths = [max(rows) for rows in self.row_lengths]
         ends = [[max(rows)] * len(rows) if pad_left else rows for rows in self.row_lengths]
         lasts = [[end - 1 - after for end, after in zip(rows, prompt.unranked_counts, strict=True)] for rows in ends]
-        self._even_counts, self._proxy_counts = self._counts_apart()
-        self._keep, self.rows, self._last, self._even, self._proxies = torch.tensor(
-            [self.selected_counts, self.row_lengths, lasts, self._even_counts, self._proxy_counts],
+        self._even_counts, self._merged_counts, self._recycled_counts = self._counts_apart()
+        self._keep, self.rows, self._last, self._even, self._merged, self._recycled = torch.tensor(
+            [
+                self.selected_counts,
+                self.row_lengths,
+                lasts,
+                self._even_counts,
+                self._merged_counts,
+                self._recycled_counts,
+            ],
             device=prompt.visual.device,
         )
         # (B, L, d), embeddings as the first layer is handed them, for rankings that read them; None if unknown.
@@ -225,15 +233,18 @@ class RoutedForward:
         """The ranking of the decision that begins a stage."""
         return self._rankings[stage - self._reduces]
 
-    def _counts_apart(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-        """[stage][sample], how many tokens are selected at even distances, and how many are proxies."""
+    def _counts_apart(self) -> tuple[list[tuple[int, ...]], ...]:
+        """[stage][sample], how many tokens are selected at even distances, are means of others, and are recycled."""
         policy, before = self.policy, (0,) * self._reduces
-        even, proxies = [], []
+        even, merged, recycled = [], [], []
         for counts, candidates in zip(zip(*self.selected_counts, strict=True), self.prompt.pool_counts, strict=True):
             decided = counts[self._reduces :]
             even.append(before + policy.even_counts(decided))
-            proxies.append(before + policy.proxy_counts(decided, candidates))
-        return list(zip(*even, strict=True)), list(zip(*proxies, strict=True))
+            of_removed = policy.recycled_counts(decided, candidates)
+            recycled.append(before + tuple(tokens for tokens, _ in of_removed))
+            clusters = tuple(each for _, each in of_removed)
+            merged.append(before + (clusters if policy.recycle else policy.proxy_counts(decided, candidates)))
+        return tuple(list(zip(*counts, strict=True)) for counts in (even, merged, recycled))
 
     @property
     def active(self) -> TokenSequence:
@@ -305,12 +316,12 @@ class RoutedForward:
             ranked = self._rank(source, projection, states)
         pinned, keep = self._pinned(source, stage)
         memory = None if reduces else self._remembered(stage, hidden.device)
-        led: Tensor | None = None
-        if any(self._proxy_counts[stage]):
-            ranked, pinned, keep, led = self._lead(ranked, memory, source, pinned, keep)
+        merged: tuple[Tensor, Tensor] | None = None
+        if any(self._merged_counts[stage]):
+            ranked, pinned, keep, merged = self._lead(ranked, memory, source, pinned, keep)
         index, rows, scores = self._route(
             ranked,
-            memory if led is None else None,
+            memory if merged is None else None,
             pool=source.pool,
             pinned=pinned,
             keep=keep,
@@ -323,9 +334,10 @@ class RoutedForward:
         self._remember(memory, scores, index if for_good else None)
         compact, carried = rows[0], rows[1 + len(source.rotary) :]
         proxies: Proxies | None = None
-        if led is not None:
-            most = max(self._proxy_counts[stage])
-            compact, proxies = start_proxies(compact, index, source.hidden, source.pool, led, most)
+        if merged is not None:
+            compact, proxies = start_proxies(compact, index, source.hidden, *merged, max(self._merged_counts[stage]))
+            if for_good:
+                proxies = None  # no token waits: the means are tokens like others from here on
         # One operation made all rows, so all have gradients; but layers are handed cos and sin without, as ever.
         rotary = tuple(
             row if table.requires_grad else row.detach() for row, table in zip(rows[1:], source.rotary, strict=False)
@@ -362,23 +374,30 @@ class RoutedForward:
 
     def _lead(
         self, ranked: Attention | Tensor, memory: Memory | None, source: TokenSequence, pinned: Tensor, keep: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Select the tokens of a stage whose last ones are proxies, by their leaders.
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Select the tokens of a stage the last of which are means of groups, by the leaders of the groups.
 
         Returns:
             (B, L) float32, the scores, with what was remembered; (B, L) bool, the tokens that run; (B,) zeros, how many
-            are left to be selected; and (B, L) bool, the leaders among them.
+            are left to be selected; and of the groups (B, L) int64, the one of each token, -1 if it is in none, and
+            (B, L) bool, the leaders.
         """
         stage = len(self.kept)
-        count = on_device(keep.device, self._proxies[stage])
-        length = self.lengths[stage]
+        count = on_device(keep.device, self._merged[stage])
+        length, most = self.lengths[stage], max(self._merged_counts[stage])
         scores = self._all_scores(ranked) if isinstance(ranked, Attention) else ranked
         if memory is None:
             index = ops.select_tokens(scores, source.pool, pinned, keep - count, length)
         else:
             index, scores = ops.select_tokens(scores, source.pool, pinned, keep - count, length, memory)
-        led = leaders(index, source.pool, count)
-        return scores, flags_of(index, scores.shape[1]) | led, torch.zeros_like(keep), led
+        selected, hidden = flags_of(index, scores.shape[1]), source.hidden
+        if self.policy.recycle:
+            tokens, most_tokens = on_device(keep.device, self._recycled[stage]), max(self._recycled_counts[stage])
+            led, groups = recycle(hidden, scores, source.pool & ~selected, tokens, count, most_tokens, most)
+        else:
+            led = leaders(selected, source.pool, count)
+            groups = closest_leaders(hidden, source.pool & ~selected & ~led, led, most)
+        return scores, selected | led, torch.zeros_like(keep), (groups, led)
 
     def _remembered(self, stage: int, device: torch.device) -> Memory | None:
         """Scores that a decision remembers, and how much of them counts; None if it does not remember."""

@@ -83,6 +83,17 @@ def test_proxies_are_grouped_by_similarity():
     assert aligned.prefill_flops == plain.prefill_flops + grouped
 
 
+def test_recycled_tokens_are_compared_with_one_another():
+    policy = Policy([Stage(2, 0.5), Stage(3, 0.29)], "remove")
+    plain, recycling = (rk.cost("llava-1.5-7b", replace(policy, recycle=recycle), 64, 576) for recycle in (0, 0.3))
+    first, second = 90, 38  # 288 of 576, then 167 of 288 stay: 10 and 4 of them are means, so 298 and 125 are removed
+    assert replace(policy, recycle=0.3).recycled_counts((288, 167), 576) == ((first, 10), (second, 4))
+    assert [stage.ranking for stage in recycling.stages] == [
+        stage.ranking + 2 * tokens**2 * 4096 for stage, tokens in zip(plain.stages, (0, first, second), strict=True)
+    ]
+    assert recycling.kv_bytes == plain.kv_bytes
+
+
 def test_reducers_come_first():
     reducer = Nuwa(keep=0.4, per_cell=2)
     policy = Policy([Stage(2, 0.5), Stage(3, 0.29), Stage(4, 0.2)], reducer=reducer)

@@ -129,6 +129,13 @@ def test_policies_are_values():
         ),
         ({"align": "token"}, ValueError, "align must be one of None, 'stage', 'proxy', got 'token'"),
         (
+            {"recycle": 0.3},
+            ValueError,
+            "recycle must be 0 under the action 'reroute', under which no token is removed, got 0.3",
+        ),
+        ({"recycle": 1.5, "action": "remove"}, ValueError, "recycle must be in [0, 1], got 1.5"),
+        ({"recycle": True, "action": "remove"}, TypeError, "recycle must be a number in [0, 1], got True"),
+        (
             {"align": "stage", "action": "remove"},
             ValueError,
             "align must be None under the action 'remove', under which no token waits, got 'stage'",

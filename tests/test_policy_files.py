@@ -170,6 +170,7 @@ def test_a_file_for_people(tmp_path):
         "reducer": None,
         "budget": None,
         "align": None,
+        "recycle": 0.0,
     }
     found = json.loads(path.read_text())
     assert found == expected
@@ -204,7 +205,7 @@ def keyed(**values):
         (keyed(version=2), ValueError, "version must be 1, the one that this reroute_kernels reads, got 2"),
         (keyed(version="1"), ValueError, "version must be 1, the one that this reroute_kernels reads, got '1'"),
         (keyed(version=True), ValueError, "version must be 1, the one that this reroute_kernels reads, got True"),
-        (keyed(layers=3), ValueError, r"policy must hold schedule, action, .*align only, got 'layers'"),
+        (keyed(layers=3), ValueError, r"policy must hold schedule, action, .*recycle only, got 'layers'"),
         (keyed(action="drop"), ValueError, "action must be one of 'reroute', 'remove', 'freeze', got 'drop'"),
         (keyed(action=["remove"]), TypeError, "action must be a number, string, boolean or None, got ['remove']"),
         (keyed(positions=None), ValueError, "positions must be one of 'original', 'contiguous', got None"),

@@ -131,13 +131,18 @@ def test_nuwa(model, tier, method):
 
 
 @pytest.mark.parametrize(("model", "layers"), [("llava-1.5-7b", (3, 7, 16)), ("qwen2.5-vl-7b", (3, 6, 14))])
-@pytest.mark.parametrize(("tier", "counts"), [(192, (300, 200, 110)), (128, (303, 110, 36)), (64, (66, 30, 17))])
-def test_sparsevlm(model, layers, tier, counts):
+@pytest.mark.parametrize(
+    ("tier", "selected", "means"),
+    [(192, (300, 200, 110), (9, 4, 3)), (128, (303, 110, 36), (9, 7, 3)), (64, (66, 30, 17), (16, 2, 1))],
+)
+def test_sparsevlm(model, layers, tier, selected, means):
     published, deferring = (rk.preset(model, method, tier) for method in ("sparsevlm", "reroute-sparsevlm"))
-    assert published == Policy(published.schedule, "remove", TextRaters())
+    assert published == Policy(published.schedule, "remove", TextRaters(), recycle=0.3)
     assert deferring == Policy(deferring.schedule, "reroute", TextRaters())
     assert published.stage_layers == deferring.stage_layers == layers
-    assert published.selected_counts(576) == counts
+    counts = published.selected_counts(576)
+    assert counts == tuple(map(sum, zip(selected, means, strict=True)))
+    assert tuple(clusters for _, clusters in published.recycled_counts(counts, 576)) == means
     assert len(set(deferring.selected_counts(576))) == 1
     total = MODELS[model].decoder.layers
     mine, theirs = (rk.cost.average_visual_tokens(each, total, 576) for each in (deferring, published))

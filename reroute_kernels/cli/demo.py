@@ -161,7 +161,7 @@ def _with_other_action(text: str, policy: Policy) -> tuple[tuple[str, Policy], .
 def _with_removal(policy: Policy) -> tuple[Policy, Policy]:
     """The same under `remove`, and under the policy's own action, or `reroute` if that is `remove`."""
     other = "reroute" if policy.action == "remove" else policy.action
-    return replace(policy, action="remove", align=None), replace(policy, action=other)
+    return replace(policy, action="remove", align=None), replace(policy, action=other, recycle=0)
 
 
 def open_image(path: Path | None):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ..checks import expect_one_of
+from ..density import SIMILARITIES, density_peaks
 from ..precision import full_precision
 from .base import Reducer, VisionFeatures, check_clip, check_count, check_numbers, check_share, rounded_up
 
@@ -20,9 +21,6 @@ NEIGHBOURS = 7
 
 _EXACT = 25
 """Tokens up to which `torch.cdist` uses no matrix product."""
-
-_SIMILARITIES = 2**26
-"""Similarities of pairs of tokens that are in memory at a time."""
 
 
 def flashvid_segments(features: Tensor, *, threshold: float = 0.9, least: int = 8) -> Tensor:
@@ -294,7 +292,7 @@ def _most_similar_before(values: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     frames, tokens = free.shape
     similarity, place = values.new_full((frames, tokens), -math.inf), torch.zeros_like(free, dtype=torch.int64)
     inverse = torch.linalg.vector_norm(values, dim=-1).clamp(min=1e-12).reciprocal()
-    step = max(1, _SIMILARITIES // tokens**2)
+    step = max(1, SIMILARITIES // tokens**2)
     for start in range(1, frames, step):
         end = min(start + step, frames)
         products = values[start:end] @ values[start - 1 : end - 1].transpose(1, 2)
@@ -349,34 +347,18 @@ def _all_clustered(values: Tensor, stay: Tensor, peaks: Tensor) -> tuple[Tensor,
 
     frames, tokens = stay.shape
     is_peak, nearest = torch.empty_like(stay), torch.empty_like(stay, dtype=torch.int64)
-    step = max(1, _SIMILARITIES // tokens**2)
+    step = max(1, SIMILARITIES // tokens**2)
     for start in range(0, frames, step):
         part = slice(start, start + step)
-        is_peak[part], nearest[part] = _density_peaks(values[part], stay[part], peaks[part])
+        is_peak[part], nearest[part] = _peaks(values[part], stay[part], peaks[part])
     return is_peak, ops.merge_tokens(values, nearest, groups=tokens)[0]
 
 
-def _density_peaks(values: Tensor, stay: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
-    """The peaks, (T, N) bool, and the place of the one nearest to each token, (T, N) int64; of gone ones, their own."""
-    tokens = stay.shape[1]
-    own = torch.arange(tokens, device=stay.device)
+def _peaks(values: Tensor, stay: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]:
+    """The peaks of density, (T, N) bool, and the place of the one nearest to each token, (T, N) int64."""
+    own = torch.arange(stay.shape[1], device=stay.device)
     apart = torch.cdist(values, values) / math.sqrt(values.shape[-1])
     # Equal densities, of tokens that are nearest to each other, are told apart by rounding alone. So it is that of the
     # authors' code, which hands `cdist` these tokens only, and gets exact zeros for few of them.
     is_exact = (stay.sum(dim=1) <= _EXACT)[:, None, None] & (own[:, None] == own)
-    apart = apart.masked_fill(is_exact, 0)
-    both = stay[:, :, None] & stay[:, None]
-    largest = apart.masked_fill(~both, 0).amax(dim=(1, 2))
-    apart = apart.masked_fill(~both, math.inf)
-
-    neighbours = peaks.clamp(1, NEIGHBOURS)
-    nearest = apart.topk(min(NEIGHBOURS, tokens), dim=-1, largest=False).values.square()
-    is_counted = own[: nearest.shape[-1]] < neighbours[:, None]
-    density = (-nearest.masked_fill(~is_counted[:, None], 0).sum(dim=-1) / neighbours[:, None]).exp()
-    is_denser = density[:, None] > density[:, :, None]
-    to_denser = torch.where(is_denser & both, apart, largest[:, None, None]).amin(dim=-1)
-    score = (density * to_denser).masked_fill(~stay, -math.inf)
-    place = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    is_peak = (place < peaks[:, None]) & stay
-    closest = apart.masked_fill(~is_peak[:, None], math.inf).argmin(dim=-1)
-    return is_peak, torch.where(is_peak | ~stay, own, closest)
+    return density_peaks(apart.masked_fill(is_exact, 0), stay, peaks, peaks.clamp(1, NEIGHBOURS), NEIGHBOURS)

@@ -62,6 +62,7 @@ class Settings:
             (policy.positions != "original", "positions", policy.positions, "'original'"),
             (policy.action == "freeze", "action", policy.action, "'reroute' or 'remove'"),
             (policy.align is not None, "align", policy.align, "None"),
+            (policy.recycle, "recycle", policy.recycle, "0"),
             (ahead, "ranking", next(iter(ahead), None), "one of the decision layer, layer='this'"),
             (others, "ranking", next(iter(others), None), "LastQuery, in Remembered, Mixed or alone,"),
         ):

@@ -111,7 +111,7 @@ def rebuilt(policy):
     ranking = getattr(rk.rankings, rules["ranking"].pop("name"))(**rules["ranking"])
     reducer = rules["reducer"] and getattr(rk.reducers, rules["reducer"].pop("name"))(**rules["reducer"])
     schedule = [rk.Stage(**stage) for stage in policy["schedule"]]
-    return rk.Policy(schedule, policy["action"], ranking, policy["positions"], reducer)
+    return rk.Policy(schedule, policy["action"], ranking, policy["positions"], reducer, recycle=policy["recycle"])
 
 
 @pytest.mark.parametrize("columns", [80, 140])

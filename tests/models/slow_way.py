@@ -205,6 +205,24 @@ def scored(ranking, decision, count, pool, text, decoder, layer, hidden, tables,
     return {place: float(scores[place]) for place in pool}
 
 
+def clustered(states, places, count):
+    """Clusters of tokens by the place of their centre, in order: dense tokens that are far from denser ones."""
+    if not count:
+        return {}
+    tokens = states[places]
+    apart = (tokens[:, None] - tokens).norm(dim=-1) / tokens.shape[1] ** 0.5
+    density = (-apart.sort(dim=1).values[:, :count].square().mean(dim=1)).exp().tolist()
+    scores = []
+    for row, own in enumerate(density):
+        denser = [float(apart[row, other]) for other, its in enumerate(density) if its > own]
+        scores.append(own * (min(denser) if denser else float(apart.max())))
+    centres = sorted(sorted(range(len(places)), key=lambda row: (-scores[row], row))[:count])
+    groups = {places[centre]: [places[centre]] for centre in centres}
+    for row in set(range(len(places))) - set(centres):
+        groups[places[centres[int(apart[row, centres].argmin())]]].append(places[row])
+    return groups
+
+
 class Proxy:
     """The mean of a group of waiting tokens, which runs in their place; all copies of the sample are alike."""
 
@@ -331,10 +349,14 @@ class SlowWay:
             scores = with_memory(scores, places, decay, self.memory)
             sure = at_even_distances(pool, math.trunc(uniform * count))
             proxies = self._proxies_of(number, count, len(pool), len(sure))
+            clusters, recycled = self._recycled_of(count, len(pool), len(sure))
             best = best_of(pool, scores, sure)
             waiting = sorted(best[count - proxies :])
             led = sorted(at_even_distances(waiting, proxies))
-            chosen = [places[row] for row in [*best[: count - proxies], *led]]
+            chosen = [places[row] for row in [*best[: count - proxies - clusters], *led]]
+            tokens = sorted(places[row] for row in best[count - clusters :][:recycled])
+            self.merged = clustered(self.full[0].float(), tokens, clusters)
+            chosen += self.merged
             self.scores.append({places[row]: score for row, score in scores.items()})
             self.memory |= {} if decay is None else self.scores[-1]
             if self.policy.action == "remove":
@@ -358,6 +380,8 @@ class SlowWay:
                     self.visual_places = list(self.current)
                 if number in self.stages:
                     select(kwargs["position_embeddings"], cache, past)
+                    self.full = hidden = self._merged(hidden)
+                    self.inputs[number] = hidden[:1]
                 if self.running is not None:
                     running = self.running
             # Frozen tokens take part in the layer, and then are what they were.
@@ -390,6 +414,25 @@ class SlowWay:
         if self.policy.align != "proxy" or number == max(self.stages):
             return 0
         return min(count // 8, candidates - count, count - sure)
+
+    def _recycled_of(self, count, candidates, sure):
+        """How many of the tokens that a stage runs are means of removed ones, and how many these are."""
+        most = max(count - sure - 1, 0)
+        if not self.policy.recycle or count == candidates or not most:
+            return 0, 0
+        for clusters in range(1, most + 1):
+            removed = candidates - count + clusters
+            recycled = min(removed, int(self.policy.recycle * removed) + 1)
+            if recycled // 10 + 1 <= clusters:
+                break
+        return clusters, recycled
+
+    def _merged(self, hidden):
+        """A copy with the means of clusters in the places of their centres."""
+        merged = hidden.clone()
+        for place, group in self.merged.items():
+            merged[:, place] = hidden[:, group].float().mean(dim=1)
+        return merged
 
     def _with_proxies(self, hidden):
         """A copy with the proxies in the places of their leaders."""

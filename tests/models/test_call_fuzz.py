@@ -161,6 +161,7 @@ class Case:
     """How prompts run: "call", or a way of `generate`."""
     turns: tuple[Turn, ...] = ()
     align: str | None = None
+    recycle: float = 0.0
     own: tuple[int | None, ...] = ()
     """Rankings of the stages, if any has its own."""
 
@@ -169,7 +170,8 @@ class Case:
         rankings = [None if number is None else RANKINGS[number] for number in self.own] or [None] * len(self.stages)
         stages = [rk.Stage(*stage, ranking) for stage, ranking in zip(self.stages, rankings, strict=True)]
         reducer = MODELS[self.model].reducer if self.reduces else None
-        return rk.Policy(stages, self.action, RANKINGS[self.ranking], self.positions, reducer, align=self.align)
+        ranking, others = RANKINGS[self.ranking], {"align": self.align, "recycle": self.recycle}
+        return rk.Policy(stages, self.action, ranking, self.positions, reducer, **others)
 
     @property
     def keeps_all(self) -> bool:
@@ -267,7 +269,8 @@ class Sampler:
         align = ("stage" if draw < 0.15 else "proxy") if case.action == "reroute" and draw < 0.3 else None
         freezes = draw > 0.8 and case.positions == "original" and case.model in ("llava", "qwen2_5_vl", "qwen3_vl")
         action = "freeze" if freezes else case.action
-        return replace(case, turns=tuple(turns), align=align, action=action)
+        recycle = (0.3 if draw < 0.3 else 1.0) if action == "remove" and draw < 0.5 else 0.0
+        return replace(case, turns=tuple(turns), align=align, action=action, recycle=recycle)
 
     def stages(self, model: str, after_first: bool) -> tuple[tuple[int, float], ...]:
         kinds = layer_types(decoder_of(load(model, torch.float32, "unrouted")))
@@ -1107,7 +1110,7 @@ def test_cases_do_not_degenerate():
     for name, values in (("mask", MASKS), ("positions", POSITIONS)):
         assert {getattr(turn, name) for turn in turns} == set(values)
         assert {getattr(turn, name) for turn in later} == set(values)
-    for name in ("dtype", "attention", "action", "align"):
+    for name in ("dtype", "attention", "action", "align", "recycle"):
         assert len({getattr(case, name) for case in cases}) == 3
     for name in ("positions", "reduces", "keeps_all", "is_plain"):
         assert len({getattr(case, name) for case in cases}) == 2

@@ -105,6 +105,12 @@ def test_aligned(case, runs, align):
     check(case.model, inputs, rk.Policy(STAGES, align=align), runs)
 
 
+@pytest.mark.parametrize("case", ["llava", "qwen3_vl"], indirect=True)
+def test_recycled(case, runs):
+    inputs = case.batch([case.prompt(1, 6, 15, seed=1), case.prompt(2, 4, 9, seed=2)])
+    check(case.model, inputs, rk.Policy(STAGES, "remove", recycle=0.3), runs)
+
+
 @pytest.mark.parametrize("case", FAMILIES, indirect=True)
 @pytest.mark.parametrize("side", [None, "left", "right"], ids=str)
 @pytest.mark.filterwarnings("ignore:.*right-padding.*")

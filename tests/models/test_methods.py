@@ -40,7 +40,8 @@ def deep_model(name):
 def test_generation(name, method, action):
     # With the first seed two tokens have the same score under SparseVLM, up to rounding.
     inputs = batch([PROMPTS[FOLDERS[name]](2, 6, 14, seed=12 if "sparsevlm" in method else 11)])
-    policy = replace(rk.preset(name, method, tiers(name, method)[0]), action=action)
+    policy = rk.preset(name, method, tiers(name, method)[0])
+    policy = replace(policy, action=action, recycle=policy.recycle if action == "remove" else 0)
     check = check_reducer if policy.reducer is not None else check_rankings
     trace = check(deep_model(name), inputs, policy)
     assert [stage.layer for stage in trace.stages] == [stage.layer for stage in policy.schedule]

@@ -126,6 +126,11 @@ def test_whole_policies(tmp_path):
         Settings.of({"policy": str(tmp_path / "none.json")})
 
 
+def test_recycling():
+    with pytest.raises(NotImplementedError, match=r"recycle must be 0 inside vLLM, got 0.3"):
+        Settings(rk.Policy([rk.Stage(3, 0.5)], "remove", recycle=0.3))
+
+
 def test_alignment():
     with pytest.raises(NotImplementedError, match="align must be None inside vLLM, got 'stage'"):
         Settings(rk.Policy.parse("align-stage:3:0.5"))

@@ -1,0 +1,107 @@
+"""Removed tokens whose means stay, as in SparseVLM: tiny models against the slow way, in every way of calling."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reroute_kernels as rk
+from reroute_kernels.rankings import LastQuery, Mixed, Remembered, TextRaters
+from tests.models.families import load
+from tests.models.prompts import offset, selections
+from tests.models.slow_way import SlowWay
+from tests.models.test_align import check
+
+SCHEDULE = (rk.Stage(1, 0.6), rk.Stage(3, 0.4), rk.Stage(4, 0.2))
+RANKINGS = [TextRaters(), LastQuery(), LastQuery("previous"), Mixed(LastQuery(), 0.5), Remembered(LastQuery())]
+
+
+def recycling(**others):
+    return rk.Policy(**{"schedule": SCHEDULE, "action": "remove", "recycle": 0.3, **others})
+
+
+@pytest.fixture(params=["llava", "qwen2_5_vl", "qwen3_vl"])
+def family(request):
+    return load(request.param)
+
+
+@pytest.fixture
+def inputs(family):
+    return family.batch([family.prompt(2, 8, 15, seed=1)])
+
+
+@pytest.mark.parametrize("ranking", RANKINGS, ids=repr)
+def test_equals_the_slow_way(family, inputs, ranking):
+    policy = recycling(ranking=ranking)
+    logits = check(family.model, inputs, policy)
+    with rk.apply(family.model, replace(policy, recycle=0)), torch.no_grad():
+        assert (family.model(**inputs).logits - logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("recycle", [0.01, 1.0])
+def test_little_or_all_is_recycled(family, inputs, recycle):
+    check(family.model, inputs, recycling(recycle=recycle, positions="contiguous"))
+
+
+def test_a_stage_of_one_token_and_one_of_all(family, inputs):
+    policy = recycling(schedule=[rk.Stage(1, 1.0), rk.Stage(2, 0.5), rk.Stage(4, 0.001)])
+    candidates = int((inputs["input_ids"] == family.model.config.image_token_id).sum())
+    first, second, third = policy.recycled_counts(policy.selected_counts(candidates), candidates)
+    assert first == third == (0, 0)
+    assert min(second) > 0
+    check(family.model, inputs, policy)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_a_padded_batch_equals_its_samples(family, side):
+    prompts = [family.prompt(1, 6, 15, seed=1), family.prompt(2, 8, 9, seed=2), family.prompt(0, 4, 30, seed=3)]
+    with rk.apply(family.model, recycling(ranking=TextRaters())) as routing:
+        together = family.model(**family.batch(prompts, side)).logits
+        trace = routing.trace
+        for row, prompt in enumerate(prompts):
+            begin = offset(prompt, together.shape[1], side)
+            alone = family.model(**family.batch([prompt])).logits[0]
+            torch.testing.assert_close(together[row, begin : begin + len(prompt)][-9:], alone[-9:], atol=1e-4, rtol=0)
+            if prompt.features:
+                assert selections(trace, row, begin) == selections(routing.trace)
+
+
+@torch.no_grad()
+def test_a_later_turn_tells_policies_apart(family, inputs):
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    turn = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": mask}
+    if rk.models.ADAPTERS[family.model.config.model_type].position_axes == 3:
+        turn["position_ids"] = (mask.cumsum(dim=1) - 1)[None, :, -3:].expand(3, -1, -1)
+    with SlowWay(family.model, recycling()):
+        cache = family.model(**inputs, use_cache=True).past_key_values
+        expected = family.model(**turn, past_key_values=cache).logits
+    with rk.apply(family.model, recycling()):
+        cache = family.model(**inputs, use_cache=True).past_key_values
+        later = family.model(**turn, past_key_values=cache).logits
+    torch.testing.assert_close(later, expected, atol=1e-4, rtol=0)
+    with rk.apply(family.model, recycling(recycle=0.2)), pytest.raises(ValueError, match=r"filled under .*recycle=0.3"):
+        family.model(**turn, past_key_values=cache)
+
+
+def test_gradients_reach_the_tokens_that_were_merged(family, inputs):
+    seen = {}
+
+    def keep(module, args, output):
+        seen["states"] = output[0] if isinstance(output, tuple) else output
+        seen["states"].retain_grad()
+
+    decoder = getattr(family.model.model, "language_model", family.model.model)
+    policy = recycling(schedule=[rk.Stage(2, 0.3)])
+    handle = decoder.layers[1].register_forward_hook(keep)
+    try:
+        with rk.apply(family.model, policy) as routing:
+            family.model(**inputs).logits[:, -1].sum().backward()
+            (chosen,) = selections(routing.trace)
+    finally:
+        handle.remove()
+        family.model.zero_grad()
+    reached = seen["states"].grad[0].abs().sum(dim=-1) > 0
+    visual = inputs["input_ids"][0] == family.model.config.image_token_id
+    recycled, clusters = policy.recycled_counts([len(chosen)], int(visual.sum()))[0]
+    assert int((reached & visual).sum()) == len(chosen) - clusters + recycled
