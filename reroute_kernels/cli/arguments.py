@@ -6,8 +6,10 @@ from pathlib import Path
 
 from ..budget import SHAPES
 from ..cost import Decoder
+from ..notation import parse_policy
 from ..policy import Policy
 from ..presets import MODELS, layers_of
+from ..vllm import ARCHITECTURES, Settings
 
 
 def parse_model(text: str) -> object:
@@ -76,6 +78,25 @@ def architecture_of(model: object, text: str) -> str:
     if not model.architectures:
         raise ValueError(f"model must have a configuration that names its architecture, got {text!r}")
     return model.architectures[0]
+
+
+def vllm_settings(model: str, policy: str, own_groups: bool) -> tuple[str, Settings]:
+    """Architecture of a model, and the settings with which vLLM routes it by a policy.
+
+    Raises:
+        ValueError: the model or the policy is none, or vLLM cannot run such a policy.
+        OSError: the file of a policy cannot be read.
+    """
+    parsed = parse_model(model)
+    architecture = architecture_of(parsed, model)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"model must be of one of {', '.join(ARCHITECTURES)}, got {model!r} of {architecture}")
+    given = parse_policy(policy, parsed)
+    check_layers(given, parsed)
+    try:
+        return architecture, Settings(given, own_groups)
+    except NotImplementedError as error:
+        raise ValueError(str(error)) from None
 
 
 def _no_model(text: str, error: Exception | None = None) -> ValueError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -605,23 +607,43 @@ def print_vllm_arguments(
 
     Example: reroute-kernels vllm-args llava-1.5-7b reroute-fastv/192
     """
-    from ..vllm import Settings, engine_arguments, serve_arguments
+    from ..vllm import engine_arguments, serve_arguments
 
     with _one_line_errors():
-        parsed = reading.parse_model(model)
-        architecture = reading.architecture_of(parsed, model)
-        given_policy = parse_policy(policy, parsed)
-        reading.check_layers(given_policy, parsed)
-        try:
-            settings = Settings(given_policy, own_groups)
-        except NotImplementedError as error:
-            raise ValueError(str(error)) from None
+        architecture, settings = reading.vllm_settings(model, policy, own_groups)
         of_engine = engine_arguments(architecture, settings, max_model_len)
         given = serve_arguments(architecture, settings, max_model_len)
     if as_json:
         _print_json(of_engine)
     else:
         print(shlex.join(given))
+
+
+@app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def start_server(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A checkpoint folder or hub id.")],
+    policy: Annotated[str, typer.Option(help="Preset, schedule or file, as in vllm-args.")],
+    own_groups: Annotated[
+        bool, typer.Option("--own-groups", help="Cache in the layers of each stage only the tokens that run there.")
+    ] = False,
+) -> None:
+    """Start vllm serve so that it routes. All other options are those of vllm serve.
+
+    Example: reroute-kernels serve llava-hf/llava-1.5-7b-hf --policy reroute-fastv/192 --max-model-len 4096 --port 8000
+    """
+    with _one_line_errors():
+        if model in MODELS:
+            raise ValueError(f"model must be a checkpoint folder or hub id, got {model!r}")
+        _, settings = reading.vllm_settings(model, policy, own_groups)
+        if any(each.split("=")[0].replace("_", "-") == "--additional-config" for each in context.args):
+            raise ValueError("additional-config must not be given, which this command writes, got another one")
+    beside = Path(sys.executable).with_name("vllm")
+    program = str(beside) if beside.exists() else shutil.which("vllm")
+    if program is None:
+        _fail('the command needs vllm: pip install "reroute-kernels[vllm]"')
+    additional = json.dumps({"reroute": settings.as_dict()})
+    os.execv(program, [program, "serve", model, "--additional-config", additional, *context.args])
 
 
 @app.command("env")

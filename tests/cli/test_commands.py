@@ -66,6 +66,7 @@ def test_the_example_in_the_help_runs(name, tmp_path, monkeypatch):
     (example,) = re.findall(r"Example: reroute-kernels (.*)", COMMANDS[name].help)
     assert f"Example: reroute-kernels {example}" in " ".join(run(name, "--help").output.split())
     monkeypatch.chdir(tmp_path)
+    no_program(monkeypatch, "/programs/vllm")
     Image.new("RGB", (64, 48), "red").save("photo.jpg")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (64, 48), "blue").save("photos/photo.jpg")
@@ -74,14 +75,15 @@ def test_the_example_in_the_help_runs(name, tmp_path, monkeypatch):
     assert arguments[0] == name
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert {"vllm-args": "--hf-overrides", "env": "This installation routes"}.get(name, "┃") in result.output
+    shown = {"vllm-args": "--hf-overrides", "serve": "--additional-config"}
+    assert {**shown, "env": "This installation routes"}.get(name, "┃") in result.output
 
 
 def test_the_examples_of_the_pages_run(tmp_path, monkeypatch):
     pages = [(ROOT / name).read_text() for name in ("README.md", "docs/commands.md")]
     found = (re.findall(r"^reroute-kernels (.*?)(?: +#.*)?$", page, flags=re.MULTILINE) for page in pages)
     commands = [command for of_page in found for command in of_page]
-    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view", "calibrate"}
+    assert {command.split()[0] for command in commands} == set(COMMANDS) - {"demo", "view", "calibrate", "serve"}
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -623,6 +625,42 @@ def test_vllm_arguments(model, architecture):
     settings = Settings(notation.parse_policy("remove:3:0.25,7:0.1"), own_groups=True)
     assert shlex.split(run("vllm-args", *given).stdout) == serve_arguments(architecture, settings, 2048)
     assert answer("vllm-args", *given) == engine_arguments(architecture, settings, 2048)
+
+
+def no_program(monkeypatch, vllm):
+    """Print what would be started in place of this process; `vllm` is where vLLM's command is found, or None."""
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    monkeypatch.setattr("shutil.which", {"vllm": vllm}.get)
+    monkeypatch.setattr("os.execv", lambda program, arguments: print(shlex.join([program, *arguments])))
+
+
+def test_serve(monkeypatch):
+    no_program(monkeypatch, "/programs/vllm")
+    model = str(ROOT / "models" / "tiny_grounding")
+    result = run("serve", model, "--policy", "2:0.5", "--own-groups", "--port", "8000", "--no-enable-log-requests")
+    program, *arguments = shlex.split(result.stdout)
+    assert (program, arguments[:3]) == ("/programs/vllm", ["/programs/vllm", "serve", model])
+    assert arguments[3] == "--additional-config"
+    assert Settings.of(json.loads(arguments[4])["reroute"]) == Settings(rk.Policy([rk.Stage(2, 0.5)]), own_groups=True)
+    assert arguments[5:] == ["--port", "8000", "--no-enable-log-requests"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("llava-1.5-7b", "--policy", "3:0.25"), "model must be a checkpoint folder or hub id, got 'llava-1.5-7b'"),
+        ((str(TINY_CHECKPOINT), "--policy", "99:0.5"), "schedule must stay below layer"),
+        ((str(TINY_CHECKPOINT), "--policy", "freeze:2:0.5"), "action must be 'reroute' or 'remove' inside vLLM"),
+        ((str(TINY_CHECKPOINT), "--policy", "2:0.5", "--additional_config={}"), "additional-config must not be given"),
+        ((str(TINY_CHECKPOINT), "--policy", "2:0.5"), "the command needs vllm: pip install"),
+        ((str(TINY_CHECKPOINT),), "Missing option '--policy'"),
+    ],
+)
+def test_serve_refuses(monkeypatch, given, message):
+    no_program(monkeypatch, None)
+    result = run("serve", *given)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"reroute-kernels: {message}")
 
 
 @pytest.mark.parametrize(

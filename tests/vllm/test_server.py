@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import signal
 import socket
@@ -24,9 +25,8 @@ from openai import OpenAI
 from PIL import Image
 
 from bench.grounding.answers import held_out_item
-from reroute_kernels.vllm import Settings, serve_arguments
 from tests.vllm.checkpoints import LLAVA
-from tests.vllm.engines import ARCHITECTURES, LENGTH
+from tests.vllm.engines import LENGTH
 
 REROUTE = {"schedule": "2:0.1,8:0.05", "own_groups": True}
 REQUESTS, STEPS = 8, 12
@@ -113,7 +113,7 @@ def test_eight_requests_at_once(family, engine, tmp_path):
     for name, reroute in {"unrouted": None, "routed": REROUTE}.items():
         arguments, log = UNROUTED, tmp_path / f"{name}.log"
         if reroute:
-            arguments = serve_arguments(ARCHITECTURES[family], Settings.of(reroute), LENGTH)
+            arguments = ["--max-model-len", str(LENGTH), "--additional-config", json.dumps({"reroute": reroute})]
         with serving(arguments, log) as address:
             answers[name] = over_http(address)
         assert ("routes by " in log.read_text()) == (reroute is not None)

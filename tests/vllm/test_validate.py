@@ -17,6 +17,8 @@ from tests.vllm.checkpoints import LLAVA
 from tests.vllm.engines import arguments
 
 REROUTE = {"schedule": "2:0.4,5:0.2"}
+UNROUTED = {"architectures": ["LlavaForConditionalGeneration"]}
+OTHERS_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 
 
 @pytest.fixture
@@ -163,9 +165,15 @@ def test_steps_shorter_than_a_prompt(config):
     [
         ({"additional_config": {}}, r'additional_config must hold "reroute", got \{\}'),
         ({"additional_config": {"reroute": {"schedule": "16:0.5"}}}, "below layer 16 of this model, got layer 16"),
-        ({"hf_overrides": {}}, "hf_overrides must name an architecture of Reroute"),
-        ({"worker_cls": "auto"}, f"worker_cls must be '{WORKER}', got"),
-        ({"additional_config": {"reroute": REROUTE | {"own_groups": True}}}, "scheduler_cls must be"),
+        ({"hf_overrides": UNROUTED}, "hf_overrides must name an architecture of Reroute"),
+        ({"worker_cls": OTHERS_WORKER}, f"worker_cls must be '{WORKER}', got"),
+        (
+            {
+                "additional_config": {"reroute": REROUTE | {"own_groups": True}},
+                "scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler",
+            },
+            "scheduler_cls must be",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(config, options, message):
@@ -173,13 +181,19 @@ def test_arguments_that_do_not_fit(config, options, message):
         check_config(config(**options))
 
 
-@pytest.mark.parametrize("missing", ["worker_cls", "hf_overrides"])
-def test_half_of_the_arguments_never_runs_unrouted(missing):
-    """An engine that lacks an argument does not start."""
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("worker_cls", OTHERS_WORKER, "worker_cls must"),
+        ("hf_overrides", UNROUTED, "hf_overrides must"),
+        ("additional_config", {}, 'additional_config must hold "reroute"'),
+    ],
+)
+def test_half_of_the_arguments_never_runs_unrouted(name, value, message):
+    """An engine whose arguments do not fit together does not start."""
     from vllm import LLM
 
-    given = arguments("llava", REROUTE)
-    del given[missing]
+    given = arguments("llava", REROUTE) | {name: value}
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    with pytest.raises(ValueError, match=f"{missing} must"):
+    with pytest.raises(ValueError, match=message):
         LLM(str(LLAVA), **given)
