@@ -67,9 +67,8 @@ class RoutedModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data) -> None:
         super().add_request(req_index, new_req_data)
         features, prompt = new_req_data.mm_features, new_req_data.prompt_len
-        self._requests[req_index] = Request(
-            new_req_data.req_id, prompt, visual_stretches(features), deferred_of(self.plan, features, prompt)
-        )
+        deferred = deferred_of(self.plan, features, prompt, new_req_data.sampling_params)
+        self._requests[req_index] = Request(new_req_data.req_id, prompt, visual_stretches(features), deferred)
 
     def initialize_kv_cache(self, kv_cache_config, block_tables) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)

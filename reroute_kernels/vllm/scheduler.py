@@ -21,4 +21,4 @@ class RoutedScheduler(Scheduler):
 
     def _deferred(self, request_id: str) -> tuple[int, ...]:
         request = self.requests[request_id]
-        return deferred_of(self._plan, request.mm_features, request.num_prompt_tokens)
+        return deferred_of(self._plan, request.mm_features, request.num_prompt_tokens, request.sampling_params)

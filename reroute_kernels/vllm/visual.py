@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from .plan import Plan
 
 
@@ -10,8 +12,23 @@ def visual_stretches(features) -> list[tuple[int, int]]:
     return [stretch for feature in features for stretch in feature.mm_position.extract_embeds_range()]
 
 
-def deferred_of(plan: Plan, features, prompt: int) -> tuple[int, ...]:
-    """Number of tokens that each stage leaves out of a request, from its features and its prompt's length."""
-    stretches = visual_stretches(features)
+def opts_out(sampling) -> bool:
+    """Whether a request asks not to be routed, by `extra_args` of its sampling parameters (`vllm_xargs` over HTTP)."""
+    asked = (getattr(sampling, "extra_args", None) or {}).get("reroute", "on")
+    if asked not in ("on", "off"):  # refusing it here would end the engine, and all other requests with it
+        logging.getLogger("vllm.reroute_kernels").warning("reroute must be 'on' or 'off', got %r: it is routed", asked)
+    return asked == "off"
+
+
+def deferred_of(plan: Plan, features, prompt: int, sampling=None) -> tuple[int, ...]:
+    """Number of tokens that each stage leaves out of a request.
+
+    Args:
+        plan: of the engine.
+        features: of the request, as vLLM holds them.
+        prompt: its length.
+        sampling: its sampling parameters, with which it may opt out.
+    """
+    stretches = [] if opts_out(sampling) else visual_stretches(features)
     visual = sum(last - first + 1 for first, last in stretches)
     return plan.deferred(visual, any(last == prompt - 1 for _, last in stretches))

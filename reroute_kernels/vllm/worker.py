@@ -76,7 +76,8 @@ class RoutedRunner:
             (name, each.num_prompt_tokens, len(each.mm_features)) for name, each in zip(names, requests, strict=True)
         ]
         self._deferred = {
-            key: self._deferred.get(key) or deferred_of(self.plan, each.mm_features, each.num_prompt_tokens)
+            key: self._deferred.get(key)
+            or deferred_of(self.plan, each.mm_features, each.num_prompt_tokens, each.sampling_params)
             for key, each in zip(keys, requests, strict=True)
         }
         starts = self.query_start_loc.np[: len(names) + 1].tolist()

@@ -58,11 +58,20 @@ def engine(family: str, folder: Path, reroute: dict | None = None, **options) ->
         cleanup_dist_env_and_memory()
 
 
-def answers(llm, requests: Sequence[Request], steps: int = STEPS) -> list[Answer]:
-    """Greedy answers to requests that are all there at once."""
+def answers(llm, requests: Sequence[Request], steps: int = STEPS, out: Sequence[int] = ()) -> list[Answer]:
+    """Greedy answers to requests that are all there at once; those at the places `out` ask not to be routed."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, logprobs=0)
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=steps,
+            ignore_eos=True,
+            logprobs=0,
+            extra_args={"reroute": "off" if place in out else "on"},
+        )
+        for place in range(len(requests))
+    ]
     outputs = llm.generate([request.as_prompt() for request in requests], sampling, use_tqdm=False)
     traces = {}
     if llm.llm_engine.vllm_config.additional_config.get("reroute"):

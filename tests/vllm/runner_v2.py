@@ -40,12 +40,14 @@ def run(
     names: Sequence[str] = tuple(SHAPES),
     steps: int = STEPS,
     alone: bool = False,
+    out: Sequence[int] = (),
     change: Callable[[], AbstractContextManager] = nullcontext,
     **options,
 ) -> Run:
     """Answers to requests by name, of an engine of this process.
 
     Args:
+        out: places of the requests that ask not to be routed.
         change: a context in which the engine runs.
         options: of `vllm.LLM`.
     """
@@ -54,7 +56,7 @@ def run(
     asked = [request for name, request in zip(SHAPES, requests(family), strict=True) if name in names]
     with change(), recorded() as seen, engine(family, folder, reroute, **options) as llm:
         preempted = preemptions(llm)
-        made = answers(llm, asked, steps)
+        made = answers(llm, asked, steps, out)
         made_alone = [answers(llm, [request], steps)[0] for request in asked] if alone else []
         pool = scheduler(llm).kv_cache_manager.block_pool
         leaked = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()

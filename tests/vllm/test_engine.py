@@ -81,6 +81,19 @@ def check(got, expected, name) -> None:
         assert len(routed) == len(SHAPES) - 2, "a prompt with an image was not routed"
 
 
+OUT = range(0, len(SHAPES), 2)
+"""Places of requests that opt out."""
+
+
+def check_out(got, expected) -> None:
+    """Answers to requests of which every other one opted out."""
+    prompts = [answer.prompt for answer in got]
+    unrouted, routed = (expected(name)(prompts) for name in (None, "reroute"))
+    same(got, [(unrouted if place in OUT else routed)[place] for place in range(len(SHAPES))])
+    assert any(answer.selected for answer in got)
+    assert any(mine.tokens != other.tokens for mine, other in zip(unrouted, routed, strict=True))
+
+
 def test_unrouted_parity(engine, asked, expected):
     with engine() as llm:
         check(answers(llm, asked), expected, None)
@@ -108,6 +121,12 @@ def test_batched_and_alone(engine, asked, expected, name, own_groups):
             check([answers(llm, [request])[0] for request in asked], expected, name)
         pool = scheduler(llm).kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks were not given back"
+
+
+@EITHER
+def test_requests_that_opt_out(engine, asked, expected, own_groups):
+    with engine(EVEN | {"own_groups": own_groups}) as llm:
+        check_out(answers(llm, asked, out=OUT), expected)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)

@@ -13,7 +13,18 @@ from reroute_kernels.vllm import Settings
 from tests.vllm.interpreted import start
 from tests.vllm.requests import SHAPES
 from tests.vllm.runner_v2 import halved, not_added, off_by_one, run
-from tests.vllm.test_engine import CROWDED, EITHER, EVEN, SCHEDULES, check, expected, groups, same  # noqa: F401
+from tests.vllm.test_engine import (
+    CROWDED,
+    EITHER,
+    EVEN,
+    OUT,
+    SCHEDULES,
+    check,
+    check_out,
+    expected,  # noqa: F401
+    groups,
+    same,
+)
 
 RUNNER = "vllm.v1.worker.cpu.model_runner"
 
@@ -62,6 +73,13 @@ def test_batched_and_alone(under_v2, family, folder, expected, name, own_groups)
         check(made.alone, expected, name)
     assert {starts for starts, *_ in made.steps} == {True, False}, "steps of both kinds"
     assert len({addresses for _, addresses, _ in made.steps}) == 1, "buffers moved, which graphs hold"
+    assert made.leaked == 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+def test_requests_that_opt_out(under_v2, family, folder, expected):  # noqa: F811
+    made = under_v2(family, folder, EVEN | {"own_groups": True}, out=OUT)
+    check_out(made.answers, expected)
     assert made.leaked == 0
 
 
