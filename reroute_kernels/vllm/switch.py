@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import Any
 
 from .settings import ARCHITECTURES, Settings, engine_arguments
@@ -36,6 +37,8 @@ def install() -> None:
 def complete(arguments: Any) -> None:
     """Fill in what routing needs and is not given. What is given stays, and is checked when the engine starts.
 
+    On a GPU the older model runner is taken, by its environment variable, unless another one is asked for.
+
     Args:
         arguments: vLLM's `EngineArgs`, whose `additional_config` holds `"reroute"`; changed in place.
 
@@ -43,6 +46,8 @@ def complete(arguments: Any) -> None:
         TypeError, ValueError, NotImplementedError: the settings are wrong, or the architecture of the checkpoint is not
             routed.
     """
+    from vllm.platforms import current_platform
+
     settings = Settings.of(arguments.additional_config["reroute"])
     model = arguments.create_model_config()
     found = [name for name, routed in ARCHITECTURES.items() if {name, routed} & set(model.architectures)]
@@ -56,6 +61,8 @@ def complete(arguments: Any) -> None:
         length = min(model.max_model_len, MOST_TOKENS)
     needed = engine_arguments(found[0], settings, length)
     filled = {name: value for name, value in needed.items() if _fill(arguments, name, value)}
+    if not current_platform.is_cpu() and not settings.untested_runner:
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # processes that this one starts read it, too
     logging.getLogger("vllm.reroute_kernels").info("routing needs these arguments, which were not given: %s", filled)
 
 

@@ -1,20 +1,25 @@
 """An engine is given all that routing needs by one setting."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it")
 
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.platforms import current_platform
 
 from reroute_kernels.vllm.settings import SCHEDULER, WORKER, Settings, engine_arguments
-from reroute_kernels.vllm.switch import install
+from reroute_kernels.vllm.switch import complete, install
 from reroute_kernels.vllm.validate import check_config
 from tests.vllm.checkpoints import LLAVA
 from tests.vllm.engines import answers, engine
 from tests.vllm.requests import requests
 
 SCHEDULE = {"schedule": "2:0.5,8:0.2"}
+MODEL = SimpleNamespace(architectures=["LlavaForConditionalGeneration"], max_model_len=512)
 SMALL = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 48 << 20}
 
 
@@ -63,6 +68,24 @@ def test_other_engines_are_as_they_were():
         configured(hf_overrides=lambda config: config)
     with pytest.raises(ValueError, match="reroute must hold one of"):
         configured(additional_config={"reroute": {}})
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "given", "untested", "left"),
+    [(True, None, False, None), (False, None, False, "0"), (False, "1", False, "1"), (False, None, True, None)],
+)
+def test_the_older_runner_on_a_gpu(monkeypatch, on_cpu, given, untested, left):
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    monkeypatch.setenv(name, given or "")  # put back behind the test, whatever is set in it
+    if given is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda platform: on_cpu)
+    arguments = EngineArgs(str(LLAVA), additional_config={"reroute": SCHEDULE | {"untested_runner": untested}})
+    monkeypatch.setattr(arguments, "create_model_config", lambda: MODEL)
+    complete(arguments)
+    assert os.environ.get(name) == left
+    mode = CUDAGraphMode.FULL_DECODE_ONLY if untested else CUDAGraphMode.PIECEWISE
+    assert arguments.compilation_config.cudagraph_mode == mode
 
 
 def test_it_is_installed_once():
