@@ -17,8 +17,13 @@ _DEFAULTS = {"worker_cls": "auto"}
 
 
 def install() -> None:
-    """Have vLLM's arguments of an engine completed before it makes a configuration of them; once a process."""
+    """Have vLLM's arguments of an engine completed before it makes a configuration of them; once a process.
+
+    The process that does so takes the requests, too, and counts them.
+    """
     from vllm.engine.arg_utils import EngineArgs
+
+    from . import metrics
 
     make = EngineArgs.create_engine_config
     if getattr(make, "completes", False):
@@ -28,6 +33,7 @@ def install() -> None:
     def create_engine_config(self, *args, **kwargs):
         if isinstance(self.additional_config, dict) and "reroute" in self.additional_config:
             complete(self)
+            metrics.install()
         return make(self, *args, **kwargs)
 
     create_engine_config.completes = True  # type: ignore[attr-defined]

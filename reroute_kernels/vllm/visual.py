@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from .plan import Plan
 
 
@@ -14,10 +12,12 @@ def visual_stretches(features) -> list[tuple[int, int]]:
 
 def opts_out(sampling) -> bool:
     """Whether a request asks not to be routed, by `extra_args` of its sampling parameters (`vllm_xargs` over HTTP)."""
-    asked = (getattr(sampling, "extra_args", None) or {}).get("reroute", "on")
-    if asked not in ("on", "off"):  # refusing it here would end the engine, and all other requests with it
-        logging.getLogger("vllm.reroute_kernels").warning("reroute must be 'on' or 'off', got %r: it is routed", asked)
-    return asked == "off"
+    return asked_of(sampling) == "off"
+
+
+def asked_of(sampling) -> object:
+    """The wish of a request: `"on"`, the default, or `"off"`; anything else was refused as it arrived."""
+    return (getattr(sampling, "extra_args", None) or {}).get("reroute", "on")
 
 
 def deferred_of(plan: Plan, features, prompt: int, sampling=None) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it")
 
-from vllm import LLM
+from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from reroute_kernels.vllm import Settings, worker
 from reroute_kernels.vllm.plan import stage_layout
@@ -85,6 +86,25 @@ OUT = range(0, len(SHAPES), 2)
 """Places of requests that opt out."""
 
 
+def counted() -> dict[str, float]:
+    """The library's counters on vLLM's page of metrics, for the model `counted`."""
+    from prometheus_client import REGISTRY
+
+    names = ("prompts", "prompts_opted_out", "visual_tokens", "visual_tokens_run", "kv_tokens_saved")
+    values = {name: REGISTRY.get_sample_value(f"reroute:{name}_total", {"model_name": "counted"}) for name in names}
+    return {name: value or 0.0 for name, value in values.items()}
+
+
+def mean_run(llm, answer) -> float:
+    """Visual tokens of a prompt that ran under `EVEN`, mean over the layers."""
+    config = llm.llm_engine.vllm_config.model_config.hf_config
+    layers = config.get_text_config().num_hidden_layers
+    ran = [token == config.image_token_id for token in answer.prompt]
+    last = len(ran) - 1  # of the prompt: it runs in every stage
+    counts = [len({*selected, *([last] if ran[last] else [])}) for selected in answer.selected]
+    return (2 * sum(ran) + 3 * counts[0] + 3 * counts[1] + (layers - 8) * counts[2]) / layers
+
+
 def check_out(got, expected) -> None:
     """Answers to requests of which every other one opted out."""
     prompts = [answer.prompt for answer in got]
@@ -125,8 +145,20 @@ def test_batched_and_alone(engine, asked, expected, name, own_groups):
 
 @EITHER
 def test_requests_that_opt_out(engine, asked, expected, own_groups):
-    with engine(EVEN | {"own_groups": own_groups}) as llm:
-        check_out(answers(llm, asked, out=OUT), expected)
+    with engine(EVEN | {"own_groups": own_groups}, served_model_name="counted") as llm:
+        before = counted()
+        got = answers(llm, asked, out=OUT)
+        added = {name: value - before[name] for name, value in counted().items()}
+        with pytest.raises(VLLMValidationError, match="reroute must be 'on' or 'off' among vllm_xargs, got 'maybe'"):
+            llm.generate(asked[0].as_prompt(), SamplingParams(extra_args={"reroute": "maybe"}), use_tqdm=False)
+        assert counted() == {name: before[name] + value for name, value in added.items()}
+    check_out(got, expected)
+    assert added["prompts"] == sum(bool(answer.selected) for answer in got)
+    assert added["prompts"] + added["prompts_opted_out"] == len(SHAPES) - 2
+    ran = sum(mean_run(llm, answer) for answer in got if answer.selected)
+    assert added["visual_tokens_run"] == pytest.approx(ran)
+    waits = added["visual_tokens"] - added["visual_tokens_run"]
+    assert added["kv_tokens_saved"] == pytest.approx(waits if own_groups else 0)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)

@@ -21,7 +21,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm has an environment with it")
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from PIL import Image
 
 from bench.grounding.answers import held_out_item
@@ -99,6 +99,24 @@ def over_http(address: str) -> list[str]:
         return list(pool.map(ask, range(REQUESTS)))
 
 
+def check_metrics(address: str) -> None:
+    """The page of metrics tells of the eight requests, and of one that opts out; a wrong wish is refused."""
+
+    def ask(wish):
+        client, options = OpenAI(base_url=address, api_key="none"), {"vllm_xargs": {"reroute": wish}}
+        return client.chat.completions.create(
+            model="tiny", messages=conversation(0), temperature=0, max_tokens=1, extra_body=options
+        )
+
+    with pytest.raises(BadRequestError, match="reroute must be 'on' or 'off' among vllm_xargs, got 'maybe'"):
+        ask("maybe")
+    ask("off")
+    page = urllib.request.urlopen(address.removesuffix("/v1") + "/metrics", timeout=10).read().decode()
+    assert f'reroute:prompts_total{{model_name="tiny"}} {REQUESTS}.0' in page
+    assert 'reroute:prompts_opted_out_total{model_name="tiny"} 1.0' in page
+    assert f'reroute:visual_tokens_total{{model_name="tiny"}} {144 * REQUESTS}.0' in page
+
+
 def offline(llm) -> list[str]:
     from vllm import SamplingParams
 
@@ -116,6 +134,8 @@ def test_eight_requests_at_once(family, engine, tmp_path):
             arguments = ["--max-model-len", str(LENGTH), "--additional-config", json.dumps({"reroute": reroute})]
         with serving(arguments, log) as address:
             answers[name] = over_http(address)
+            if reroute:
+                check_metrics(address)
         assert ("routes by " in log.read_text()) == (reroute is not None)
         with engine(reroute) as llm:
             assert offline(llm) == answers[name]

@@ -1,0 +1,86 @@
+"""Counters of routing on vLLM's page of metrics, and a check of requests as they arrive.
+
+All of it is known from counts alone, so it is done in the process that takes requests.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from prometheus_client import Counter
+
+from .plan import Plan
+from .settings import Settings
+from .visual import asked_of, deferred_of, opts_out, visual_stretches
+
+_LABELS = ("model_name",)
+
+PROMPTS = Counter("reroute:prompts", "Prompts with visual tokens that are routed.", _LABELS)
+OPTED_OUT = Counter("reroute:prompts_opted_out", "Prompts with visual tokens that asked not to be routed.", _LABELS)
+VISUAL_TOKENS = Counter("reroute:visual_tokens", "Visual tokens of the routed prompts.", _LABELS)
+VISUAL_TOKENS_RUN = Counter("reroute:visual_tokens_run", "Those of them that run, mean over the layers.", _LABELS)
+KV_TOKENS_SAVED = Counter(
+    "reroute:kv_tokens_saved", "Tokens of routed prompts that take no cache block, mean over the layers.", _LABELS
+)
+
+
+def install() -> None:
+    """Have vLLM count and check the requests of an engine that routes; once a process."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    process = InputProcessor.process_inputs
+    if getattr(process, "counts", False):
+        return
+
+    @functools.wraps(process)
+    def process_inputs(self, *args, **kwargs):
+        request = process(self, *args, **kwargs)
+        config = self.vllm_config
+        if isinstance(config.additional_config, dict) and "reroute" in config.additional_config:
+            check_request(request.sampling_params)
+            count(config, request)
+        return request
+
+    process_inputs.counts = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+
+
+def check_request(sampling: Any) -> None:
+    """Refuse a request whose parameters ask for something unknown.
+
+    Raises:
+        vllm.exceptions.VLLMValidationError: they do; a server answers so with code 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    asked = asked_of(sampling)
+    if asked not in ("on", "off"):
+        raise VLLMValidationError(f"reroute must be 'on' or 'off' among vllm_xargs, got {asked!r}")
+
+
+def count(config: Any, request: Any) -> None:
+    """Count a request.
+
+    Args:
+        config: vLLM's configuration of the engine.
+        request: vLLM's `EngineCoreRequest`.
+    """
+    features = request.mm_features or []
+    visual = sum(last - first + 1 for first, last in visual_stretches(features))
+    if not visual:
+        return
+    name = config.model_config.served_model_name
+    if opts_out(request.sampling_params):
+        OPTED_OUT.labels(name).inc()
+        return
+    layers = config.model_config.hf_config.get_text_config().num_hidden_layers
+    settings = Settings.of(config.additional_config["reroute"])
+    plan = Plan(settings.policy, layers)
+    deferred = deferred_of(plan, features, len(request.prompt_token_ids), request.sampling_params)
+    waits = sum(len(stage) * tokens for stage, tokens in zip(plan.stages, deferred, strict=True)) / layers
+    PROMPTS.labels(name).inc()
+    VISUAL_TOKENS.labels(name).inc(visual)
+    VISUAL_TOKENS_RUN.labels(name).inc(visual - waits)
+    if settings.own_groups:
+        KV_TOKENS_SAVED.labels(name).inc(waits)
