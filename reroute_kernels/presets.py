@@ -9,14 +9,22 @@ from typing import Any, NamedTuple
 
 from .budget import keep_ratio, solve, solve_like
 from .checks import expect_one_of
-from .cost import DECODERS, Decoder, deciding_layers, layer_types, text_config, unknown_name
+from .cost import DECODERS, Decoder, deciding_layers, layer_types, surviving_tokens, text_config, unknown_name
 from .policy import Policy, Stage
 from .rankings import LastQuery, TextRaters
 from .reduced import IMAGE_METHODS, REDUCED, VIDEO_METHODS, amounts, of_layers, reduced_policy, share_of
 from .reducers import Nuwa
 
 VISUAL_TOKENS = 576
-"""Visual tokens that all presets are stated for: 24 x 24 patches of LLaVA-1.5, and 451,584 pixels of Qwen2.5-VL."""
+"""Visual tokens that published presets are stated for: 24 x 24 patches of LLaVA-1.5, and 451,584 pixels of Qwen2.5-VL.
+So are those of models whose configuration leaves open how many an image has."""
+
+_OF_AN_IMAGE = ("mm_tokens_per_image", "vision_soft_tokens_per_image", "num_image_tokens")
+"""Names under which configurations fix how many visual tokens an image has. `image_seq_length` is not among them: the
+models do not read it, and where images are cut it is that of a tile."""
+
+_OF_AN_IMAGE_BY_TYPE = {"gemma4": 280, "gemma4_unified": 280}
+"""By type, where a configuration leaves it to the image processor: the most that it makes of an image."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,16 @@ def model_of(config_or_model: object) -> PublishedModel | None:
     return next((each for each in found if each.decoder.layers == text_config(config).num_hidden_layers), None)
 
 
+def visual_tokens_of(config_or_model: object) -> int:
+    """Visual tokens that presets of a model are stated for: of one image, if its configuration fixes them, else 576."""
+    config = getattr(config_or_model, "config", config_or_model)
+    if model_of(config) is not None:
+        return VISUAL_TOKENS
+    parts = (config, getattr(config, "text_config", None), getattr(config, "vision_config", None))
+    stated = (getattr(part, name, None) for part in parts for name in _OF_AN_IMAGE)
+    return next(filter(None, stated), _OF_AN_IMAGE_BY_TYPE.get(getattr(config, "model_type", ""), VISUAL_TOKENS))
+
+
 def presets(*, originals: bool = False) -> list[Preset]:
     """The configurations that the Reroute paper released.
 
@@ -189,12 +207,14 @@ def tiers(model: str, method: str) -> tuple[int | str, ...]:
     return tuple(MODELS[model].nuwa) if method.endswith("nuwa") else TIERS
 
 
-def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool = False) -> Policy:
+def preset(
+    model: object, method: str, avg_tokens: float | str, *, matched: bool = False, visual_tokens: int | None = None
+) -> Policy:
     """Policy of a published configuration, or one like it for another model.
 
     Other models decide where LLaVA-1.5 does by relative depth, at the nearest layers that can, the first early enough
-    for the budget. The published keep ratios are the shape of the schedule, which is solved for the budget at 576
-    visual tokens. So are published models for budgets that are not.
+    for the budget. The published keep ratios are the shape of the schedule, which is solved for the budget at the
+    visual tokens of an image. So are published models for budgets that are not.
 
     Args:
         model: `"llava-1.5-7b"` (32 decoder layers) or `"qwen2.5-vl-7b"` (28); or a transformers model or its
@@ -218,16 +238,19 @@ def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool
             84. On Qwen2.5-VL they are 197, 134 and 72 for methods named after FastV (the original at 128: 135). They
             are 192, 129 and 83 for pdrop, 193, 131 and 88 for reroute-pdrop, and 422, 291 and 147 for both of Nüwa at
             432, 288 and 144. Those of SparseVLM are 207, 145 and 82 on LLaVA. `reroute_kernels.cost` counts. For
-            another model any number is taken, and is a limit. `"flashvid"` and `"vidcom2"` take a percentage of the
-            visual tokens instead, such as `"10%"`.
+            another model any number is taken, and is a limit, of `visual_tokens`. `"flashvid"` and `"vidcom2"` take a
+            percentage of the visual tokens instead, such as `"10%"`.
         matched: solve the schedule anew, with its published keep ratios as the shape, so that pairs match at 576
-            tokens. A method that removes comes as close to `avg_tokens` as `solve` does, never above: with one
-            decision, as in FastV, to less than 1 token, with several to an eighth of one. A method that defers comes as
-            close to the average of its removing partner. `policy.budget` tells how close. Methods that reduce before
-            the decoder meet their budgets anyway, but for Nüwa.
+            tokens, or at `visual_tokens`. A method that removes comes as close to `avg_tokens` as `solve` does, never
+            above: with one decision, as in FastV, to less than 1 token, with several to an eighth of one. A method that
+            defers comes as close to the average of its removing partner. `policy.budget` tells how close. Methods that
+            reduce before the decoder meet their budgets anyway, but for Nüwa.
+        visual_tokens: those that `avg_tokens` is stated of. None: of a published model 576; of others those of an
+            image, if the configuration fixes them (Gemma 3: 256, Gemma 4: 280, PaliGemma by its resolution), else 576.
+            If it is given, published configurations are solved anew, too.
 
     Raises:
-        TypeError: the model or the budget is none of what is taken.
+        TypeError: the model, the budget or the number of visual tokens is none of what is taken.
         ValueError: an argument names no published configuration, no layer can decide, or the budget is below what the
             layers before the first decision cost.
 
@@ -236,23 +259,33 @@ def preset(model: object, method: str, avg_tokens: float | str, *, matched: bool
     >>> print(preset("qwen2.5-vl-7b", "flashvid", "10%").selected_counts(visual_tokens=6272))
     (235,)
     """
+    is_given, count = visual_tokens is not None, _visual_tokens(model, visual_tokens)
     if method in REDUCED:
-        return _reduced(model, method, avg_tokens)
+        return _reduced(model, method, avg_tokens, count)
     if not isinstance(model, str):
         published = model_of(model)
         if published is None or avg_tokens not in tiers(published.name, method):
-            return _solved(model, method, avg_tokens, matched)
+            return _solved(model, method, avg_tokens, matched, count)
         model = published.name
     expect_one_of(avg_tokens=(avg_tokens, tiers(model, method)))
     tier = int(avg_tokens)
     policy = _published(MODELS[model], method.removesuffix("-stagewise"), tier)
-    if not matched:
+    if not (matched or is_given):
         return policy
-    limit = _partners_average(model, method, tier) if policy.action == "reroute" else tier
-    return solve_like(model, policy, avg_tokens=limit, visual_tokens=VISUAL_TOKENS)
+    limit = _partners_average(model, method, tier, count) if matched and policy.action == "reroute" else tier
+    return solve_like(model, policy, avg_tokens=limit, visual_tokens=count)
 
 
-def _reduced(model: object, method: str, avg_tokens: object) -> Policy:
+def _visual_tokens(model: object, given: int | None) -> int:
+    """The visual tokens that a budget is stated of."""
+    if given is None:
+        return VISUAL_TOKENS if isinstance(model, str) else visual_tokens_of(model)
+    if surviving_tokens(None, given) < 1:
+        raise ValueError(f"visual_tokens must be 1 or more, got {given}")
+    return given
+
+
+def _reduced(model: object, method: str, avg_tokens: object, visual_tokens: int) -> Policy:
     """A method that reduces; on models without a name at any budget."""
     if isinstance(model, str):
         expect_one_of(avg_tokens=(avg_tokens, tiers(model, method)))
@@ -267,17 +300,18 @@ def _reduced(model: object, method: str, avg_tokens: object) -> Policy:
     else:
         count, model_type = published.decoder.layers, published.model_type
         able, decisions = list(range(count)), [3, *published.later_layers]
-    share = share_of(method, avg_tokens, VISUAL_TOKENS)
-    return reduced_policy(method, share, count, able, decisions, model_type, VISUAL_TOKENS)
+    share = share_of(method, avg_tokens, visual_tokens)
+    return reduced_policy(method, share, count, able, decisions, model_type, visual_tokens)
 
 
-def _partners_average(model: object, method: str, avg_tokens: float) -> float:
+def _partners_average(model: object, method: str, avg_tokens: float, visual_tokens: int) -> float:
     """Tokens a layer that the removing partner of a method reaches."""
-    budget = preset(model, method.removeprefix("reroute-").removesuffix("-stagewise"), avg_tokens, matched=True).budget
+    partner = method.removeprefix("reroute-").removesuffix("-stagewise")
+    budget = preset(model, partner, avg_tokens, matched=True, visual_tokens=visual_tokens).budget
     return avg_tokens if budget is None else budget.reached
 
 
-def _solved(config_or_model: object, method: str, avg_tokens: float | str, matched: bool) -> Policy:
+def _solved(config_or_model: object, method: str, avg_tokens: float | str, matched: bool, visual_tokens: int) -> Policy:
     """A method at the relative depths of LLaVA-1.5, solved for a budget."""
     expect_one_of(method=(method, METHODS + REDUCED))
     if isinstance(avg_tokens, str) and avg_tokens.endswith("%"):
@@ -286,26 +320,27 @@ def _solved(config_or_model: object, method: str, avg_tokens: float | str, match
         raise TypeError(f"avg_tokens must be a number, got {avg_tokens!r}")
     config = text_config(config_or_model)
     count = config.num_hidden_layers
-    tier = min(TIERS, key=lambda tier: abs(tier - avg_tokens))
+    of_576 = avg_tokens * VISUAL_TOKENS / visual_tokens
+    tier = min(TIERS, key=lambda tier: abs(tier - of_576))
     published = _published(_LLAVA, method.removesuffix("-stagewise"), tier)
-    shape = _at_relative_depth(published, config, avg_tokens)
+    shape = _at_relative_depth(published, config, avg_tokens, visual_tokens)
     limit = avg_tokens
     if matched and published.action == "reroute":
-        limit = _partners_average(config_or_model, method, avg_tokens)
+        limit = _partners_average(config_or_model, method, avg_tokens, visual_tokens)
     return solve(
         of_layers(count),
         list(shape),
         list(shape.values()),
         avg_tokens=limit,
-        visual_tokens=VISUAL_TOKENS,
+        visual_tokens=visual_tokens,
         action=published.action,
     )
 
 
-def _at_relative_depth(published: Policy, config: Any, avg_tokens: float) -> dict[int, float]:
+def _at_relative_depth(published: Policy, config: Any, avg_tokens: float, visual_tokens: int) -> dict[int, float]:
     """Keep ratios of LLaVA-1.5 by layers at the same depth of a decoder; the first leaves room in the budget."""
     able, count = _able_layers(config), config.num_hidden_layers
-    spent = [layer for layer in able if (layer * (VISUAL_TOKENS - 1) + count) / count <= avg_tokens]
+    spent = [layer for layer in able if (layer * (visual_tokens - 1) + count) / count <= avg_tokens]
     ratios: dict[int, float] = {}
     for stage in published.schedule:
         depth = stage.layer * count / _LLAVA.decoder.layers

@@ -205,6 +205,50 @@ def test_other_models_decide_at_the_depths_of_published_ones(of, method, layers)
     assert policy.budget.limit == 65
 
 
+WINDOWED = (["sliding_attention"] * 5 + ["full_attention"]) * 4
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "stated", "count", "limit"),
+    [
+        ("config", "mm_tokens_per_image", 256, 256, 66),
+        ("config", "vision_soft_tokens_per_image", 280, 280, 66),
+        ("text_config", "num_image_tokens", 256, 256, 66),
+        ("vision_config", "num_image_tokens", 300, 300, 66),
+        ("config", "image_seq_length", 256, 576, 130),  # of a tile
+    ],
+)
+def test_budgets_are_of_the_visual_tokens_of_an_image(where, name, stated, count, limit):
+    """A decoder that decides from layer 5 of 24 on costs 121 of 576 tokens."""
+    of = model(24, WINDOWED)
+    vars(of if where == "config" else vars(of).setdefault(where, SimpleNamespace()))[name] = stated
+    policy = rk.preset(of, "reroute-fastv", limit)
+    assert policy.schedule[0].layer == 5
+    assert limit - 3 <= rk.cost.average_visual_tokens(policy, 24, count) <= limit
+    assert policy == rk.preset(of, "reroute-fastv", limit, visual_tokens=count)
+    assert policy == rk.Policy.parse(f"reroute-fastv/{limit}", of)
+
+
+def test_gemma4_has_the_images_of_its_processor():
+    policies = [rk.preset(model(24, WINDOWED, each), "reroute-pdrop", 66) for each in ("gemma4", "gemma4_unified")]
+    assert policies == [rk.preset(model(24, WINDOWED), "reroute-pdrop", 66, visual_tokens=280)] * 2
+
+
+@pytest.mark.parametrize("of", ["llava-1.5-7b", model(32, model_type="llava")])
+def test_published_schedules_are_solved_for_other_numbers_of_visual_tokens(of):
+    policy = rk.preset(of, "reroute-fastv", 192, visual_tokens=1024)
+    assert [stage.layer for stage in policy.schedule] == [3, 7, 15, 23]
+    assert 191 < rk.cost.average_visual_tokens(policy, 32, 1024) <= 192
+    removing, deferring = (
+        rk.cost.average_visual_tokens(rk.preset(of, each, 192, matched=True, visual_tokens=1024), 32, 1024)
+        for each in ("pdrop", "reroute-pdrop")
+    )
+    assert 0 <= removing - deferring < 0.5
+    reducing = rk.preset(of, "reroute-visionzip", 64, visual_tokens=1024)
+    assert reducing.reducer.survivors(1024) == 128
+    assert 63 < rk.cost.average_visual_tokens(reducing, 32, 1024) <= 64
+
+
 def test_published_models_keep_their_presets():
     of = model(28, model_type="qwen2_5_vl")
     assert rk.preset(of, "reroute-fastv", 192) == rk.preset("qwen2.5-vl-7b", "reroute-fastv", 192)
@@ -228,8 +272,19 @@ def test_matched_pairs_of_other_models_run_as_many_tokens():
         ((model(2, ["sliding_attention"] * 2), "fastv", 64), ValueError, "must have layers with full attention"),
         ((model(8, ["linear_attention"] * 7 + ["full_attention"]), "fastv", 64), ValueError, "avg_tokens must be 504"),
         ((3, "fastv", 64), TypeError, "config_or_model must be a transformers model or configuration"),
+        ((model(24, WINDOWED), "fastv", 64), ValueError, "avg_tokens must be 120"),
     ],
 )
 def test_presets_that_other_models_cannot_have(arguments, error, message):
     with pytest.raises(error, match=message):
         rk.preset(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [(0, ValueError, "visual_tokens must be 1 or more, got 0"), (2.5, TypeError, "visual_tokens must be an integer")],
+)
+@pytest.mark.parametrize("method", ["fastv", "visionzip"])
+def test_numbers_of_visual_tokens_that_are_refused(count, error, message, method):
+    with pytest.raises(error, match=message):
+        rk.preset("llava-1.5-7b", method, 64, visual_tokens=count)

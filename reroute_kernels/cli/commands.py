@@ -23,7 +23,7 @@ from ..calibration import SHARE, check_plan, measure_layers
 from ..checks import expect_one_of
 from ..cost import DECODERS, average_visual_tokens, cost
 from ..notation import parse_policy, policy_text
-from ..presets import MODELS, VISUAL_TOKENS, preset, presets
+from ..presets import MODELS, VISUAL_TOKENS, preset, presets, visual_tokens_of
 from ..roofline import GPUS
 from ..versions import install_command
 from . import arguments as reading
@@ -58,7 +58,14 @@ ModelArgument = Annotated[
     str, typer.Argument(help=f"{' or '.join(DECODERS)}, or a checkpoint folder or hub id; only its config is read.")
 ]
 TextTokens = Annotated[int, typer.Option(min=0, help="Tokens of the prompt that are no visual ones.")]
-VisualTokens = Annotated[int, typer.Option(min=1, help="Visual tokens of the prompt.")]
+VisualTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Visual tokens of the prompt. Default: of one image, if the model's configuration fixes them, else 576.",
+        show_default=False,
+    ),
+]
 Batch = Annotated[int, typer.Option(min=1, help="Prompts, all alike.")]
 CacheType = Annotated[str, typer.Option(help="Of keys and values in the cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -120,7 +127,7 @@ def count_cost(
         ),
     ] = None,
     text_tokens: TextTokens = 64,
-    visual_tokens: VisualTokens = 576,
+    visual_tokens: VisualTokens = None,
     batch: Batch = 1,
     images: Annotated[
         int, typer.Option(min=1, help="Images or frames that the visual tokens are of; a reducer reduces each.")
@@ -146,6 +153,7 @@ def count_cost(
             expect_one_of(gpu=(gpu, tuple(GPUS)))
         parsed = reading.parse_model(model)
         decoder = reading.decoder_of(parsed, model)
+        visual_tokens = visual_tokens or visual_tokens_of(parsed)
         given = [("unrouted", None), *((text, parse_policy(text, parsed)) for text in policies or ())]
         costed = [
             (name, policy, cost(decoder, policy, text_tokens, visual_tokens, batch, dtype, images))
@@ -186,7 +194,7 @@ def solve_schedule(
     ] = "uniform",
     action: Annotated[str, typer.Option(help="reroute, remove or freeze.")] = "reroute",
     text_tokens: TextTokens = 64,
-    visual_tokens: VisualTokens = 576,
+    visual_tokens: VisualTokens = None,
     batch: Batch = 1,
     dtype: CacheType = "float16",
     as_json: AsJson = False,
@@ -197,8 +205,10 @@ def solve_schedule(
     Example: reroute-kernels solve llava-1.5-7b 3,7,15 --avg-tokens 96 --shape pyramid
     """
     with _one_line_errors():
+        parsed = reading.parse_model(model)
+        visual_tokens = visual_tokens or visual_tokens_of(parsed)
         policy = solve(
-            reading.decoder_of(reading.parse_model(model), model),
+            reading.decoder_of(parsed, model),
             reading.parse_layers(layers),
             reading.parse_shape(shape),
             avg_tokens=avg_tokens,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..budget import OverBudget, solve_like
 from ..notation import parse_policy
 from ..policy import Policy
-from ..presets import TIERS, VISUAL_TOKENS, layers_of
+from ..presets import TIERS, VISUAL_TOKENS, layers_of, model_of, preset
 from ..reduced import of_layers
 from .arguments import check_layers
 
@@ -22,7 +22,7 @@ def policies_of(config: object, texts: Sequence[str], keeps: Sequence[float]) ->
         texts: policies as `notation.parse_policy` takes them; none: `METHODS`, at every published tier, or at the one
             nearest to each budget.
         keeps: budgets: shares of the visual tokens that run in a layer, mean over the layers; none: as the policies
-            are. They are solved at 576 visual tokens, as presets are.
+            are. They are solved at 576 visual tokens, whatever an image of the model has.
 
     Raises:
         TypeError, ValueError, OSError: a text is no policy of this model, or a budget cannot be kept.
@@ -36,10 +36,18 @@ def policies_of(config: object, texts: Sequence[str], keeps: Sequence[float]) ->
     found = {}
     for keep in keeps:
         tier = min(TIERS, key=lambda tier: abs(tier - keep * VISUAL_TOKENS))
-        for text in texts or [f"{method}/{tier}" for method in METHODS]:
-            name = text if texts else text.partition("/")[0]
-            found[f"{name} at {keep:g}"] = _solved(_parsed(text, config), text, keep, layers_of(config))
+        given = {text: _parsed(text, config) for text in texts} or {
+            each: _at_tier(each, tier, config) for each in METHODS
+        }
+        for name, policy in given.items():
+            text = name if texts else f"{name}/{tier}"
+            found[f"{name} at {keep:g}"] = _solved(policy, text, keep, layers_of(config))
     return found
+
+
+def _at_tier(method: str, tier: int, config: object) -> Policy:
+    """A method at a tier of 576 tokens; published ones as they are."""
+    return preset(config, method, tier, visual_tokens=None if model_of(config) else VISUAL_TOKENS)
 
 
 def _parsed(text: str, config: object) -> Policy:

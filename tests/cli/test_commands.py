@@ -234,6 +234,19 @@ def test_cost_of_a_checkpoint(tmp_path):
     assert routed["cost"] == json.loads(json.dumps(expected.as_dict()))
 
 
+def test_visual_tokens_are_those_of_an_image(tmp_path):
+    """PaliGemma at 448 pixels has 32 x 32 of them."""
+    text = CHECKPOINT | {"model_type": "gemma"}
+    config = {"model_type": "paligemma", "text_config": text, "vision_config": {"image_size": 448, "patch_size": 14}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, own = answer("cost", tmp_path, "reroute-fastv/320")
+    assert own["cost"]["visual_tokens"] == 1024
+    assert 319 < own["cost"]["average_visual_tokens"] <= 320
+    assert answer("cost", tmp_path, "2:0.25", "--visual-tokens", "300")[1]["cost"]["visual_tokens"] == 300
+    solved = rk.Policy.from_dict(answer("solve", tmp_path, "1,3", "--avg-tokens", "320")["policy"])
+    assert 319 < rk.cost.average_visual_tokens(solved, 6, 1024) <= 320
+
+
 WITHOUT = "import sys; sys.modules[{!r}] = None; from reroute_kernels.cli import main; sys.argv[1:] = {!r}; main()"
 
 
