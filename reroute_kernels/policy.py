@@ -21,8 +21,17 @@ ALIGNMENTS = (None, "stage", "proxy")
 PROXIES = 8
 """One in so many of the tokens that a stage runs is a proxy under `align="proxy"`."""
 
+TOKENS_PER_CLUSTER = 10
+"""Recycled tokens for each of their clusters, as in SparseVLM."""
+
 LAST_QUERY = LastQuery()
 """The default ranking."""
+
+
+def recycled_tokens(removed: int, share: float) -> tuple[int, int]:
+    """How many of the removed tokens are recycled, and how many clusters they make."""
+    tokens = min(removed, int(share * removed) + 1)
+    return tokens, tokens // TOKENS_PER_CLUSTER + 1
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,9 @@ class Policy:
             the tokens that a stage runs is the mean of a group of deferred ones of similar hidden states, in the place
             of one of them, and each of the group receives the change that the layers made to it. After the last stage
             nothing is added, and the last stage has no such means.
-        recycle: what becomes of removed tokens, under `remove` alone: this share of them, those with the best scores,
-            in [0, 1]. It is merged, as in SparseVLM (arXiv 2410.04417): one in ten of the share, and one more, of the K
-            tokens that a stage runs are means of clusters of similar ones, each in the place of one of them, and are
+        recycle: share of the removed tokens, in [0, 1], that is merged, under `remove` alone, as in SparseVLM (arXiv
+            2410.04417). Those with the best scores are clustered, one cluster for every ten tokens and one more. The
+            mean of a cluster takes the place of one of its tokens. The means are among the K tokens of the stage, and
             candidates later. With 0 every removed token is gone.
 
     Raises:
@@ -398,10 +407,7 @@ class Policy:
         if not self.recycle or dropped < 1 or most < 1:
             return 0, 0
 
-        def tokens(clusters: int) -> int:
-            return min(dropped + clusters, int(self.recycle * (dropped + clusters)) + 1)
-
-        clusters = min(most, int(self.recycle * dropped / (10 - self.recycle)))
-        while clusters < most and tokens(clusters) // 10 + 1 > clusters:
+        clusters = min(most, int(self.recycle * dropped / (TOKENS_PER_CLUSTER - self.recycle)))
+        while clusters < most and recycled_tokens(dropped + clusters, self.recycle)[1] > clusters:
             clusters += 1
-        return tokens(clusters), clusters
+        return recycled_tokens(dropped + clusters, self.recycle)[0], clusters

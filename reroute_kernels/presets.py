@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .budget import keep_ratio, solve, solve_like
 from .checks import expect_one_of
 from .cost import DECODERS, Decoder, deciding_layers, layer_types, surviving_tokens, text_config, unknown_name
-from .policy import Policy, Stage
+from .policy import Policy, Stage, recycled_tokens
 from .rankings import LastQuery, TextRaters
 from .reduced import IMAGE_METHODS, REDUCED, VIDEO_METHODS, amounts, of_layers, reduced_policy, share_of
 from .reducers import Nuwa
@@ -436,8 +436,7 @@ def _with_recycled(counts: tuple[int, ...]) -> tuple[int, ...]:
     """Tokens that run behind each decision of SparseVLM, with the means of those that it recycles."""
     total, candidates = [], VISUAL_TOKENS
     for count in counts:
-        recycled = int(_RECYCLED * (candidates - count)) + 1
-        total.append(count + recycled // 10 + 1)
+        total.append(count + recycled_tokens(candidates - count, _RECYCLED)[1])
         candidates = total[-1]
     return tuple(total)
 

@@ -47,17 +47,23 @@ def recycle(
     step = max(1, SIMILARITIES // most_tokens**2)
     for start in range(0, len(best), step):
         part = slice(start, start + step)
-        apart, peaks = _distances(values[part]), clusters[part]
+        apart, peaks = _distances(values[part], stay[part]), clusters[part]
         neighbours = peaks.clamp(min=1)
-        is_peak[part], nearest[part] = density_peaks(apart, stay[part], peaks, neighbours, most_clusters)
+        is_peak[part], nearest[part] = density_peaks(apart, stay[part], peaks, neighbours, most_clusters, True)
     numbers = is_peak.cumsum(dim=1) - 1
     of_rows = torch.where(stay, numbers.gather(1, nearest), -1)
     groups = ops.scatter_tokens_(torch.full_like(scores, -1, dtype=torch.int64), best, of_rows)
     return flags_of(torch.where(is_peak, best, -1), removed.shape[1]), groups
 
 
-def _distances(values: Tensor) -> Tensor:
-    """(T, N, N), distances of tokens (T, N, d) to one another, over the root of d."""
+def _distances(values: Tensor, stay: Tensor) -> Tensor:
+    """(T, N, N), distances of tokens (T, N, d) to one another, over the root of d.
+
+    The mean of those that stay, (T, N), is taken off first. Distances are the same, but a channel in which all tokens
+    are large does not drown the others where they are computed by a matrix product.
+    """
+    counts = stay.sum(dim=1).clamp(min=1)[:, None, None]
+    values = values - values.masked_fill(~stay[:, :, None], 0).sum(dim=1, keepdim=True) / counts
     apart = torch.cdist(values, values) / math.sqrt(values.shape[-1])
     apart.diagonal(dim1=1, dim2=2).zero_()
     return apart

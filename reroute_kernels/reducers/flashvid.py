@@ -361,4 +361,4 @@ def _peaks(values: Tensor, stay: Tensor, peaks: Tensor) -> tuple[Tensor, Tensor]
     # Equal densities, of tokens that are nearest to each other, are told apart by rounding alone. So it is that of the
     # authors' code, which hands `cdist` these tokens only, and gets exact zeros for few of them.
     is_exact = (stay.sum(dim=1) <= _EXACT)[:, None, None] & (own[:, None] == own)
-    return density_peaks(apart.masked_fill(is_exact, 0), stay, peaks, peaks.clamp(1, NEIGHBOURS), NEIGHBOURS)
+    return density_peaks(apart.masked_fill(is_exact, 0), stay, peaks, peaks.clamp(1, NEIGHBOURS), NEIGHBOURS, False)

@@ -48,7 +48,7 @@ def _pick_above(limit: float, lines: Lines, squares: Tensor, count: int) -> list
     scores = squares
     while len(picked) < count:
         step, token = len(picked), int(scores.argmax())
-        if scores[token] <= limit:
+        if limit > -math.inf and scores[token] <= limit:
             return None
         picked.append(token)
         added = outside[token].item()

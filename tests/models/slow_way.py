@@ -214,7 +214,7 @@ def clustered(states, places, count):
     density = (-apart.sort(dim=1).values[:, :count].square().mean(dim=1)).exp().tolist()
     scores = []
     for row, own in enumerate(density):
-        denser = [float(apart[row, other]) for other, its in enumerate(density) if its > own]
+        denser = [float(apart[row, other]) for other, its in enumerate(density) if (-its, other) < (-own, row)]
         scores.append(own * (min(denser) if denser else float(apart.max())))
     centres = sorted(sorted(range(len(places)), key=lambda row: (-scores[row], row))[:count])
     groups = {places[centre]: [places[centre]] for centre in centres}

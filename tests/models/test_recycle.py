@@ -7,6 +7,7 @@ import torch
 
 import reroute_kernels as rk
 from reroute_kernels.rankings import LastQuery, Mixed, Remembered, TextRaters
+from reroute_kernels.recycling import recycle
 from tests.models.families import load
 from tests.models.prompts import offset, selections
 from tests.models.slow_way import SlowWay
@@ -105,3 +106,38 @@ def test_gradients_reach_the_tokens_that_were_merged(family, inputs):
     visual = inputs["input_ids"][0] == family.model.config.image_token_id
     recycled, clusters = policy.recycled_counts([len(chosen)], int(visual.sum()))[0]
     assert int((reached & visual).sum()) == len(chosen) - clusters + recycled
+
+
+def states_in(blobs):
+    """(1, 12, 8), tokens around 2 or 3 places, in turns."""
+    centres = 4 * torch.eye(8)[:blobs]
+    return (centres[torch.arange(12) % blobs] + 0.1 * torch.randn(12, 8))[None]
+
+
+def clusters(hidden, tokens, count):
+    """What `recycle` makes of the first tokens of each row, of which the first ones have the best scores."""
+    batch, length, _ = hidden.shape
+    scores = torch.arange(length, 0, -1, dtype=torch.float32).expand(batch, length).contiguous()
+    removed = torch.ones(batch, length, dtype=torch.bool)
+    counts = torch.tensor(tokens), torch.tensor([count] * batch)
+    return recycle(hidden, scores, removed, *counts, max(tokens), count)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+@pytest.mark.parametrize("blobs", [2, 3])
+def test_each_group_of_similar_tokens_is_a_cluster(blobs, scale):
+    led, groups = clusters(scale * states_in(blobs), [12], blobs)
+    assert led.sum() == blobs
+    assert [len(set(groups[0, start::blobs].tolist())) for start in range(blobs)] == [1] * blobs
+    assert len(set(groups[0].tolist())) == blobs
+
+
+def test_clusters_do_not_depend_on_the_batch():
+    """Also where all tokens are large in one channel, which a matrix product of 30 rows would round away."""
+    hidden = torch.randn(2, 40, 64)
+    hidden[..., 3] += 3000.0
+    led, groups = clusters(hidden, [20, 40], 3)
+    for row, tokens in enumerate((20, 40)):
+        alone = clusters(hidden[row : row + 1], [tokens], 3)
+        assert torch.equal(alone[0][0], led[row])
+        assert torch.equal(alone[1][0], groups[row])
