@@ -638,22 +638,28 @@ def start_server(
         bool, typer.Option("--own-groups", help="Cache in the layers of each stage only the tokens that run there.")
     ] = False,
 ) -> None:
-    """Start vllm serve so that it routes. All other options are those of vllm serve.
+    """Start vllm serve so that it routes. All other options are those of vllm serve, and stand behind the model.
 
     Example: reroute-kernels serve llava-hf/llava-1.5-7b-hf --policy reroute-fastv/192 --max-model-len 4096 --port 8000
     """
     with _one_line_errors():
+        if model.startswith("-"):
+            raise ValueError(f"model must stand before the options of vllm serve, got {model!r}")
         if model in MODELS:
             raise ValueError(f"model must be a checkpoint folder or hub id, got {model!r}")
         _, settings = reading.vllm_settings(model, policy, own_groups)
-        if any(each.split("=")[0].replace("_", "-") == "--additional-config" for each in context.args):
-            raise ValueError("additional-config must not be given, which this command writes, got another one")
+        for each in context.args:
+            name = each.partition("=")[0].partition(".")[0].replace("_", "-")
+            if name.startswith("--ad") and "--additional-config".startswith(
+                name
+            ):  # vLLM takes the start of a name, too
+                raise ValueError(f"additional-config must not be given, which this command writes, got {each!r}")
     beside = Path(sys.executable).with_name("vllm")
     program = str(beside) if beside.exists() else shutil.which("vllm")
     if program is None:
         _fail('the command needs vllm: pip install "reroute-kernels[vllm]"')
     additional = json.dumps({"reroute": settings.as_dict()})
-    os.execv(program, [program, "serve", model, "--additional-config", additional, *context.args])
+    os.execv(program, [program, "serve", model, *context.args, "--additional-config", additional])
 
 
 @app.command("env")

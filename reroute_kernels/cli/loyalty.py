@@ -19,8 +19,8 @@ def policies_of(config: object, texts: Sequence[str], keeps: Sequence[float]) ->
 
     Args:
         config: of the model.
-        texts: policies as `notation.parse_policy` takes them; none: `METHODS`, at every published tier, or at the one
-            nearest to each budget.
+        texts: policies as `notation.parse_policy` takes them; none: `METHODS`, at every published tier, which is of
+            the visual tokens of an image of the model, or at the one nearest to each budget.
         keeps: budgets: shares of the visual tokens that run in a layer, mean over the layers; none: as the policies
             are. They are solved at 576 visual tokens, whatever an image of the model has.
 

@@ -38,7 +38,7 @@ def presets_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
 
 def rules_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
     """Rankings, positions and reducers of configurations that are not the default."""
-    rules = Column("ranking, positions and reducer that are not the default", overflow="fold")
+    rules = Column("ranking, positions, reducer and recycling that are not the default", overflow="fold")
     table = Table(Column("preset", overflow="fold"), rules)
     for name, policy, _ in listed:
         if not is_plain(policy):
@@ -50,6 +50,7 @@ def rules_table(listed: Iterable[tuple[Preset, Policy, float]]) -> Table:
             ]
             rules += [f"{policy.positions} positions"] if policy.positions != "original" else []
             rules += [rule_text(policy.reducer)] if policy.reducer is not None else []
+            rules += [f"recycles {policy.recycle:g} of what is removed"] if policy.recycle else []
             table.add_row(str(name), ", ".join(rules))
     return table
 

@@ -6,13 +6,14 @@ All of it is known from counts alone, so it is done in the process that takes re
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from prometheus_client import Counter
 
 from .plan import Plan
 from .settings import Settings
-from .visual import asked_of, deferred_of, opts_out, visual_stretches
+from .visual import deferred_of, option_of, opts_out, visual_stretches
 
 _LABELS = ("model_name",)
 
@@ -21,7 +22,7 @@ OPTED_OUT = Counter("reroute:prompts_opted_out", "Prompts with visual tokens tha
 VISUAL_TOKENS = Counter("reroute:visual_tokens", "Visual tokens of the routed prompts.", _LABELS)
 VISUAL_TOKENS_RUN = Counter("reroute:visual_tokens_run", "Those of them that run, mean over the layers.", _LABELS)
 KV_TOKENS_SAVED = Counter(
-    "reroute:kv_tokens_saved", "Tokens of routed prompts that take no cache block, mean over the layers.", _LABELS
+    "reroute:kv_tokens_saved", "Tokens of routed prompts that are not cached, mean over the layers.", _LABELS
 )
 
 
@@ -35,28 +36,36 @@ def install() -> None:
 
     @functools.wraps(process)
     def process_inputs(self, *args, **kwargs):
-        request = process(self, *args, **kwargs)
         config = self.vllm_config
-        if isinstance(config.additional_config, dict) and "reroute" in config.additional_config:
-            check_request(request.sampling_params)
-            count(config, request)
+        if not isinstance(config.additional_config, dict) or "reroute" not in config.additional_config:
+            return process(self, *args, **kwargs)
+        given = inspect.signature(process).bind(self, *args, **kwargs).arguments
+        check_request(given.get("params"), bool(given.get("resumable")) or given.get("session_id") is not None)
+        request = process(self, *args, **kwargs)
+        count(config, request)
         return request
 
     process_inputs.counts = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
 
 
-def check_request(sampling: Any) -> None:
-    """Refuse a request whose parameters ask for something unknown.
+def check_request(sampling: Any, goes_on: bool = False) -> None:
+    """Refuse a request whose parameters cannot be followed.
+
+    Args:
+        sampling: its sampling parameters.
+        goes_on: whether later requests continue it, on the cache that it leaves.
 
     Raises:
-        vllm.exceptions.VLLMValidationError: they do; a server answers so with code 400.
+        vllm.exceptions.VLLMValidationError: they cannot; a server answers so with code 400.
     """
     from vllm.exceptions import VLLMValidationError
 
-    asked = asked_of(sampling)
-    if asked not in ("on", "off"):
-        raise VLLMValidationError(f"reroute must be 'on' or 'off' among vllm_xargs, got {asked!r}")
+    given = option_of(sampling)
+    if given not in ("on", "off"):
+        raise VLLMValidationError(f"reroute must be 'on' or 'off' among vllm_xargs, got {given!r}")
+    if given == "off" and goes_on:
+        raise VLLMValidationError("reroute must be 'on' among vllm_xargs in a session, got 'off'")
 
 
 def count(config: Any, request: Any) -> None:

@@ -12,8 +12,10 @@ from .settings import ARCHITECTURES, Settings, engine_arguments
 MOST_TOKENS = 4096
 """Tokens that a request may have where `max_model_len` is not given, if the model takes so many."""
 
-_DEFAULTS = {"worker_cls": "auto"}
-"""Values of arguments that are not given, where that is not None."""
+_NOT_GIVEN = {"worker_cls": ("auto",), "max_model_len": (None, -1)}
+"""Values of arguments that are not given, where these are others than None."""
+
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def install() -> None:
@@ -63,13 +65,15 @@ def complete(arguments: Any) -> None:
             f"{', '.join(ARCHITECTURES)}, got {', '.join(model.architectures)}"
         )
     length = arguments.max_model_len
-    if length is None:
+    if length is None or length < 0:  # vLLM has -1 for the largest that fits
         length = min(model.max_model_len, MOST_TOKENS)
+    # Every process is to have the same policy, whatever becomes of a file.
+    arguments.additional_config = arguments.additional_config | {"reroute": settings.as_dict()}
     needed = engine_arguments(found[0], settings, length)
     filled = {name: value for name, value in needed.items() if _fill(arguments, name, value)}
-    if not current_platform.is_cpu() and not settings.untested_runner:
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # processes that this one starts read it, too
-    logging.getLogger("vllm.reroute_kernels").info("routing needs these arguments, which were not given: %s", filled)
+    if not current_platform.is_cpu() and not settings.untested_runner and _RUNNER not in os.environ:
+        os.environ[_RUNNER] = filled[_RUNNER] = "0"  # for the processes that this one starts, too
+    logging.getLogger("vllm.reroute_kernels").info("routing needs these, which were not given: %s", filled)
 
 
 def _fill(arguments: Any, name: str, value: Any) -> bool:
@@ -85,7 +89,7 @@ def _fill(arguments: Any, name: str, value: Any) -> bool:
         if "architectures" in given:
             return False
         value = {**given, **value}
-    elif given != _DEFAULTS.get(name):
+    elif given not in _NOT_GIVEN.get(name, (None,)):
         return False
     setattr(arguments, name, value)
     return True

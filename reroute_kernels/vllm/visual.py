@@ -12,11 +12,11 @@ def visual_stretches(features) -> list[tuple[int, int]]:
 
 def opts_out(sampling) -> bool:
     """Whether a request asks not to be routed, by `extra_args` of its sampling parameters (`vllm_xargs` over HTTP)."""
-    return asked_of(sampling) == "off"
+    return option_of(sampling) == "off"
 
 
-def asked_of(sampling) -> object:
-    """The wish of a request: `"on"`, the default, or `"off"`; anything else was refused as it arrived."""
+def option_of(sampling) -> object:
+    """The option `reroute` of a request: `"on"`, the default, or `"off"`; `metrics.check_request` refuses others."""
     return (getattr(sampling, "extra_args", None) or {}).get("reroute", "on")
 
 

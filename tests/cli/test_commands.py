@@ -653,9 +653,9 @@ def test_serve(monkeypatch):
     result = run("serve", model, "--policy", "2:0.5", "--own-groups", "--port", "8000", "--no-enable-log-requests")
     program, *arguments = shlex.split(result.stdout)
     assert (program, arguments[:3]) == ("/programs/vllm", ["/programs/vllm", "serve", model])
-    assert arguments[3] == "--additional-config"
-    assert Settings.of(json.loads(arguments[4])["reroute"]) == Settings(rk.Policy([rk.Stage(2, 0.5)]), own_groups=True)
-    assert arguments[5:] == ["--port", "8000", "--no-enable-log-requests"]
+    assert arguments[3:7] == ["--port", "8000", "--no-enable-log-requests", "--additional-config"]
+    (given,) = arguments[7:]
+    assert Settings.of(json.loads(given)["reroute"]) == Settings(rk.Policy([rk.Stage(2, 0.5)]), own_groups=True)
 
 
 @pytest.mark.parametrize(
@@ -665,6 +665,9 @@ def test_serve(monkeypatch):
         ((str(TINY_CHECKPOINT), "--policy", "99:0.5"), "schedule must stay below layer"),
         ((str(TINY_CHECKPOINT), "--policy", "freeze:2:0.5"), "action must be 'reroute' or 'remove' inside vLLM"),
         ((str(TINY_CHECKPOINT), "--policy", "2:0.5", "--additional_config={}"), "additional-config must not be given"),
+        ((str(TINY_CHECKPOINT), "--policy", "2:0.5", "--additional-conf", "{}"), "additional-config must not be given"),
+        ((str(TINY_CHECKPOINT), "--policy", "2:0.5", "--additional-config.a", "1"), "additional-config must not be"),
+        (("--port", "8000", str(TINY_CHECKPOINT), "--policy", "2:0.5"), "model must stand before the options"),
         ((str(TINY_CHECKPOINT), "--policy", "2:0.5"), "the command needs vllm: pip install"),
         ((str(TINY_CHECKPOINT),), "Missing option '--policy'"),
     ],

@@ -100,10 +100,10 @@ def over_http(address: str) -> list[str]:
 
 
 def check_metrics(address: str) -> None:
-    """The page of metrics tells of the eight requests, and of one that opts out; a wrong wish is refused."""
+    """The page of metrics tells of the eight requests, and of one that opts out; a wrong option is refused."""
 
-    def ask(wish):
-        client, options = OpenAI(base_url=address, api_key="none"), {"vllm_xargs": {"reroute": wish}}
+    def ask(option):
+        client, options = OpenAI(base_url=address, api_key="none"), {"vllm_xargs": {"reroute": option}}
         return client.chat.completions.create(
             model="tiny", messages=conversation(0), temperature=0, max_tokens=1, extra_body=options
         )
