@@ -83,7 +83,7 @@ class Features:
 class VideoFeatures(Features):
     """In place of `get_video_features`."""
 
-    def __call__(self, pixel_values_videos=None, video_grid_thw=None, **_settings):
+    def __call__(self, pixel_values_videos=None, *_sizes, **_settings):
         return self._handed(pixel_values_videos)
 
 
