@@ -15,7 +15,7 @@ NEWEST_TESTS := $(addprefix tests/models/test_,$(addsuffix .py,golden families g
 
 .PHONY: help browser test test-rest test-oldest test-newest test-install test-lmms-eval test-vllm test-matrix test-triton fuzz \
   compile-matrix gpu-report demo bench \
-  bench-vllm grounding pretrained pretrained-bench train scenes docs lint format clean
+  bench-vllm grounding pretrained pretrained-bench pretrained-connector train scenes docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -125,6 +125,9 @@ pretrained: .venv-pretrained/ready  ## install a pretrained decoder and a vision
 pretrained-bench: pretrained  ## route passages of text through that decoder; goes on where it stopped; rewrites docs/pretrained.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.pretrained.measure
 	$(BIN)/python -m bench.pages
+
+pretrained-connector: pretrained  ## train what connects tower and decoder; goes on where it stopped; ARGS="--minutes 30"
+	OMP_NUM_THREADS=1 .venv-pretrained/bin/python -m bench.pretrained.train $(ARGS)
 
 train: .venv/ready  ## train the tiny model anew; goes on where it was interrupted
 	$(BIN)/python -m bench.grounding.train
