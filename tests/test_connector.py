@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -9,13 +10,17 @@ import torch
 import transformers
 from PIL import Image
 
+import reroute_kernels as rk
 from bench.grounding import scenes
-from bench.pretrained import chart, convert, packing, train
+from bench.pretrained import chart, connector, convert, packing, train
+from bench.pretrained.connector_report import connector_section
+from bench.pretrained.measure import Rows
+from bench.pretrained.runs import UNROUTED, Run
 from reroute_kernels.boxes import overlap
 
 SIDE, PATCH, GRID, IMAGE = 56, 14, 4, 1
 VOCABULARY = {"": 0, "<image>": IMAGE}
-ONE_TOKEN = re.compile(r"<\|im_start\|>| ?[A-Za-z]+|\d|:")
+ONE_TOKEN = re.compile(r"<\|im_start\|>| ?[A-Za-z]+|\d")
 
 
 def encode(text):
@@ -112,7 +117,7 @@ def test_packed_questions_are_what_each_is_alone(pictures):
     trainee = new_trainee()
     scatter_adapter(trainee)
     packed = packing.pack(pictures, encode, SIDE, GRID)
-    logits, answers = trainee.logits(packed), trainee.answers(packed)
+    logits, answers = trainee.logits(trainee.features(packed), packed), trainee.answers(packed)
     written = trainee.written
     model = trainee.adapted.merge_and_unload()
     asked = [(scene, target) for scene in pictures for target in scene.objects]
@@ -127,6 +132,77 @@ def test_packed_questions_are_what_each_is_alone(pictures):
         )[0, len(ids) :].tolist()
         assert answers[number] == "".join(written.get(each, "?") for each in given)
     assert len(set(answers)) > 1
+
+
+RUNS = {
+    UNROUTED: None,
+    Run("fastv", "remove", 0.5): rk.Policy.parse("remove:1:0.25"),
+    Run("fastv", "reroute", 0.5): rk.Policy.parse("1:0.25"),
+}
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """Of a connector whose answers mean nothing: unrouted, removing and rerouting."""
+    trainee = new_trainee()
+    scatter_adapter(trainee)
+    found = {"held out": connector.unrouted(trainee, 4)}
+    model = trainee.adapted.merge_and_unload()
+    rows = Rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", {})
+    given = (model, encode, SIDE, trainee.written, RUNS, rows)
+    connector.measure(*given, 8, time.monotonic() - 1)
+    assert not rows.found
+    connector.measure(*given, 8, time.monotonic() + 600)
+    assert len(rows.found) == len(RUNS)
+    found["comparison"] = connector.summarize(rows.found, RUNS, model.config)
+    rows.found.pop(f"0 {UNROUTED.name}")
+    assert connector.summarize({**rows.found, **BY_HAND}, RUNS, model.config)["items"] == 8
+    return found
+
+
+def by_hand(first, run):
+    """Unrouted always right, removing never a box, rerouting right in every other scene."""
+    numbers = range(first, first + 8)
+    held_out = [scenes.held_out_scene(connector.SEED, number) for number in numbers]
+    right = [
+        chart.box_text(connector.asked_object(scene, number).box)
+        for scene, number in zip(held_out, numbers, strict=True)
+    ]
+    wrong = {"-": [], "remove": range(8), "reroute": range(0, 8, 2)}[run.way]
+    return {"answers": ["?" if place in wrong else answer for place, answer in enumerate(right)]}
+
+
+BY_HAND = {f"8 {run.name}": by_hand(8, run) for run in RUNS}
+
+
+def test_measures_of_the_connector(record):
+    held_out, compared = record["held out"], record["comparison"]
+    assert (held_out["scenes"], held_out["questions"]) == (4, 1 + 2 + 3 + 4)
+    assert held_out["chance"] == pytest.approx(4 / 10)
+    assert list(held_out["acc@0.5 by objects"]) == ["1", "2", "3", "4"]
+    assert compared["items"] == 8
+    assert compared["runs"][0]["same"] == (1, 1, 1)
+    found = connector.summarize(BY_HAND, RUNS, new_model().config)["runs"]
+    assert [run["acc@0.5"][0] for run in found] == [1, 0, 0.5]
+    assert [run["same"][0] for run in found] == [1, 0, 0.5]
+    assert found[2]["differences"]["acc@0.5"][0] == 0.5
+    assert "differences" not in found[1]
+
+
+def test_section_says_what_the_figures_say(record):
+    step = {"step": 160, "images": 1280, "seconds": 300, "phase": "naming", "names": [0.8, 0.7, 0.6, 0.3, 0.2, 0.5]}
+    last = step | {"step": 560, "images": 2080, "seconds": 2300, "phase": "answering", "mean": 1.5, "objects": 4}
+    start = {"event": "start", "batch": 2, "rank": 8, "naming": 160, "objects": 2, "threads": 1, "torch": "2"}
+    seen = {name: [0.125, 0.1, 0.2] for name in ("acc@0.5", "any", "iou")}
+    log = [start, step, {"event": "held out", "step": 360, "images": 1680, **seen}, last]
+    told = json.loads(json.dumps(record))
+    section = "\n".join(connector_section(told, log))
+    assert "800 scenes" in section
+    assert "2.5 s each" in section
+    assert "| 360 | 400 | 12.5 [10.0, 20.0] |" in section
+    assert "| fastv | reroute less remove |" in section
+    del told["comparison"]
+    assert "Removing and rerouting were not compared on it" in "\n".join(connector_section(told, log))
 
 
 def test_loss_is_that_of_the_right_answers():
@@ -238,7 +314,8 @@ def test_saved_adapter_loads_into_the_plain_model(tmp_path, pictures):
 def test_scores_tell_the_object_asked_for_from_others():
     scene = scenes.held_out_scene(0, 2)
     first, _, third = (chart.box_text(each.box) for each in scene.objects)
-    found = train.scores(scene, [first, third, "?? 4"])
+    answers = (first, third, "?? 4")
+    found = [train.score(scene, *each) for each in zip(scene.objects, answers, strict=True)]
     assert [row["acc@0.5"] for row in found] == [1, 0, 0]
     assert [row["any"] for row in found] == [1, 1, 0]
     assert found[0]["iou"] > 0.6
@@ -251,7 +328,7 @@ def test_scores_tell_the_object_asked_for_from_others():
         (["--minutes", "0"], "--minutes must be above 0, got 0.0"),
         (["--rank", "0"], "rank must be in [1, 256], got 0"),
         (["--batch", "-1"], "batch must be in [1, 4096], got -1"),
-        (["--fewest", "9"], "fewest must be in [1, 8], got 9"),
+        (["--objects", "9"], "objects must be in [1, 8], got 9"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
 )

@@ -25,6 +25,14 @@ PRETRAINED = RESULTS / "pretrained" / "results.json"
 """The record of docs/pretrained.md."""
 
 
+def connector_record() -> tuple[dict, list[dict]] | None:
+    """The record of the trained connector and the log of its training, if there was one."""
+    path = RESULTS / "pretrained" / "connector.json"
+    if not path.exists():
+        return None
+    return read(path), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+
+
 def reducers_record() -> dict | None:
     """The record of methods that reduce, if they were measured."""
     return read(GROUNDING["reducers"]) if "reducers" in GROUNDING else None
@@ -50,7 +58,7 @@ def write_pages() -> None:
         replace_between(ROOT / page, marker, text())
     performance_page(gpu_folders(), ROOT / "docs")
     grounding_page({name: read(path) for name, path in GROUNDING.items()}, ROOT / "docs")
-    pretrained_page(read(PRETRAINED) if PRETRAINED.exists() else None, ROOT / "docs")
+    pretrained_page(read(PRETRAINED) if PRETRAINED.exists() else None, ROOT / "docs", connector_record())
     model = ROOT / "models" / "tiny_grounding"
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
     (model / "README.md").write_text(model_card(read(GROUNDING["results"]), log))

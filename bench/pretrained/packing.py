@@ -28,7 +28,7 @@ NAMES = (*(tuple(f" {word}" for word in words) for words in (SIDES, COLOURS, SHA
 
 def question_text(target: Object) -> str:
     """The text behind an image that asks for the box of an object."""
-    return f" {target.name}:"
+    return f" {target.name}"
 
 
 def name_parts(target: Object) -> tuple[int, ...]:

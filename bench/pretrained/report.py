@@ -10,6 +10,7 @@ from bench.grounding.metrics import cell, signed
 from bench.grounding.report import new_figure, save
 from bench.pages.markdown import table
 
+from .connector_report import connector_section
 from .passages import KINDS, TOKENS
 from .runs import FIRST, LATE, PAPER, PLANS, SECOND, Plan
 
@@ -144,11 +145,12 @@ class Figures:
 # The page
 
 
-def page(results: dict) -> list[str]:
+def page(results: dict, connector: tuple[dict, Sequence[dict]] | None = None) -> list[str]:
     """Lines of docs/pretrained.md.
 
     Args:
         results: of `bench.pretrained.measure`.
+        connector: the record of `bench.pretrained.connector` and the log of the training, if there was one.
     """
     first, second = (Figures(results, plan) for plan in PLANS)
     return [
@@ -179,7 +181,8 @@ def page(results: dict) -> list[str]:
         *_by_kind(second, first),
         *_resemblance(results["resemblance"]),
         *_published(first),
-        *_conclusions(results, first, second),
+        *_conclusions(first, second),
+        *(_no_connector(results) if connector is None else connector_section(*connector)),
         *plan_section(),
     ]
 
@@ -199,8 +202,8 @@ def _answer(first: Figures, second: Figures) -> list[str]:
         "",
         f"Do stale states matter? {_stale(second, first)}",
         "",
-        "No image is seen here: passages of text stand in for images, and no connector between a vision tower and this "
-        "decoder has been trained. [Reading](#reading) says what that allows to conclude.",
+        "No image is seen here: passages of text stand in for images. [Reading](#reading) says what that allows to "
+        "conclude, and the section behind it how far training a connector to a vision tower came.",
         "",
     ]
 
@@ -509,7 +512,7 @@ def _published(figures: Figures) -> list[str]:
     ]
 
 
-def _conclusions(results: dict, first: Figures, second: Figures) -> list[str]:
+def _conclusions(first: Figures, second: Figures) -> list[str]:
     return [
         "## Reading",
         "",
@@ -524,6 +527,11 @@ def _conclusions(results: dict, first: Figures, second: Figures) -> list[str]:
         "`reroute-kernels loyalty` ([commands.md](commands.md)) measures the same divergence on a model and images of "
         "your own.",
         "",
+    ]
+
+
+def _no_connector(results: dict) -> list[str]:
+    return [
         "## Left undone: a connector",
         "",
         "No connector has been trained: the projector is random, so this LLaVA cannot see. It would take the projector "
@@ -573,9 +581,9 @@ def _draw_method(axis, figures: Figures, method: str, measure: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def pretrained_page(results: dict | None, folder: Path) -> None:
+def pretrained_page(results: dict | None, folder: Path, connector: tuple[dict, Sequence[dict]] | None = None) -> None:
     """Write the page, with its picture if there are results."""
-    lines = plan_page() if results is None else page(results)
+    lines = plan_page() if results is None else page(results, connector)
     (folder / "pretrained.md").write_text("\n".join(lines) + "\n")
     if results is not None:
         draw(results, folder / "pretrained.svg")

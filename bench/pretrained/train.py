@@ -5,11 +5,12 @@
 The vision tower stays as it is. Two phases. First the projector alone learns to name: the features of a visual token on
 an object become the sum of the decoder's own embeddings of the words that tell of that object, its name and its box.
 The decoder does not run, so this takes minutes. Then projector and LoRA learn to answer: where is the object of this
-name? A question for every object stands behind each image, and only the answers count.
+name? A question for every object stands behind each image, and only the answers count. Scenes have one object or two
+at first, and one more at most whenever the columns and rows in the answers are mostly right.
 
-Scenes depend on the seed and the step alone, and the weights, the optimizer's state and the counts are kept in one
-file, so a repeated command goes on exactly where the last one stopped. It ends after so many minutes; there is no last
-step, and the learning rate falls with the root of the steps.
+Scenes depend on the seed, the step and that count alone. The weights, the optimizer's state and the counts are kept in
+one file, so a repeated command goes on exactly where the last one stopped. It ends after so many minutes; there is no
+last step, and the learning rate falls with the root of the steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.grounding.metrics import interval
-from bench.grounding.scenes import MOST_OBJECTS, Scene, held_out_scene, make_scene
+from bench.grounding.scenes import MOST_OBJECTS, Object, Scene, held_out_scene, make_scene
 from bench.grounding.train import Log, machine_of
 from reroute_kernels.boxes import overlap
 
@@ -44,9 +46,14 @@ STATE, LOG = "state.safetensors", "training.jsonl"
 HELD_OUT_SEED = 7
 NAMING, NAMING_BATCH, PASSES = 160, 8, 4
 """Steps of the first phase, scenes of each, and updates by each."""
-NAMING_RATE, RATES = 2e-3, {"lora": 1e-3, "projector": 3e-4}
+NAMING_RATE, RATES = 1e-3, {"lora": 2e-3, "projector": 5e-4}
+NAMING_SHARE = 0.1
+"""Weight of the first phase's loss in the second."""
 WARM_UP, LEVEL = 20, 400
 """Steps over which the rate rises, and to which it stays level."""
+ENOUGH, AT_LEAST = 0.6, 25
+"""One more object comes into the scenes if this share of columns and rows is right or next to it, and so many steps
+have passed."""
 LOGGED, KEPT = 10, 25
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 SHARPNESS = 5.0
@@ -71,11 +78,16 @@ class Options:
     """Of LoRA."""
     naming: int = NAMING
     """Steps of the first phase."""
-    fewest: int = 4
-    """Objects of a scene at least."""
+    objects: int = 2
+    """In a scene at most, when the second phase begins."""
 
     def __post_init__(self):
-        for name, least, most in (("batch", 1, 4096), ("rank", 1, 256), ("naming", 0, 10**6), ("fewest", 1, 8)):
+        for name, least, most in (
+            ("batch", 1, 4096),
+            ("rank", 1, 256),
+            ("naming", 0, 10**6),
+            ("objects", 1, MOST_OBJECTS),
+        ):
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"{name} must be in [{least}, {most}], got {value}")
@@ -149,17 +161,17 @@ class Trainee:
             right.append((likely.argmax(-1) == told).float().mean().item())
         return loss, right
 
-    def logits(self, packed: Packed) -> Tensor:
+    def logits(self, features: Tensor, packed: Packed) -> Tensor:
         """(Q, 4, V) float32: of the answers' tokens, each after the right ones before it."""
         with self.autocast():
             embeds = self.llava.get_input_embeddings()(packed.text)
-            hidden = self.decoded(torch.cat([self.images(packed), embeds], 1), packed).last_hidden_state
+            hidden = self.decoded(torch.cat([self.images(features), embeds], 1), packed).last_hidden_state
             hidden = hidden[:, -packed.text.shape[1] :].flatten(0, 1)[packed.sources.flatten()]
             return self.llava.lm_head(hidden).float().unflatten(0, packed.sources.shape)
 
-    def images(self, packed: Packed) -> Tensor:
+    def images(self, features: Tensor) -> Tensor:
         """(B, 1 + N, d): the embeddings that stand before the text."""
-        images = self.projected(self.features(packed)).to(self.dtype)
+        images = self.projected(features).to(self.dtype)
         begin = self.llava.get_input_embeddings()(self.begin)
         return torch.cat([begin.expand(len(images), 1, -1), images], 1)
 
@@ -185,7 +197,7 @@ class Trainee:
         """The greedy answer to each question; the image is read once, and the text again for each token."""
         from transformers import DynamicCache
 
-        before, cache = self.images(packed), DynamicCache()
+        before, cache = self.images(self.features(packed)), DynamicCache()
         count = before.shape[1]
         with self.autocast():
             whole = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
@@ -232,20 +244,16 @@ def answer_loss(logits: Tensor, parts: Sequence[Tensor], answers: Tensor) -> Ten
     return torch.stack(losses, 1)
 
 
-def scores(scene: Scene, answers: Sequence[str]) -> list[dict[str, float]]:
-    """Measures of the answers to a scene's questions, one for each object.
+def score(scene: Scene, target: Object, answer: str) -> dict[str, float]:
+    """Measures of the answer to the question for an object of a scene.
 
     Returns:
-        `iou` with the object asked for; `acc@0.5`, whether it is a half or more; `any`, whether it is so with any
-        object of the scene; `column` and `row`, whether these are right.
+        `iou` with that object; `acc@0.5`, whether it is a half or more; `any`, whether it is so with any object.
     """
-    found = []
-    for target, answer in zip(scene.objects, answers, strict=True):
-        box = read_box(answer)
-        shared = [0.0 if box is None else overlap(box, each.box) for each in scene.objects]
-        iou = shared[scene.objects.index(target)]
-        found.append({"iou": iou, "acc@0.5": float(iou >= 0.5), "any": float(max(shared) >= 0.5)})
-    return found
+    box = read_box(answer)
+    shared = [0.0 if box is None else overlap(box, each.box) for each in scene.objects]
+    iou = shared[scene.objects.index(target)]
+    return {"iou": iou, "acc@0.5": float(iou >= 0.5), "any": float(max(shared) >= 0.5)}
 
 
 def evaluate(trainee: Trainee, count: int, seed: int = HELD_OUT_SEED, size: int = 4) -> dict[str, list[float]]:
@@ -256,8 +264,8 @@ def evaluate(trainee: Trainee, count: int, seed: int = HELD_OUT_SEED, size: int 
         packed = pack(held_out, trainee.encode, trainee.side, trainee.grid).to(trainee.device)
         given = iter(trainee.answers(packed))
         for scene in held_out:
-            for row in scores(scene, [next(given) for _ in scene.objects]):
-                for name, value in row.items():
+            for target in scene.objects:
+                for name, value in score(scene, target, next(given)).items():
                     found.setdefault(name, []).append(value)
     return found
 
@@ -265,6 +273,13 @@ def evaluate(trainee: Trainee, count: int, seed: int = HELD_OUT_SEED, size: int 
 def rate(step: int) -> float:
     """Share of the peak: it rises, stays, and falls with the root of the steps."""
     return min((step + 1) / WARM_UP, 1.0, math.sqrt(LEVEL / (step + 1)))
+
+
+def rounded(value: Any) -> Any:
+    """The value of a log's entry, its numbers rounded."""
+    if isinstance(value, float):
+        return round(value, 4)
+    return [rounded(each) for each in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 class Run:
@@ -288,10 +303,11 @@ class Run:
         self.log = Log(work / LOG)
         lora = [each for name, each in trainee.trained.items() if "lora_" in name]
         projector = [each for name, each in trainee.trained.items() if "lora_" not in name]
-        self.naming = torch.optim.Adam(projector, betas=(0.9, 0.98))
+        self.naming = torch.optim.Adam([{"params": projector, "peak": NAMING_RATE}], betas=(0.9, 0.98))
         groups = [{"params": lora, "peak": RATES["lora"]}, {"params": projector, "peak": RATES["projector"]}]
         self.answering = torch.optim.Adam(groups, betas=(0.9, 0.98))
         self.now = {"step": 0, "images": 0, "seconds": 0.0, "loss": 0.0}
+        self.now |= {"objects": trainee.options.objects, "near": 0.0, "since": 0}
         if self.state.exists():
             self._load()
         if not self.log.lines:
@@ -337,45 +353,57 @@ class Run:
         """The scenes of the next step."""
         options, step = self.trainee.options, self.now["step"]
         random = np.random.default_rng([options.seed, step])
-        count = NAMING_BATCH if step < options.naming else options.batch
-        objects = random.integers(options.fewest, MOST_OBJECTS, size=count, endpoint=True)
+        if step < options.naming:
+            objects = [MOST_OBJECTS] * NAMING_BATCH
+        else:
+            objects = random.integers(1, self.now["objects"], size=options.batch, endpoint=True)
         drawn = [make_scene(random, int(each)) for each in objects]
         return pack(drawn, self.trainee.encode, self.trainee.side, self.trainee.grid).to(self.trainee.device)
 
-    def step(self) -> dict[str, object]:
+    def step(self) -> dict[str, Any]:
         """Train on the next scenes; returns what is logged."""
-        started, packed, trainee = time.perf_counter(), self.draw(), self.trainee
-        optimizer, step = self.optimizer, self.now["step"]
-        if optimizer is self.naming:
-            features, told = trainee.features(packed), {}
-            for _ in range(PASSES):
-                loss, right = trainee.naming_loss(features, packed.names)
-                told = told or {"phase": "naming", "loss": loss.item(), "names": [round(each, 3) for each in right]}
-                self._update(optimizer, loss, NAMING_RATE * min(1.0, 2 - 2 * step / trainee.options.naming))
-        else:
-            logits = trainee.logits(packed)
-            losses = answer_loss(logits, trainee.parts, packed.answers)
-            given = torch.stack([logits[:, place, ids].argmax(-1) for place, ids in enumerate(trainee.parts)], 1)
-            near = ((given - packed.answers).abs() <= 1).float().mean(0)
-            told = {"phase": "answering", "loss": losses.mean().item()}
-            told["near"] = [round(each, 3) for each in near.tolist()]
-            told["norm"] = self._update(optimizer, losses.mean(), rate(step - trainee.options.naming))
-        first = step in (0, trainee.options.naming)
+        started, packed = time.perf_counter(), self.draw()
+        features, first = self.trainee.features(packed), self.now["step"] in (0, self.trainee.options.naming)
+        told = self._name(features, packed) if self.optimizer is self.naming else self._answer(features, packed)
         self.now["loss"] = told["loss"] if first else 0.9 * self.now["loss"] + 0.1 * told["loss"]
         self.now["step"] += 1
         self.now["images"] += len(packed.pixels)
         self.now["seconds"] += time.perf_counter() - started
         return told
 
+    def _name(self, features: Tensor, packed: Packed) -> dict[str, Any]:
+        """A step of the first phase; what is logged is of its first pass, over scenes not seen before."""
+        told, share = {}, min(1.0, 2 - 2 * self.now["step"] / self.trainee.options.naming)
+        for _ in range(PASSES):
+            loss, right = self.trainee.naming_loss(features, packed.names)
+            told = told or {"phase": "naming", "loss": loss.item(), "names": right}
+            self._update(self.naming, loss, share)
+        return told
+
+    def _answer(self, features: Tensor, packed: Packed) -> dict[str, Any]:
+        """A step of the second phase."""
+        trainee, now = self.trainee, self.now
+        logits = trainee.logits(features, packed)
+        loss = answer_loss(logits, trainee.parts, packed.answers).mean()
+        naming, names = trainee.naming_loss(features, packed.names)
+        norm = self._update(self.answering, loss + NAMING_SHARE * naming, rate(now["step"] - trainee.options.naming))
+        given = torch.stack([logits[:, place, ids].argmax(-1) for place, ids in enumerate(trainee.parts)], 1)
+        near = ((given - packed.answers).abs() <= 1).float().mean(0).tolist()
+        told = {"phase": "answering", "loss": loss.item(), "near": near, "objects": now["objects"], "names": names}
+        now["near"], now["since"] = 0.95 * now["near"] + 0.05 * (near[0] + near[1]) / 2, now["since"] + 1
+        if now["near"] >= ENOUGH and now["since"] >= AT_LEAST and now["objects"] < MOST_OBJECTS:
+            now |= {"objects": now["objects"] + 1, "near": 0.0, "since": 0}
+        return told | {"norm": norm}
+
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, share: float) -> float:
         """One update by the gradients of a loss; returns their norm."""
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = share * group.get("peak", 1.0)
+            group["lr"] = share * group["peak"]
         norm = nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], 1.0)
         optimizer.step()
-        return round(norm.item(), 3)
+        return norm.item()
 
     def train(self, minutes: float, every: int, count: int, steps: int | None = None) -> None:
         """Train for so many minutes.
@@ -394,8 +422,11 @@ class Run:
                 step = self.now["step"]
                 counts = {"step": step, "images": self.now["images"], "seconds": round(self.now["seconds"])}
                 if step % LOGGED == 0:
-                    told["loss"], told["mean"] = round(told["loss"], 4), round(self.now["loss"], 4)
-                    self.log(**counts, **told)
+                    self.log(
+                        **counts,
+                        **{name: rounded(value) for name, value in told.items()},
+                        mean=rounded(self.now["loss"]),
+                    )
                 progress.update(task, description=f"{told['phase']}, step {step}, loss {self.now['loss']:.3f}")
                 if step > self.trainee.options.naming and step % every == 0:
                     self.evaluate(counts, count)
@@ -406,7 +437,7 @@ class Run:
     def evaluate(self, counts: dict[str, int], count: int) -> None:
         """Log the accuracy on held-out scenes."""
         found = evaluate(self.trainee, count)
-        means = {name: [round(each, 4) for each in interval(values)] for name, values in found.items()}
+        means = {name: rounded(interval(values)) for name, values in found.items()}
         self.log(event="held out", **counts, scenes=count, questions=len(found["iou"]), **means)
 
 
@@ -454,12 +485,12 @@ def main():
     parser.add_argument("--batch", type=int, default=default.batch, help="scenes of a step")
     parser.add_argument("--rank", type=int, default=default.rank, help="of LoRA")
     parser.add_argument("--naming", type=int, default=default.naming, help="steps of the projector alone")
-    parser.add_argument("--fewest", type=int, default=default.fewest, help="objects of a scene at least")
+    parser.add_argument("--objects", type=int, default=default.objects, help="in a scene at most, to begin with")
     args = parser.parse_args()
     if not args.minutes > 0:
         parser.error(f"--minutes must be above 0, got {args.minutes}")
     try:
-        options = Options(args.seed, args.batch, args.rank, args.naming, args.fewest)
+        options = Options(args.seed, args.batch, args.rank, args.naming, args.objects)
     except ValueError as error:
         parser.error(str(error))
     model, encode = load(args.model, torch.device(args.device), getattr(torch, args.dtype))

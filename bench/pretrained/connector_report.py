@@ -1,0 +1,133 @@
+"""The section of docs/pretrained.md about the trained connector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench.grounding.metrics import cell, pc, signed
+from bench.grounding.scenes import MOST_OBJECTS
+from bench.pages.markdown import table
+
+from .chart import FIELDS
+
+OUTLOOK = (10_000, 80_000)
+"""Scenes that the estimate reckons with: those of the small model, and an eighth of them."""
+COMPARED = {"acc@0.5": "ACC@0.5, %", "iou": "mean IoU, %", "same": "answers that are the unrouted model's, %"}
+
+
+def connector_section(record: dict, log: Sequence[dict]) -> list[str]:
+    """Lines of the section.
+
+    Args:
+        record: of `bench.pretrained.connector`.
+        log: of the training.
+    """
+    return ["## A connector", "", *_training(log), *_reached(record, log), *_outlook(log), *_routed(record)]
+
+
+def _steps(log: Sequence[dict], phase: str) -> list[dict]:
+    return [line for line in log if line.get("phase") == phase]
+
+
+def _pace(log: Sequence[dict]) -> tuple[int, float]:
+    """Images of the second phase, and seconds of each."""
+    naming, last = _steps(log, "naming")[-1], _steps(log, "answering")[-1]
+    images = last["images"] - naming["images"]
+    return images, (last["seconds"] - naming["seconds"]) / images
+
+
+def _training(log: Sequence[dict]) -> list[str]:
+    start, naming, last = log[0], _steps(log, "naming")[-1], _steps(log, "answering")[-1]
+    images, seconds = _pace(log)
+    size, colour, shape, column, row, _ = naming["names"]
+    return [
+        "`make pretrained-connector` trains the projector and LoRA (peft, rank "
+        f"{start['rank']}, on the attention of all layers) on the scenes of `bench/grounding/scenes.py`; the tower and "
+        "the decoder's own weights stay as they are. It keeps its state and goes on exactly where it stopped. An "
+        f"answer is four tokens, ` C f45`: column and row, of {FIELDS}, of the box's centre, then its width and height "
+        "in such fields. The best answer of that form has a mean IoU of 0.81, and always one of 0.5 or more.",
+        "",
+        f"- First the projector alone, {naming['images']:,} scenes in {naming['seconds'] / 60:.0f} minutes: features "
+        "of a visual token on an object become embeddings of the decoder's own words for that object. On scenes not "
+        f"seen before, at the end, the nearest word was right at {pc(size)} (size), {pc(colour)} (colour), "
+        f"{pc(shape)} (shape), {pc(column)} (column) and {pc(row)} (row) of the tokens on objects.",
+        f"- Then projector and LoRA, {images:,} scenes in {(last['seconds'] - naming['seconds']) / 60:.0f} minutes: a "
+        "question for every object is packed behind its image, and no question sees another; "
+        f"{start['batch']} images a step, {seconds:.1f} s each. Scenes have {start['objects']} objects at most in the "
+        f"beginning, and {last['objects']} now; one comes in whenever most columns and rows are right or next to it. "
+        f"The loss of an answer's token is {last['mean']:.2f} nats at the end.",
+        "",
+        f"All on a CPU ({start['threads']} thread, bfloat16 but for what is trained, torch {start['torch']}), beside "
+        "other work on the same two cores; log and record are `bench/results/pretrained/connector.jsonl` and "
+        "`connector.json`.",
+        "",
+    ]
+
+
+def _reached(record: dict, log: Sequence[dict]) -> list[str]:
+    rows, naming = [], _steps(log, "naming")[-1]
+    for line in log:
+        if line.get("event") == "held out":
+            images = f"{line['images'] - naming['images']:,}"
+            rows.append([line["step"], images, *(cell(line[name]) for name in ("acc@0.5", "any", "iou"))])
+    final = record["held out"]
+    by_count = [[count, cell(value)] for count, value in final["acc@0.5 by objects"].items()]
+    return [
+        f"Without routing, on {final['questions']} questions about {final['scenes']} held-out scenes of 1 to 8 "
+        f"objects: ACC@0.5 {cell(final['acc@0.5'])}%, mean IoU {final['iou'][0]:.3f}. A box around some object of the "
+        f"scene, the right one or not: {cell(final['any'])}%; who finds an object each time and picks it by chance is "
+        f"right in {pc(final['chance'])}. Intervals are 95%, over questions.",
+        "",
+        "In the course of training, on fewer and other scenes, by images of the second phase, in %:",
+        "",
+        *table(["step", "images", "ACC@0.5", "box around some object", "mean IoU"], rows),
+        "",
+        "By objects in the scene:",
+        "",
+        *table(["objects", "ACC@0.5, %"], by_count),
+        "",
+    ]
+
+
+def _outlook(log: Sequence[dict]) -> list[str]:
+    images, seconds = _pace(log)
+    days = [f"{count * seconds / 86400:.1f}" for count in OUTLOOK]
+    few, many = (f"{count:,}" for count in OUTLOOK)
+    return [
+        "What would it take to reach 85%? This is an estimate, and no measurement. The small model of "
+        "[grounding.md](grounding.md) began with nothing, and reached 85% after 64,000 scenes of its tower alone and "
+        f"80,000 with some ten questions each. This one begins with a tower and a decoder, and has had {images:,}, "
+        f"with one to {MOST_OBJECTS} questions each. If it needs between an eighth and all of those 80,000, that is "
+        f"{few} to {many} scenes: {days[0]} to {days[1]} days at the {seconds:.1f} s of a scene here, on half a core. "
+        "The same command uses a GPU if there is one; its pace there has not been measured.",
+        "",
+    ]
+
+
+def _routed(record: dict) -> list[str]:
+    if "comparison" not in record:
+        return [
+            "Removing and rerouting were not compared on it: answers that are mostly wrong without routing have little "
+            "to lose. `python -m bench.pretrained.connector --routed` compares them when there is more to lose.",
+            "",
+        ]
+    found = record["comparison"]
+    runs = {(run["method"], run["way"], run["budget"]): run for run in found["runs"]}
+    whole = runs["unrouted", "-", 1.0]
+    budgets = sorted({budget for _, way, budget in runs if way != "-"}, reverse=True)
+    methods = list(dict.fromkeys(method for method, way, _ in runs if way != "-"))
+    lines = [
+        f"Removing and rerouting on it, {found['items']} held-out scenes with one question each, by share of the "
+        f"visual tokens that run in a layer; without routing ACC@0.5 {cell(whole['acc@0.5'])}%. Differences are "
+        "paired; bold ones are decided (95%).",
+        "",
+    ]
+    for measure, title in COMPARED.items():
+        rows = []
+        for method in methods:
+            for way in ("remove", "reroute"):
+                rows.append([method, way, *(cell(runs[method, way, budget][measure]) for budget in budgets)])
+            apart = [signed(runs[method, "reroute", budget]["differences"][measure]) for budget in budgets]
+            rows.append([method, "reroute less remove", *apart])
+        lines += [f"{title}:", "", *table(["schedule", "", *(f"{100 * each:.3g}%" for each in budgets)], rows), ""]
+    return lines
