@@ -179,6 +179,7 @@ def test_measures_of_the_connector(record):
     held_out, compared = record["held out"], record["comparison"]
     assert (held_out["scenes"], held_out["questions"]) == (4, 1 + 2 + 3 + 4)
     assert held_out["chance"] == pytest.approx(4 / 10)
+    assert held_out["blind"] <= 0.2
     assert list(held_out["acc@0.5 by objects"]) == ["1", "2", "3", "4"]
     assert compared["items"] == 8
     assert compared["runs"][0]["same"] == (1, 1, 1)
@@ -303,6 +304,11 @@ def test_saved_adapter_loads_into_the_plain_model(tmp_path, pictures):
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     count = sum(each.numel() for each in trainee.trained.values())
     assert 2 * count < (tmp_path / "adapter_model.safetensors").stat().st_size < 2 * count + 10_000
+    again = new_trainee()
+    train.begin_with(again, tmp_path)
+    assert all(torch.equal(each, again.trained[name]) for name, each in trainee.trained.items())
+    with pytest.raises(ValueError, match=r"rank must be that of .*, 4, got 8"):
+        train.begin_with(new_trainee(rank=8), tmp_path)
     loaded = peft.PeftModel.from_pretrained(new_model(), tmp_path).merge_and_unload()
     target = pictures[0].objects[0]
     inputs = {"input_ids": torch.tensor([prompt(target)]), "pixel_values": packing.pixels_of([pictures[0].image], SIDE)}

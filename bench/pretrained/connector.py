@@ -38,6 +38,8 @@ SEED = 1
 SCENES = 96
 METHODS, BUDGETS = ("fastv", "late"), (0.75, 0.5)
 """Schedules and budgets of the comparison, fixed before any of its items was asked."""
+MIDDLE = {"small": " N n44", "large": " N n77"}
+"""The answer without a look, by the size that a question tells: in the middle."""
 ITEMS = 320
 """Scenes of the comparison at most."""
 MEASURES = ("acc@0.5", "iou", "same")
@@ -143,8 +145,9 @@ def summarize(rows: Mapping[str, Mapping[str, Any]], of_runs: Mapping[Run, rk.Po
 
 def unrouted(trainee: train.Trainee, scenes: int) -> dict[str, Any]:
     """Measures over all objects of held-out scenes, together and by the number of objects."""
-    found = train.evaluate(trainee, scenes, SEED)
-    counts = [len(scene.objects) for scene in (held_out_scene(SEED, number) for number in range(scenes))]
+    found, held_out = train.evaluate(trainee, scenes, SEED), [held_out_scene(SEED, number) for number in range(scenes)]
+    counts = [len(scene.objects) for scene in held_out]
+    blind = [train.score(scene, each, MIDDLE[each.size]) for scene in held_out for each in scene.objects]
     of_question = np.repeat(counts, counts)
     by_count = {
         str(count): interval(np.asarray(found["acc@0.5"])[of_question == count]) for count in sorted(set(counts))
@@ -154,6 +157,7 @@ def unrouted(trainee: train.Trainee, scenes: int) -> dict[str, Any]:
         "scenes": scenes,
         "questions": len(of_question),
         "chance": float(np.mean(1 / of_question)),
+        "blind": float(np.mean([each["acc@0.5"] for each in blind])),
         **{name: interval(values) for name, values in found.items()},
         "acc@0.5 by objects": by_count,
     }

@@ -76,7 +76,8 @@ def _reached(record: dict, log: Sequence[dict]) -> list[str]:
         f"Without routing, on {final['questions']} questions about {final['scenes']} held-out scenes of 1 to 8 "
         f"objects: ACC@0.5 {cell(final['acc@0.5'])}%, mean IoU {final['iou'][0]:.3f}. A box around some object of the "
         f"scene, the right one or not: {cell(final['any'])}%; who finds an object each time and picks it by chance is "
-        f"right in {pc(final['chance'])}. Intervals are 95%, over questions.",
+        f"right in {pc(final['chance'])}, who always says the middle in {pc(final['blind'])}. Intervals are 95%, "
+        "over questions.",
         "",
         "In the course of training, on fewer and other scenes, by images of the second phase, in %:",
         "",

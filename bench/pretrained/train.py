@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench.grounding.metrics import interval
@@ -456,6 +456,24 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Mod
     return model, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+ADAPTER = "adapter_model.safetensors"
+
+
+def begin_with(trainee: Trainee, folder: Path) -> None:
+    """Take the weights of an adapter that `save` wrote.
+
+    Raises:
+        ValueError: it is of another rank.
+    """
+    from peft import PeftConfig, set_peft_model_state_dict
+
+    rank = PeftConfig.from_pretrained(folder).r
+    if rank != trainee.options.rank:
+        raise ValueError(f"rank must be that of {folder}, {rank}, got {trainee.options.rank}")
+    found = set_peft_model_state_dict(trainee.adapted, load_file(folder / ADAPTER))
+    assert not found.unexpected_keys, found.unexpected_keys
+
+
 def save(trainee: Trainee, folder: Path) -> None:
     """Write LoRA and the projector in bfloat16, as peft reads them."""
     from peft import get_peft_model_state_dict
@@ -463,7 +481,7 @@ def save(trainee: Trainee, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(trainee.adapted)
     weights = {name: each.to(torch.bfloat16).contiguous() for name, each in weights.items()}
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(weights, folder / ADAPTER, {"format": "pt"})
     trainee.adapted.peft_config["default"].save_pretrained(folder)
 
 
@@ -475,6 +493,7 @@ def main():
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where the state is"
     )
+    parser.add_argument("--begin", type=Path, help="folder of an adapter to begin a run with, in place of --naming")
     parser.add_argument("--output", type=Path, default=WORK, help="folder to write the adapter to, for peft")
     parser.add_argument("--minutes", type=float, default=30, help="minutes of training, evaluations included")
     parser.add_argument("--every", type=int, default=75, help="steps between evaluations on held-out scenes")
@@ -490,13 +509,17 @@ def main():
     if not args.minutes > 0:
         parser.error(f"--minutes must be above 0, got {args.minutes}")
     try:
-        options = Options(args.seed, args.batch, args.rank, args.naming, args.objects)
+        naming = 0 if args.begin else args.naming
+        options = Options(args.seed, args.batch, args.rank, naming, args.objects)
     except ValueError as error:
         parser.error(str(error))
     model, encode = load(args.model, torch.device(args.device), getattr(torch, args.dtype))
-    run = Run(Trainee(model, encode, SIDE, options), args.work, resume=args.resume)
+    trainee = Trainee(model, encode, SIDE, options)
+    if args.begin:
+        begin_with(trainee, args.begin)
+    run = Run(trainee, args.work, resume=args.resume)
     run.train(args.minutes, args.every, args.scenes)
-    save(run.trainee, args.output)
+    save(trainee, args.output)
 
 
 if __name__ == "__main__":
