@@ -134,6 +134,33 @@ def test_packed_questions_are_what_each_is_alone(pictures):
     assert len(set(answers)) > 1
 
 
+@torch.no_grad()
+def test_tokens_that_are_left_out_are_not_seen(pictures):
+    trainee = new_trainee()
+    scatter_adapter(trainee)
+    kept = packing.kept_tokens(pictures, 12, np.random.default_rng(0))
+    for row, scene in zip(kept.tolist(), pictures, strict=True):
+        assert row == sorted(set(row))
+        assert len(row) < 144
+        assert {each for target in scene.objects for each in target.tokens()} <= set(row)
+    kept = torch.tensor([[0, 2, 3, 7, 9], [1, 2, 8, 14, 15]])
+    packed = packing.pack(pictures, encode, SIDE, GRID, kept)
+    logits, answers = trainee.logits(trainee.features(packed), packed), trainee.answers(packed)
+    model, number = trainee.adapted.merge_and_unload(), 0
+    for scene, row in zip(pictures, kept, strict=True):
+        for target in scene.objects:
+            ids = prompt(target)
+            seen = torch.ones(1, len(ids), dtype=torch.long)
+            seen[0, 1 : 1 + GRID**2] = 0
+            seen[0, 1 + row] = 1
+            pixels, places = packing.pixels_of([scene.image], SIDE), torch.arange(len(ids))[None]
+            inputs = {"input_ids": torch.tensor([ids]), "pixel_values": pixels, "attention_mask": seen}
+            expected = model(**inputs, position_ids=places).logits[0, -1]
+            torch.testing.assert_close(logits[number, 0], expected, atol=1e-4, rtol=1e-4)
+            assert answers[number].startswith(trainee.written.get(int(expected.argmax()), "?"))
+            number += 1
+
+
 RUNS = {
     UNROUTED: None,
     Run("fastv", "remove", 0.5): rk.Policy.parse("remove:1:0.25"),

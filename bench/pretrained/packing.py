@@ -1,6 +1,7 @@
 """Scenes to train the connector on: each image once, with a question for every object behind it.
 
-The questions behind an image do not see each other, and each has the positions that it would have alone.
+The questions behind an image do not see each other, and each has the positions that it would have alone. So have the
+visual tokens if some are left out, which makes a step several times cheaper.
 """
 
 from __future__ import annotations
@@ -53,20 +54,38 @@ def tokens_of(target: Object, grid: int, share: float = 0.25) -> list[int]:
     return np.flatnonzero(np.outer(down, across).ravel() >= share * field**2).tolist()
 
 
+SPARE = 16
+"""Visual tokens beside objects that stay at least where others are left out."""
+
+
+def kept_tokens(scenes: Sequence[Scene], grid: int, random: np.random.Generator) -> Tensor:
+    """(B, K), ascending: all visual tokens on objects, and others at random, as many in all for each scene."""
+    on_objects = [sorted({each for target in scene.objects for each in tokens_of(target, grid)}) for scene in scenes]
+    count = min(max(map(len, on_objects)) + SPARE, grid**2)
+    kept = []
+    for on_object in on_objects:
+        others = np.setdiff1d(np.arange(grid**2), on_object)
+        chosen = random.choice(others, count - len(on_object), replace=False)
+        kept.append(sorted([*on_object, *chosen.tolist()]))
+    return torch.tensor(kept)
+
+
 @dataclass
 class Packed:
-    """Scenes with questions: B scenes, N visual tokens, T text tokens at most, Q questions in all of them."""
+    """Scenes with questions: B scenes, N visual tokens of which K are kept, T text tokens at most, Q questions."""
 
     pixels: Tensor
     """(B, 3, side, side) float32."""
     names: Tensor
     """(B, N, 6): the words of `NAMES` that tell of the object at a visual token, -1 where there is none."""
+    kept: Tensor
+    """(B, K), ascending: the visual tokens that stand before the text."""
     text: Tensor
     """(B, T): ids of questions and answers."""
     positions: Tensor
     """(B, T)."""
     mask: Tensor
-    """(B, T, 1 + N + T), bool: the tokens that a text token sees."""
+    """(B, T, 1 + K + T), bool: the tokens that a text token sees."""
     sources: Tensor
     """(Q, 4): places in the flat text, B * T long, from which the tokens of an answer are predicted."""
     answers: Tensor
@@ -76,7 +95,7 @@ class Packed:
         return Packed(**{each.name: getattr(self, each.name).to(device) for each in fields(self)})
 
 
-def pack(scenes: Sequence[Scene], encode: Encode, side: int, grid: int) -> Packed:
+def pack(scenes: Sequence[Scene], encode: Encode, side: int, grid: int, kept: Tensor | None = None) -> Packed:
     """Pack scenes with a question for each of their objects.
 
     Args:
@@ -84,7 +103,9 @@ def pack(scenes: Sequence[Scene], encode: Encode, side: int, grid: int) -> Packe
         encode: gives one token for each of `PARTS`.
         side: pixels along an edge of the image.
         grid: rows and columns of its visual tokens.
+        kept: (B, K), ascending; without it all visual tokens are.
     """
+    kept = torch.arange(grid**2).expand(len(scenes), -1) if kept is None else kept
     first = 1 + grid**2
     ids = [[encode(token)[0] for token in tokens] for tokens in PARTS]
     names = torch.full((len(scenes), grid**2, len(NAMES)), -1)
@@ -112,10 +133,11 @@ def pack(scenes: Sequence[Scene], encode: Encode, side: int, grid: int) -> Packe
     of_question = padded(segments, -1)
     earlier = torch.ones(longest, longest, dtype=torch.bool).tril()
     together = (of_question[:, :, None] == of_question[:, None, :]) & earlier
-    images_seen = torch.ones(len(scenes), longest, first, dtype=torch.bool)
+    images_seen = torch.ones(len(scenes), longest, 1 + kept.shape[1], dtype=torch.bool)
     return Packed(
         pixels_of([scene.image for scene in scenes], side),
         names,
+        kept,
         padded(texts, 0),
         padded(positions, first),
         torch.cat([images_seen, together], -1),

@@ -6,7 +6,8 @@ The vision tower stays as it is. Two phases. First the projector alone learns to
 an object become the sum of the decoder's own embeddings of the words that tell of that object, its name and its box.
 The decoder does not run, so this takes minutes. Then projector and LoRA learn to answer: where is the object of this
 name? A question for every object stands behind each image, and only the answers count. Scenes have one object or two
-at first, and one more at most whenever the columns and rows in the answers are mostly right.
+at first, and one more at most whenever the columns and rows in the answers are mostly right. In most steps only a part
+of the visual tokens stands before the text, all those on objects and some others: such a scene costs a fraction.
 
 Scenes depend on the seed, the step and that count alone. The weights, the optimizer's state and the counts are kept in
 one file, so a repeated command goes on exactly where the last one stopped. It ends after so many minutes; there is no
@@ -39,7 +40,7 @@ from reroute_kernels.boxes import overlap
 
 from .chart import COLUMNS, PARTS, read_box
 from .convert import CHECKED, FOLDER, SIDE
-from .packing import BEGIN, NAMES, Encode, Packed, pack
+from .packing import BEGIN, NAMES, Encode, Packed, kept_tokens, pack
 
 WORK = FOLDER / "connector"
 STATE, LOG = "state.safetensors", "training.jsonl"
@@ -54,6 +55,8 @@ WARM_UP, LEVEL = 20, 400
 ENOUGH, AT_LEAST = 0.6, 25
 """One more object comes into the scenes if this share of columns and rows is right or next to it, and so many steps
 have passed."""
+WHOLE, MORE = 4, 4
+"""Every fourth step shows whole images; the others leave visual tokens out, of four times as many scenes."""
 LOGGED, KEPT = 10, 25
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 SHARPNESS = 5.0
@@ -73,7 +76,7 @@ class Options:
 
     seed: int = 0
     batch: int = 2
-    """Scenes of a step."""
+    """Scenes of a step with whole images."""
     rank: int = 8
     """Of LoRA."""
     naming: int = NAMING
@@ -165,29 +168,31 @@ class Trainee:
         """(Q, 4, V) float32: of the answers' tokens, each after the right ones before it."""
         with self.autocast():
             embeds = self.llava.get_input_embeddings()(packed.text)
-            hidden = self.decoded(torch.cat([self.images(features), embeds], 1), packed).last_hidden_state
+            hidden = self.decoded(torch.cat([self.images(features, packed), embeds], 1), packed).last_hidden_state
             hidden = hidden[:, -packed.text.shape[1] :].flatten(0, 1)[packed.sources.flatten()]
             return self.llava.lm_head(hidden).float().unflatten(0, packed.sources.shape)
 
-    def images(self, features: Tensor) -> Tensor:
-        """(B, 1 + N, d): the embeddings that stand before the text."""
-        images = self.projected(features).to(self.dtype)
+    def images(self, features: Tensor, packed: Packed) -> Tensor:
+        """(B, 1 + K, d): the embeddings that stand before the text."""
+        rows = torch.arange(len(features), device=self.device)[:, None]
+        images = self.projected(features[rows, packed.kept]).to(self.dtype)
         begin = self.llava.get_input_embeddings()(self.begin)
         return torch.cat([begin.expand(len(images), 1, -1), images], 1)
 
     def decoded(self, embeds: Tensor, packed: Packed, cache=None):
-        """The decoder's output for a whole prompt, or for its text behind a cached image."""
-        length, total = embeds.shape[1], packed.mask.shape[-1]
-        before = torch.arange(total - packed.text.shape[1], device=self.device)
-        seen = torch.ones(len(before), total, dtype=torch.bool, device=self.device).tril()
-        seen = torch.cat([seen.expand(len(embeds), -1, -1), packed.mask], 1)[:, None, -length:]
+        """The decoder's output for a whole prompt, or for its beginning, or for its text behind a cached beginning."""
+        count = 1 + packed.kept.shape[1]
+        start = 0 if cache is None else cache.get_seq_length()
+        end = start + embeds.shape[1]
+        seen = torch.ones(count, packed.mask.shape[-1], dtype=torch.bool, device=self.device).tril()
+        seen = torch.cat([seen.expand(len(embeds), -1, -1), packed.mask], 1)[:, None, start:end, :end]
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill(~seen, torch.finfo(self.dtype).min)
-        positions = torch.cat([before.expand(len(embeds), -1), packed.positions], 1)[:, -length:]
+        positions = torch.cat([torch.zeros_like(packed.kept[:, :1]), 1 + packed.kept, packed.positions], 1)
         return self.llava.model.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions[:, start:end],
             cache=cache,
             use_cache=cache is not None,
         )
@@ -197,13 +202,9 @@ class Trainee:
         """The greedy answer to each question; the image is read once, and the text again for each token."""
         from transformers import DynamicCache
 
-        before, cache = self.images(self.features(packed)), DynamicCache()
-        count = before.shape[1]
+        cache = DynamicCache()
         with self.autocast():
-            whole = torch.ones(count, count, dtype=torch.bool, device=self.device).tril()
-            mask = torch.zeros(whole.shape, dtype=self.dtype, device=self.device)
-            mask = mask.masked_fill(~whole, torch.finfo(self.dtype).min)[None, None]
-            self.llava.model.language_model(inputs_embeds=before, attention_mask=mask, cache=cache)
+            self.decoded(self.images(self.features(packed), packed), packed, cache)
         text, given = packed.text.clone().flatten(), []
         for place in range(packed.sources.shape[1]):
             with self.autocast():
@@ -356,9 +357,12 @@ class Run:
         if step < options.naming:
             objects = [MOST_OBJECTS] * NAMING_BATCH
         else:
-            objects = random.integers(1, self.now["objects"], size=options.batch, endpoint=True)
+            count = options.batch * (1 if step % WHOLE == 0 else MORE)
+            objects = random.integers(1, self.now["objects"], size=count, endpoint=True)
         drawn = [make_scene(random, int(each)) for each in objects]
-        return pack(drawn, self.trainee.encode, self.trainee.side, self.trainee.grid).to(self.trainee.device)
+        few = step >= options.naming and step % WHOLE > 0
+        kept = kept_tokens(drawn, self.trainee.grid, random) if few else None
+        return pack(drawn, self.trainee.encode, self.trainee.side, self.trainee.grid, kept).to(self.trainee.device)
 
     def step(self) -> dict[str, Any]:
         """Train on the next scenes; returns what is logged."""
@@ -390,6 +394,7 @@ class Run:
         given = torch.stack([logits[:, place, ids].argmax(-1) for place, ids in enumerate(trainee.parts)], 1)
         near = ((given - packed.answers).abs() <= 1).float().mean(0).tolist()
         told = {"phase": "answering", "loss": loss.item(), "near": near, "objects": now["objects"], "names": names}
+        told["tokens"] = packed.kept.shape[1]
         now["near"], now["since"] = 0.95 * now["near"] + 0.05 * (near[0] + near[1]) / 2, now["since"] + 1
         if now["near"] >= ENOUGH and now["since"] >= AT_LEAST and now["objects"] < MOST_OBJECTS:
             now |= {"objects": now["objects"] + 1, "near": 0.0, "since": 0}
