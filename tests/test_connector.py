@@ -220,13 +220,20 @@ def test_measures_of_the_connector(record):
 def test_section_says_what_the_figures_say(record):
     step = {"step": 160, "images": 1280, "seconds": 300, "phase": "naming", "names": [0.8, 0.7, 0.6, 0.3, 0.2, 0.5]}
     last = step | {"step": 560, "images": 2080, "seconds": 2300, "phase": "answering", "mean": 1.5, "objects": 4}
+    last["tokens"] = 40
     start = {"event": "start", "batch": 2, "rank": 8, "naming": 160, "objects": 2, "threads": 1, "torch": "2"}
     seen = {name: [0.125, 0.1, 0.2] for name in ("acc@0.5", "any", "iou")}
     log = [start, step, {"event": "held out", "step": 360, "images": 1680, **seen}, last]
     told = json.loads(json.dumps(record))
     section = "\n".join(connector_section(told, log))
     assert "800 scenes" in section
-    assert "2.5 s each" in section
+    assert "2 whole images in every 4th step, and in the others 8 of which" in section
+    assert "(2.5 s a scene)" in section
+    whole = step | {"step": 360, "images": 1680, "seconds": 1700, "phase": "answering"}
+    section = "\n".join(connector_section(told, [*log[:-1], whole, last]))
+    assert "for the first 400 scenes, 2 whole images a step (3.5 s a scene); then" in section
+    assert "(1.5 s a scene)" in section
+    assert "at the 1.5 s of a scene" in section
     assert "| 360 | 400 | 12.5 [10.0, 20.0] |" in section
     assert "| fastv | reroute less remove |" in section
     del told["comparison"]

@@ -35,7 +35,7 @@ from .runs import UNROUTED, Run, scheduled
 
 SEED = 1
 """Of the scenes; the evaluations in the course of training have another."""
-SCENES = 96
+SCENES = 64
 METHODS, BUDGETS = ("fastv", "late"), (0.75, 0.5)
 """Schedules and budgets of the comparison, fixed before any of its items was asked."""
 MIDDLE = {"small": " N n44", "large": " N n77"}

@@ -8,7 +8,9 @@ from bench.grounding.metrics import cell, pc, signed
 from bench.grounding.scenes import MOST_OBJECTS
 from bench.pages.markdown import table
 
+from . import train
 from .chart import FIELDS
+from .packing import SPARE
 
 OUTLOOK = (10_000, 80_000)
 """Scenes that the estimate reckons with: those of the small model, and an eighth of them."""
@@ -29,16 +31,22 @@ def _steps(log: Sequence[dict], phase: str) -> list[dict]:
     return [line for line in log if line.get("phase") == phase]
 
 
-def _pace(log: Sequence[dict]) -> tuple[int, float]:
-    """Images of the second phase, and seconds of each."""
-    naming, last = _steps(log, "naming")[-1], _steps(log, "answering")[-1]
-    images = last["images"] - naming["images"]
-    return images, (last["seconds"] - naming["seconds"]) / images
+def _pace(first: dict, last: dict) -> tuple[int, float]:
+    """Scenes between two lines of the log, and seconds of each."""
+    scenes = last["images"] - first["images"]
+    return scenes, (last["seconds"] - first["seconds"]) / scenes
+
+
+def _parts(log: Sequence[dict]) -> list[dict]:
+    """The lines between which the second phase went in one way: its beginning, the last with whole images, the last."""
+    answering = _steps(log, "answering")
+    whole = [line for line in answering if "tokens" not in line]
+    return [_steps(log, "naming")[-1], *whole[-1:], answering[-1]]
 
 
 def _training(log: Sequence[dict]) -> list[str]:
     start, naming, last = log[0], _steps(log, "naming")[-1], _steps(log, "answering")[-1]
-    images, seconds = _pace(log)
+    images, _ = _pace(naming, last)
     size, colour, shape, column, row, _ = naming["names"]
     return [
         "`make pretrained-connector` trains the projector and LoRA (peft, rank "
@@ -53,7 +61,7 @@ def _training(log: Sequence[dict]) -> list[str]:
         f"{pc(shape)} (shape), {pc(column)} (column) and {pc(row)} (row) of the tokens on objects.",
         f"- Then projector and LoRA, {images:,} scenes in {(last['seconds'] - naming['seconds']) / 60:.0f} minutes: a "
         "question for every object is packed behind its image, and no question sees another; "
-        f"{start['batch']} images a step, {seconds:.1f} s each. Scenes have {start['objects']} objects at most in the "
+        f"{_way(log)} Scenes have {start['objects']} objects at most in the "
         f"beginning, and {last['objects']} now; one comes in whenever most columns and rows are right or next to it. "
         f"The loss of an answer's token is {last['mean']:.2f} nats at the end.",
         "",
@@ -62,6 +70,23 @@ def _training(log: Sequence[dict]) -> list[str]:
         "`connector.json`.",
         "",
     ]
+
+
+def _way(log: Sequence[dict]) -> str:
+    """How the second phase went, and its pace."""
+    begin, *whole, last = _parts(log)
+    batch, told = log[0]["batch"], ""
+    if whole:
+        scenes, seconds = _pace(begin, whole[0])
+        told = (
+            f"for the first {scenes:,} scenes, {batch} whole images a step ({seconds:.1f} s a scene); then, as the "
+            "trainer does it now, "
+        )
+    _, seconds = _pace((whole or [begin])[0], last)
+    return (
+        f"{told}{batch} whole images in every {train.WHOLE}th step, and in the others {batch * train.MORE} of which "
+        f"only the visual tokens on objects and at least {SPARE} others stand before the text ({seconds:.1f} s a scene)."
+    )
 
 
 def _reached(record: dict, log: Sequence[dict]) -> list[str]:
@@ -91,7 +116,8 @@ def _reached(record: dict, log: Sequence[dict]) -> list[str]:
 
 
 def _outlook(log: Sequence[dict]) -> list[str]:
-    images, seconds = _pace(log)
+    images, _ = _pace(_parts(log)[0], _parts(log)[-1])
+    _, seconds = _pace(*_parts(log)[-2:])
     days = [f"{count * seconds / 86400:.1f}" for count in OUTLOOK]
     few, many = (f"{count:,}" for count in OUTLOOK)
     return [
