@@ -85,7 +85,8 @@ def _way(log: Sequence[dict]) -> str:
     _, seconds = _pace((whole or [begin])[0], last)
     return (
         f"{told}{batch} whole images in every {train.WHOLE}th step, and in the others {batch * train.MORE} of which "
-        f"only the visual tokens on objects and at least {SPARE} others stand before the text ({seconds:.1f} s a scene)."
+        f"only the visual tokens on objects and at least {SPARE} others stand before the text ({seconds:.1f} s a "
+        "scene)."
     )
 
 
@@ -158,3 +159,34 @@ def _routed(record: dict) -> list[str]:
             rows.append([method, "reroute less remove", *apart])
         lines += [f"{title}:", "", *table(["schedule", "", *(f"{100 * each:.3g}%" for each in budgets)], rows), ""]
     return lines
+
+
+def connector_card(record: dict, log: Sequence[dict]) -> str:
+    """The README beside the adapter's weights."""
+    final, images = record["held out"], _pace(*(_parts(log)[place] for place in (0, -1)))[0]
+    return f"""\
+---
+license: apache-2.0
+library_name: peft
+pipeline_tag: image-text-to-text
+---
+
+# A connector, at the beginning of its training
+
+The projector and LoRA (rank {log[0]["rank"]}, attention of all layers) of a LLaVA of SmolLM2-135M-Instruct and a
+DINOv2-small fine-tuned for saliency; bfloat16, safetensors. `make pretrained` makes that LLaVA in `build/pretrained`.
+
+It is no finished model: after {images:,} scenes of its second phase it finds {100 * final["acc@0.5"][0]:.1f}% of the
+objects that it is asked for in held-out scenes of 1 to 8 objects (ACC@0.5 of {final["questions"]} questions). It is here
+so that training need not begin anew:
+
+    make pretrained-connector ARGS="--begin bench/results/pretrained/connector --objects {_steps(log, "answering")[-1]["objects"]}"
+
+A prompt is `<|im_start|><image> small red ring`; the answer is four tokens, such as ` C f45`: column, row, width and
+height on a chart of {FIELDS} columns and rows. Trained on scenes of `bench/grounding/scenes.py`, whose backgrounds are
+the two sample photos of scikit-learn, by `python -m bench.pretrained.train` on a CPU; the log is `../connector.jsonl`,
+the figures are those of `docs/pretrained.md`.
+
+    model = AutoModelForImageTextToText.from_pretrained("build/pretrained")
+    model = PeftModel.from_pretrained(model, "bench/results/pretrained/connector").merge_and_unload()
+"""
