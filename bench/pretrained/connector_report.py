@@ -164,6 +164,7 @@ def _routed(record: dict) -> list[str]:
 def connector_card(record: dict, log: Sequence[dict]) -> str:
     """The README beside the adapter's weights."""
     final, images = record["held out"], _pace(*(_parts(log)[place] for place in (0, -1)))[0]
+    begin = f"--begin bench/results/pretrained/connector --objects {_steps(log, 'answering')[-1]['objects']}"
     return f"""\
 ---
 license: apache-2.0
@@ -177,10 +178,10 @@ The projector and LoRA (rank {log[0]["rank"]}, attention of all layers) of a LLa
 DINOv2-small fine-tuned for saliency; bfloat16, safetensors. `make pretrained` makes that LLaVA in `build/pretrained`.
 
 It is no finished model: after {images:,} scenes of its second phase it finds {100 * final["acc@0.5"][0]:.1f}% of the
-objects that it is asked for in held-out scenes of 1 to 8 objects (ACC@0.5 of {final["questions"]} questions). It is here
+objects that it is asked for in held-out scenes of 1 to 8 objects (ACC@0.5, {final["questions"]} questions). It is here
 so that training need not begin anew:
 
-    make pretrained-connector ARGS="--begin bench/results/pretrained/connector --objects {_steps(log, "answering")[-1]["objects"]}"
+    make pretrained-connector ARGS="{begin}"
 
 A prompt is `<|im_start|><image> small red ring`; the answer is four tokens, such as ` C f45`: column, row, width and
 height on a chart of {FIELDS} columns and rows. Trained on scenes of `bench/grounding/scenes.py`, whose backgrounds are

@@ -68,7 +68,7 @@ FIRST_ORDERED = NAMES.index(COLUMNS)
 
 @dataclass(frozen=True)
 class Options:
-    """What a training run depends on; one that goes on must have the same.
+    """Options that a run depends on; one that goes on must have the same.
 
     Raises:
         ValueError: an option is out of range.
@@ -134,7 +134,7 @@ class Trainee:
         ids = [torch.tensor(group, device=self.device)[:, 0] for group in words]
         self.names, self.parts, self.begin = ids[: len(NAMES)], ids[len(NAMES) : -1], ids[-1]
         self.written = {encode(word)[0]: word for part in PARTS for word in part}
-        # What the words of a group have in common tells nothing.
+        # The mean of a group says nothing about its words.
         embeddings = model.get_input_embeddings().weight.detach().float()
         self.common = embeddings.mean(0)
         self.embedded = [embeddings[group] - embeddings[group].mean(0) for group in self.names]
