@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 
 import reroute_kernels as rk
 from bench.grounding import scenes
+from bench.pages.report import CONNECTOR
 from bench.pretrained import chart, connector, convert, packing, train
 from bench.pretrained.connector_report import connector_section
 from bench.pretrained.measure import Rows
@@ -173,7 +175,7 @@ def record(tmp_path_factory):
     """Of a connector whose answers mean nothing: unrouted, removing and rerouting."""
     trainee = new_trainee()
     scatter_adapter(trainee)
-    found = {"held out": connector.unrouted(trainee, 4)}
+    found = {"held out": connector.unrouted(trainee, 4), "measured_on": {"processor": "some CPU"}}
     model = trainee.adapted.merge_and_unload()
     rows = Rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", {})
     given = (model, encode, SIDE, trainee.written, RUNS, rows)
@@ -326,6 +328,21 @@ def test_training_goes_on_exactly(tmp_path, monkeypatch):
         train.Run(new_trainee(rank=8), tmp_path / "parts")
     anew = train.Run(new_trainee(rank=8), tmp_path / "parts", resume=False)
     assert (anew.now["step"], anew.log.lines) == (0, 1)
+
+
+def test_shipped_adapter():
+    """Its figures are measured with the base, which is not here; its weights have the base's shapes."""
+    path = CONNECTOR / train.ADAPTER
+    assert path.stat().st_size < 4e6
+    weights = load_file(path)
+    assert {each.dtype for each in weights.values()} == {torch.bfloat16}
+    lora = {name: each for name, each in weights.items() if "lora_" in name}
+    assert len(lora) == 30 * 4 * 2
+    assert {each.shape for each in lora.values()} == {(8, 576), (576, 8), (192, 8)}
+    assert sum(each.numel() for name, each in weights.items() if name not in lora) == 554112
+    assert all("multi_modal_projector" in name for name in weights.keys() - lora.keys())
+    config = json.loads((CONNECTOR / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["base_model_name_or_path"]) == (train.TARGETS, "build/pretrained")
 
 
 @torch.no_grad()

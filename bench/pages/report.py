@@ -13,6 +13,7 @@ from bench.pages.models import support_tables, types_table
 from bench.pages.performance import performance_page
 from bench.pages.records import RESULTS, ROOT, gpu_folders, read, read_all
 from bench.pages.refusals import refusals_list
+from bench.pretrained.connector_report import connector_card
 from bench.pretrained.report import pretrained_page
 
 GROUNDING = {
@@ -24,10 +25,13 @@ GROUNDING = {
 PRETRAINED = RESULTS / "pretrained" / "results.json"
 """The record of docs/pretrained.md."""
 
+CONNECTOR = RESULTS / "pretrained" / "connector"
+"""The adapter that was trained."""
+
 
 def connector_record() -> tuple[dict, list[dict]] | None:
     """The record of the trained connector and the log of its training, if there was one."""
-    path = RESULTS / "pretrained" / "connector.json"
+    path = CONNECTOR.with_suffix(".json")
     if not path.exists():
         return None
     return read(path), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
@@ -59,6 +63,8 @@ def write_pages() -> None:
     performance_page(gpu_folders(), ROOT / "docs")
     grounding_page({name: read(path) for name, path in GROUNDING.items()}, ROOT / "docs")
     pretrained_page(read(PRETRAINED) if PRETRAINED.exists() else None, ROOT / "docs", connector_record())
+    if (connector := connector_record()) is not None and CONNECTOR.exists():
+        (CONNECTOR / "README.md").write_text(connector_card(*connector))
     model = ROOT / "models" / "tiny_grounding"
     log = [json.loads(line) for line in (model / "training.jsonl").read_text().splitlines()]
     (model / "README.md").write_text(model_card(read(GROUNDING["results"]), log))

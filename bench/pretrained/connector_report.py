@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.grounding.metrics import cell, pc, signed
-from bench.grounding.scenes import MOST_OBJECTS
 from bench.pages.markdown import table
 
 from . import train
@@ -24,7 +23,7 @@ def connector_section(record: dict, log: Sequence[dict]) -> list[str]:
         record: of `bench.pretrained.connector`.
         log: of the training.
     """
-    return ["## A connector", "", *_training(log), *_reached(record, log), *_outlook(log), *_routed(record)]
+    return ["## A connector", "", *_training(record, log), *_reached(record, log), *_outlook(log), *_routed(record)]
 
 
 def _steps(log: Sequence[dict], phase: str) -> list[dict]:
@@ -44,7 +43,7 @@ def _parts(log: Sequence[dict]) -> list[dict]:
     return [_steps(log, "naming")[-1], *whole[-1:], answering[-1]]
 
 
-def _training(log: Sequence[dict]) -> list[str]:
+def _training(record: dict, log: Sequence[dict]) -> list[str]:
     start, naming, last = log[0], _steps(log, "naming")[-1], _steps(log, "answering")[-1]
     images, _ = _pace(naming, last)
     size, colour, shape, column, row, _ = naming["names"]
@@ -65,9 +64,11 @@ def _training(log: Sequence[dict]) -> list[str]:
         f"beginning, and {last['objects']} now; one comes in whenever most columns and rows are right or next to it. "
         f"The loss of an answer's token is {last['mean']:.2f} nats at the end.",
         "",
-        f"All on a CPU ({start['threads']} thread, bfloat16 but for what is trained, torch {start['torch']}), beside "
-        "other work on the same two cores; log and record are `bench/results/pretrained/connector.jsonl` and "
-        "`connector.json`.",
+        f"All on a CPU ({record['measured_on']['processor']}, {start['threads']} thread, bfloat16 but for what is "
+        f"trained, torch {start['torch']}), beside other work on the same two cores, of which it had about half of "
+        "one; log and record are "
+        "`bench/results/pretrained/connector.jsonl` and `connector.json`. The weights, 3 MB in bfloat16, are in "
+        "`bench/results/pretrained/connector`, and training can begin with them (`--begin`).",
         "",
     ]
 
@@ -90,6 +91,11 @@ def _way(log: Sequence[dict]) -> str:
     )
 
 
+def _share(final: dict) -> str:
+    """Of the boxes around some object those around the right one."""
+    return pc(final["acc@0.5"][0] / final["any"][0]) if final["any"][0] else "none"
+
+
 def _reached(record: dict, log: Sequence[dict]) -> list[str]:
     rows, naming = [], _steps(log, "naming")[-1]
     for line in log:
@@ -101,9 +107,9 @@ def _reached(record: dict, log: Sequence[dict]) -> list[str]:
     return [
         f"Without routing, on {final['questions']} questions about {final['scenes']} held-out scenes of 1 to 8 "
         f"objects: ACC@0.5 {cell(final['acc@0.5'])}%, mean IoU {final['iou'][0]:.3f}. A box around some object of the "
-        f"scene, the right one or not: {cell(final['any'])}%; who finds an object each time and picks it by chance is "
-        f"right in {pc(final['chance'])}, who always says the middle in {pc(final['blind'])}. Intervals are 95%, "
-        "over questions.",
+        f"scene, the right one or not: {cell(final['any'])}%, of which {_share(final)} are around the one asked for. "
+        f"Who finds an object each time and picks it by chance is right in {pc(final['chance'])}, who always says the "
+        f"middle in {pc(final['blind'])}. Intervals are 95%, over questions.",
         "",
         "In the course of training, on fewer and other scenes, by images of the second phase, in %:",
         "",
@@ -119,15 +125,16 @@ def _reached(record: dict, log: Sequence[dict]) -> list[str]:
 def _outlook(log: Sequence[dict]) -> list[str]:
     images, _ = _pace(_parts(log)[0], _parts(log)[-1])
     _, seconds = _pace(*_parts(log)[-2:])
-    days = [f"{count * seconds / 86400:.1f}" for count in OUTLOOK]
+    hours = [f"{count * seconds / 3600:.0f}" for count in OUTLOOK]
     few, many = (f"{count:,}" for count in OUTLOOK)
     return [
         "What would it take to reach 85%? This is an estimate, and no measurement. The small model of "
         "[grounding.md](grounding.md) began with nothing, and reached 85% after 64,000 scenes of its tower alone and "
         f"80,000 with some ten questions each. This one begins with a tower and a decoder, and has had {images:,}, "
-        f"with one to {MOST_OBJECTS} questions each. If it needs between an eighth and all of those 80,000, that is "
-        f"{few} to {many} scenes: {days[0]} to {days[1]} days at the {seconds:.1f} s of a scene here, on half a core. "
-        "The same command uses a GPU if there is one; its pace there has not been measured.",
+        f"with at most {_steps(log, 'answering')[-1]['objects']} questions each. If it needs between an eighth and all "
+        f"of those 80,000, that is {few} to {many} scenes: {hours[0]} to {hours[1]} hours at the {seconds:.1f} s of a "
+        "scene here, on half a core, and more as scenes get more objects. The same command uses a GPU if there is "
+        "one; its pace there has not been measured.",
         "",
     ]
 
@@ -135,8 +142,9 @@ def _outlook(log: Sequence[dict]) -> list[str]:
 def _routed(record: dict) -> list[str]:
     if "comparison" not in record:
         return [
-            "Removing and rerouting were not compared on it: answers that are mostly wrong without routing have little "
-            "to lose. `python -m bench.pretrained.connector --routed` compares them when there is more to lose.",
+            "Removing and rerouting were not compared on it, for which 20% was the least that should be right without "
+            "routing: answers that are mostly wrong have little to lose. `python -m bench.pretrained.connector "
+            "--routed` compares them when there is more to lose.",
             "",
         ]
     found = record["comparison"]
