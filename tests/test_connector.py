@@ -383,6 +383,7 @@ def test_scores_tell_the_object_asked_for_from_others():
     ("arguments", "message"),
     [
         (["--minutes", "0"], "--minutes must be above 0, got 0.0"),
+        (["--every", "0"], "--every and --scenes must be at least 1, got 0 and 32"),
         (["--rank", "0"], "rank must be in [1, 256], got 0"),
         (["--batch", "-1"], "batch must be in [1, 4096], got -1"),
         (["--objects", "9"], "objects must be in [1, 8], got 9"),

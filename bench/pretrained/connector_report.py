@@ -172,7 +172,7 @@ def _routed(record: dict) -> list[str]:
 def connector_card(record: dict, log: Sequence[dict]) -> str:
     """The README beside the adapter's weights."""
     final, images = record["held out"], _pace(*(_parts(log)[place] for place in (0, -1)))[0]
-    begin = f"--begin bench/results/pretrained/connector --objects {_steps(log, 'answering')[-1]['objects']}"
+    begin = f"--begin bench/results/pretrained/connector --objects {_steps(log, 'answering')[-1]['objects']} --seed 1"
     return f"""\
 ---
 license: apache-2.0

@@ -509,13 +509,15 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what is not trained")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the scenes and of LoRA")
-    parser.add_argument("--batch", type=int, default=default.batch, help="scenes of a step")
+    parser.add_argument("--batch", type=int, default=default.batch, help="scenes of a step with whole images")
     parser.add_argument("--rank", type=int, default=default.rank, help="of LoRA")
     parser.add_argument("--naming", type=int, default=default.naming, help="steps of the projector alone")
     parser.add_argument("--objects", type=int, default=default.objects, help="in a scene at most, to begin with")
     args = parser.parse_args()
     if not args.minutes > 0:
         parser.error(f"--minutes must be above 0, got {args.minutes}")
+    if min(args.every, args.scenes) < 1:
+        parser.error(f"--every and --scenes must be at least 1, got {args.every} and {args.scenes}")
     try:
         naming = 0 if args.begin else args.naming
         options = Options(args.seed, args.batch, args.rank, naming, args.objects)
