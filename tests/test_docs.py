@@ -16,7 +16,7 @@ from bench.pages.markdown import replace_between
 from bench.pages.models import runs_of
 from bench.pages.performance import performance_page
 from bench.pages.records import gpu_folders, read_all
-from bench.pages.report import CONNECTOR, GROUNDING, PRETRAINED, TABLES, connector_record
+from bench.pages.report import CONNECTOR, GROUNDING, TABLES, connector_record, pretrained_record
 from bench.pretrained.connector_report import connector_card
 from bench.pretrained.report import page as pretrained_page
 from bench.speed.eager import gather_tokens, rank_tokens, scatter_tokens_, select_tokens
@@ -108,7 +108,7 @@ def test_tables_are_those_of_the_records(tmp_path):
     measured = {name: json.loads(path.read_text()) for name, path in GROUNDING.items()}
     assert "\n".join(grounding.page(measured)) + "\n" == (ROOT / "docs" / "grounding.md").read_text()
     connector = connector_record()
-    pretrained = pretrained_page(json.loads(PRETRAINED.read_text()), connector)
+    pretrained = pretrained_page(pretrained_record(), connector)
     assert "\n".join(pretrained) + "\n" == (ROOT / "docs" / "pretrained.md").read_text()
     assert connector_card(*connector) == (CONNECTOR / "README.md").read_text()
     model = ROOT / "models" / "tiny_grounding"

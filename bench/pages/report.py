@@ -29,6 +29,14 @@ CONNECTOR = RESULTS / "pretrained" / "connector"
 """The adapter that was trained."""
 
 
+def pretrained_record() -> dict | None:
+    """The record of docs/pretrained.md, with that of `make pretrained` from nothing."""
+    if not PRETRAINED.exists():
+        return None
+    made = PRETRAINED.with_name("make.json")
+    return read(PRETRAINED) | ({"from_nothing": read(made)} if made.exists() else {})
+
+
 def connector_record() -> tuple[dict, list[dict]] | None:
     """The record of the trained connector and the log of its training, if there was one."""
     path = CONNECTOR.with_suffix(".json")
@@ -62,7 +70,7 @@ def write_pages() -> None:
         replace_between(ROOT / page, marker, text())
     performance_page(gpu_folders(), ROOT / "docs")
     grounding_page({name: read(path) for name, path in GROUNDING.items()}, ROOT / "docs")
-    pretrained_page(read(PRETRAINED) if PRETRAINED.exists() else None, ROOT / "docs", connector_record())
+    pretrained_page(pretrained_record(), ROOT / "docs", connector_record())
     if (connector := connector_record()) is not None and CONNECTOR.exists():
         (CONNECTOR / "README.md").write_text(connector_card(*connector))
     model = ROOT / "models" / "tiny_grounding"

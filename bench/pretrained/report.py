@@ -145,6 +145,19 @@ class Figures:
 # The page
 
 
+def _from_nothing(results: dict) -> str:
+    """What `make pretrained` takes on a machine with nothing, if that was measured."""
+    made = results.get("from_nothing")
+    if made is None:
+        return ""
+    sizes = ", ".join(f"`{name}` {size / 1000:.1f} GB" for name, size in made["megabytes"].items())
+    return (
+        f" From nothing ({made['in']}) `make pretrained` took {made['seconds'] / 60:.1f} minutes on {made['cores']} "
+        f"cores ({made['cpu']}), beside {made['beside']}; then {sizes} (torch {made['torch']}). The record is "
+        "`bench/results/pretrained/make.json`."
+    )
+
+
 def page(results: dict, connector: tuple[dict, Sequence[dict]] | None = None) -> list[str]:
     """Lines of docs/pretrained.md.
 
@@ -311,7 +324,8 @@ def _setting(results: dict, plans: Sequence[Figures]) -> list[str]:
         f"MB in float32; the conversion took {made['seconds']} s. The download is 183 MB, and 40 MB of readers for "
         "both formats, beside the 2 GB of the environment of the tests. Largest differences, relative to the largest "
         f"value of their kind: {differences}. The first is against a forward written for the purpose over the tensors "
-        "of `gguf.dequantize`, which shares no code with transformers; the second is over all layers of the tower.",
+        "of `gguf.dequantize`, which shares no code with transformers; the second is over all layers of the tower."
+        f"{_from_nothing(results)}",
         "",
         f"`{results['command']}` asked the questions, on a {machine['device']} ({machine['threads']} thread, "
         f"{machine['dtype']}, logits in float32; torch {machine['torch']}, transformers {machine['transformers']}); "
