@@ -115,7 +115,7 @@ def states_in(blobs):
 
 
 def clusters(hidden, tokens, count):
-    """What `recycle` makes of the first tokens of each row, of which the first ones have the best scores."""
+    """Peaks and clusters of the first tokens of each row, as many as `tokens` says; scores fall from the first on."""
     batch, length, _ = hidden.shape
     scores = torch.arange(length, 0, -1, dtype=torch.float32).expand(batch, length).contiguous()
     removed = torch.ones(batch, length, dtype=torch.bool)
