@@ -146,7 +146,7 @@ class Figures:
 
 
 def _from_nothing(results: dict) -> str:
-    """What `make pretrained` takes on a machine with nothing, if that was measured."""
+    """A sentence on `make pretrained` on a machine with nothing, if that was measured."""
     made = results.get("from_nothing")
     if made is None:
         return ""
