@@ -44,6 +44,38 @@ def check(model, inputs, policy):
     return output.logits
 
 
+@torch.no_grad()
+def check_padded_batch(family, policy, side, prompts):
+    """A batch gives what its samples give alone."""
+    with rk.apply(family.model, policy) as routing:
+        together = family.model(**family.batch(prompts, side)).logits
+        trace = routing.trace
+        for row, prompt in enumerate(prompts):
+            begin = offset(prompt, together.shape[1], side)
+            alone = family.model(**family.batch([prompt])).logits[0]
+            torch.testing.assert_close(together[row, begin : begin + len(prompt)][-9:], alone[-9:], atol=1e-4, rtol=0)
+            if prompt.features:
+                assert selections(trace, row, begin) == selections(routing.trace)
+
+
+@torch.no_grad()
+def check_later_turn(family, inputs, policy, other, message):
+    """A later turn on the cache equals the slow way; under another policy it is refused."""
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    turn = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": mask}
+    if rk.models.ADAPTERS[family.model.config.model_type].position_axes == 3:
+        turn["position_ids"] = (mask.cumsum(dim=1) - 1)[None, :, -3:].expand(3, -1, -1)
+    with SlowWay(family.model, policy):
+        cache = family.model(**inputs, use_cache=True).past_key_values
+        expected = family.model(**turn, past_key_values=cache).logits
+    with rk.apply(family.model, policy):
+        cache = family.model(**inputs, use_cache=True).past_key_values
+        later = family.model(**turn, past_key_values=cache).logits
+    torch.testing.assert_close(later, expected, atol=1e-4, rtol=0)
+    with rk.apply(family.model, other), pytest.raises(ValueError, match=message):
+        family.model(**turn, past_key_values=cache)
+
+
 @pytest.mark.parametrize("ranking", [LastQuery(), LastQuery("previous"), Mixed(LastQuery(), 0.9)], ids=repr)
 def test_proxies_equal_the_slow_way(family, ranking):
     inputs = family.batch([family.prompt(2, 8, 15, seed=1)])
@@ -85,18 +117,10 @@ def test_it_matters(family, inputs):
 
 @pytest.mark.parametrize("align", ["stage", "proxy"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
 def test_a_padded_batch_equals_its_samples(family, side, align):
     prompts = [family.prompt(1, 6, 15, seed=1), family.prompt(2, 4, 9, seed=2), family.prompt(0, 4, 30, seed=3)]
-    with rk.apply(family.model, aligned(align=align, schedule=SCHEDULE if align == "stage" else PROXIES)) as routing:
-        together = family.model(**family.batch(prompts, side)).logits
-        trace = routing.trace
-        for row, prompt in enumerate(prompts):
-            begin = offset(prompt, together.shape[1], side)
-            alone = family.model(**family.batch([prompt])).logits[0]
-            torch.testing.assert_close(together[row, begin : begin + len(prompt)][-9:], alone[-9:], atol=1e-4, rtol=0)
-            if prompt.features:
-                assert selections(trace, row, begin) == selections(routing.trace)
+    policy = aligned(align=align, schedule=SCHEDULE if align == "stage" else PROXIES)
+    check_padded_batch(family, policy, side, prompts)
 
 
 @torch.no_grad()
@@ -108,25 +132,10 @@ def test_one_decision_leaves_nothing_to_align(family, inputs):
         assert torch.equal(family.model(**inputs).logits, expected)
 
 
-@torch.no_grad()
 def test_a_later_turn_and_another_policy(family, inputs):
     """The record on the cache tells policies apart."""
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
-    turn = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": mask}
-    if rk.models.ADAPTERS[family.model.config.model_type].position_axes == 3:
-        turn["position_ids"] = (mask.cumsum(dim=1) - 1)[None, :, -3:].expand(3, -1, -1)
-    with SlowWay(family.model, aligned()):
-        cache = family.model(**inputs, use_cache=True).past_key_values
-        expected = family.model(**turn, past_key_values=cache).logits
-    with rk.apply(family.model, aligned()) as routing:
-        cache = family.model(**inputs, use_cache=True).past_key_values
-        later = family.model(**turn, past_key_values=cache).logits
-    torch.testing.assert_close(later, expected, atol=1e-4, rtol=0)
-    with (
-        rk.apply(family.model, replace(routing.policy, align=None)),
-        pytest.raises(ValueError, match="filled under align-stage:1"),
-    ):
-        family.model(**turn, past_key_values=cache)
+    policy = aligned()
+    check_later_turn(family, inputs, policy, replace(policy, align=None), "filled under align-stage:1")
 
 
 def test_gradients_reach_the_tokens_that_ran(family):

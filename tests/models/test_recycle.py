@@ -9,9 +9,8 @@ import reroute_kernels as rk
 from reroute_kernels.rankings import LastQuery, Mixed, Remembered, TextRaters
 from reroute_kernels.recycling import recycle
 from tests.models.families import load
-from tests.models.prompts import offset, selections
-from tests.models.slow_way import SlowWay
-from tests.models.test_align import check
+from tests.models.prompts import selections
+from tests.models.test_align import check, check_later_turn, check_padded_batch
 
 SCHEDULE = (rk.Stage(1, 0.6), rk.Stage(3, 0.4), rk.Stage(4, 0.2))
 RANKINGS = [TextRaters(), LastQuery(), LastQuery("previous"), Mixed(LastQuery(), 0.5), Remembered(LastQuery())]
@@ -54,35 +53,13 @@ def test_a_stage_of_one_token_and_one_of_all(family, inputs):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
 def test_a_padded_batch_equals_its_samples(family, side):
     prompts = [family.prompt(1, 6, 15, seed=1), family.prompt(2, 8, 9, seed=2), family.prompt(0, 4, 30, seed=3)]
-    with rk.apply(family.model, recycling(ranking=TextRaters())) as routing:
-        together = family.model(**family.batch(prompts, side)).logits
-        trace = routing.trace
-        for row, prompt in enumerate(prompts):
-            begin = offset(prompt, together.shape[1], side)
-            alone = family.model(**family.batch([prompt])).logits[0]
-            torch.testing.assert_close(together[row, begin : begin + len(prompt)][-9:], alone[-9:], atol=1e-4, rtol=0)
-            if prompt.features:
-                assert selections(trace, row, begin) == selections(routing.trace)
+    check_padded_batch(family, recycling(ranking=TextRaters()), side, prompts)
 
 
-@torch.no_grad()
-def test_a_later_turn_tells_policies_apart(family, inputs):
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
-    turn = {"input_ids": torch.tensor([[7, 8, 9]]), "attention_mask": mask}
-    if rk.models.ADAPTERS[family.model.config.model_type].position_axes == 3:
-        turn["position_ids"] = (mask.cumsum(dim=1) - 1)[None, :, -3:].expand(3, -1, -1)
-    with SlowWay(family.model, recycling()):
-        cache = family.model(**inputs, use_cache=True).past_key_values
-        expected = family.model(**turn, past_key_values=cache).logits
-    with rk.apply(family.model, recycling()):
-        cache = family.model(**inputs, use_cache=True).past_key_values
-        later = family.model(**turn, past_key_values=cache).logits
-    torch.testing.assert_close(later, expected, atol=1e-4, rtol=0)
-    with rk.apply(family.model, recycling(recycle=0.2)), pytest.raises(ValueError, match=r"filled under .*recycle=0.3"):
-        family.model(**turn, past_key_values=cache)
+def test_a_later_turn_and_another_policy(family, inputs):
+    check_later_turn(family, inputs, recycling(), recycling(recycle=0.2), r"filled under .*recycle=0.3")
 
 
 def test_gradients_reach_the_tokens_that_were_merged(family, inputs):
