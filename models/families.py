@@ -356,7 +356,9 @@ class Granite4VisionAdapter(Adapter):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         layers = [layer for _, layer in self._require(model.config, "deepstack_layer_map")]
-        self.feature_layers = max(layers + list(self._require(model.config, "spatial_target_layers")))
+        targets = layers + list(self._require(model.config, "spatial_target_layers"))
+        reached = (layer for layer in targets if layer < len(self.layers))
+        self.feature_layers = max(reached, default=0)
 
     def take_layer_features(self, arguments: dict) -> list[Tensor]:
         features = arguments.get("deepstack_features")
@@ -368,6 +370,6 @@ class Granite4VisionAdapter(Adapter):
         positions = mask.to(embeds.device).expand_as(embeds)
         added = [torch.zeros_like(embeds) for _ in range(self.feature_layers)]
         for layer, feature in features.items():
-            if layer > 0:
+            if 0 < layer <= self.feature_layers:
                 added[layer - 1].masked_scatter_(positions, feature.to(embeds.device, embeds.dtype))
         return added
