@@ -22,6 +22,9 @@ def test_both_actions_have_the_same_budget():
         assert policy.positions == "original"
         if run.method == reducers.FASTV:
             assert budget - 0.5 <= average(run) < budget + 1
+        elif run.method == reducers.SPARSEVLM:
+            assert budget - 0.3 < average(run) <= budget
+            assert (policy.stage_layers, policy.recycle) == ((2, 4, 8), 0.3 if run.action == reducers.REMOVE else 0)
         elif run.action == reducers.REMOVE:
             assert (average(run), policy.schedule) == (budget, ())
         else:

@@ -1,4 +1,4 @@
-"""The part of docs/grounding.md on methods that reduce before the decoder, from reducers.json."""
+"""The part of docs/grounding.md on methods of other authors, removed and rerouted, from reducers.json."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from bench.pages.markdown import table
 from .additions_report import points, short, verdict
 from .metrics import cell, signed
 from .policies import KEEPS
-from .reducers import EVEN, FASTV, METHODS, REMOVE, REROUTE
+from .reducers import EVEN, FASTV, METHODS, REMOVE, REROUTE, SPARSEVLM
 from .scenes import KINDS
 
-REDUCERS = tuple(method for method in METHODS if method != FASTV)
+OTHERS = tuple(method for method in METHODS if method != FASTV)
+REDUCERS = tuple(method for method in OTHERS if method not in (EVEN, SPARSEVLM))
 REGISTERED = (
     "A published method leaves as many tokens as the budget has; a rerouted one leaves twice as many, of which the "
     "decoder defers some, at layers 2, 4, 8 and 12. All tokens keep their positions, so that nothing else differs. "
@@ -18,7 +19,9 @@ REGISTERED = (
     "budgets and by paired differences: (1) whether rerouting a method finds more boxes than the method as published, "
     "which was expected of every method, since a reducer does not know the question and a decision does (`cdpruner` "
     "knows its words); (2) the same for the other questions, without an expectation; (3) whether a method finds more "
-    "boxes than `fastv` under the same action, and than `even`, a control that leaves tokens at even distances."
+    "boxes than `fastv` under the same action, and than `even`, a control that leaves tokens at even distances. "
+    "`sparsevlm`, which prunes in the decoder alone (layers 2, 4, 8), was added after the others had been asked, and "
+    "counts in the tables only; rerouted, it recycles nothing and selects as many tokens at each decision."
 )
 
 
@@ -28,7 +31,7 @@ def reducers_section(results: dict | None) -> list[str]:
     Args:
         results: the results of `bench.grounding.reducers`, if there are any.
     """
-    registered = ["## Methods that reduce before the decoder", "", REGISTERED, ""]
+    registered = ["## Other methods, removed and rerouted", "", REGISTERED, ""]
     if results is None:
         return [*registered, "They wait to be run.", ""]
     items, runs = results["items"], _runs(results)
@@ -47,7 +50,7 @@ def reducers_section(results: dict | None) -> list[str]:
         "",
         *table(
             ["method", *(f"{kind}: rerouted less published" for kind in KINDS), *_OTHERS],
-            [[method, *_differences(runs, method)] for method in REDUCERS],
+            [[method, *_differences(runs, method)] for method in OTHERS],
         ),
         "",
     ]
@@ -61,25 +64,23 @@ def boxes_by_method(results: dict) -> list[list[str]]:
     runs = _runs(results)
     return [
         [method, action, *(cell(runs[method, action, keep]["box"]["score"]) for keep in KEEPS)]
-        for method in REDUCERS
-        if method != EVEN
+        for method in (*REDUCERS, SPARSEVLM)
         for action in (REMOVE, REROUTE)
     ]
 
 
 def _answer(runs: dict[tuple[str, str, float], dict]) -> list[str]:
-    real = [method for method in REDUCERS if method != EVEN]
-    apart = [runs[method, REROUTE, keep]["box"][f"less {REMOVE}"] for method in real for keep in KEEPS]
+    apart = [runs[method, REROUTE, keep]["box"][f"less {REMOVE}"] for method in REDUCERS for keep in KEEPS]
     better, worse, undecided = verdict(apart)
     gains = ", ".join(
         f"{method} {points([runs[method, REROUTE, keep]['box'][f'less {REMOVE}'] for keep in KEEPS])}"
-        for method in real
+        for method in REDUCERS
     )
     others = [
         (
             other,
             action,
-            verdict([runs[method, action, keep]["box"][f"less {other}"] for method in real for keep in KEEPS]),
+            verdict([runs[method, action, keep]["box"][f"less {other}"] for method in REDUCERS for keep in KEEPS]),
         )
         for other in (FASTV, EVEN)
         for action in (REMOVE, REROUTE)

@@ -145,7 +145,8 @@ def summary_table(results: dict, reducers: dict | None = None) -> str:
     if reducers is not None:
         rows += boxes_by_method(reducers)
         about = (
-            f" Methods from `{rows[6][0]}` on reduce before the decoder; {reducers['items']['box']:,} of the scenes."
+            f" `sparsevlm` and methods that reduce before the decoder (from `{rows[6][0]}` on): "
+            f"{reducers['items']['box']:,} of the scenes."
         )
     whole = cell(results["ways"][0]["scores"]["box"]["acc@0.5"])
     return "\n".join(
