@@ -650,9 +650,8 @@ def start_server(
         _, settings = reading.vllm_settings(model, policy, own_groups)
         for each in context.args:
             name = each.partition("=")[0].partition(".")[0].replace("_", "-")
-            if name.startswith("--ad") and "--additional-config".startswith(
-                name
-            ):  # vLLM takes the start of a name, too
+            # vLLM takes the start of a name, too.
+            if name.startswith("--ad") and "--additional-config".startswith(name):
                 raise ValueError(f"additional-config must not be given, which this command writes, got {each!r}")
     beside = Path(sys.executable).with_name("vllm")
     program = str(beside) if beside.exists() else shutil.which("vllm")

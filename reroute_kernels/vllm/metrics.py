@@ -33,16 +33,19 @@ def install() -> None:
     process = InputProcessor.process_inputs
     if getattr(process, "counts", False):
         return
+    signature = inspect.signature(process)
 
     @functools.wraps(process)
     def process_inputs(self, *args, **kwargs):
         config = self.vllm_config
         if not isinstance(config.additional_config, dict) or "reroute" not in config.additional_config:
             return process(self, *args, **kwargs)
-        given = inspect.signature(process).bind(self, *args, **kwargs).arguments
+        given = signature.bind(self, *args, **kwargs).arguments
         check_request(given.get("params"), bool(given.get("resumable")) or given.get("session_id") is not None)
         request = process(self, *args, **kwargs)
-        count(config, request)
+        if not hasattr(self, "_routing"):
+            self._routing = routing_of(config)
+        count(*self._routing, request, config.model_config.served_model_name)
         return request
 
     process_inputs.counts = True  # type: ignore[attr-defined]
@@ -68,26 +71,29 @@ def check_request(sampling: Any, goes_on: bool = False) -> None:
         raise VLLMValidationError("reroute must be 'on' among vllm_xargs in a session, got 'off'")
 
 
-def count(config: Any, request: Any) -> None:
+def routing_of(config: Any) -> tuple[Settings, Plan]:
+    """The settings and the plan of an engine, from vLLM's configuration of it."""
+    settings = Settings.of(config.additional_config["reroute"])
+    return settings, Plan(settings.policy, config.model_config.hf_config.get_text_config().num_hidden_layers)
+
+
+def count(settings: Settings, plan: Plan, request: Any, name: str) -> None:
     """Count a request.
 
     Args:
-        config: vLLM's configuration of the engine.
+        settings, plan: of the engine.
         request: vLLM's `EngineCoreRequest`.
+        name: of the model that is served.
     """
     features = request.mm_features or []
     visual = sum(last - first + 1 for first, last in visual_stretches(features))
     if not visual:
         return
-    name = config.model_config.served_model_name
     if opts_out(request.sampling_params):
         OPTED_OUT.labels(name).inc()
         return
-    layers = config.model_config.hf_config.get_text_config().num_hidden_layers
-    settings = Settings.of(config.additional_config["reroute"])
-    plan = Plan(settings.policy, layers)
     deferred = deferred_of(plan, features, len(request.prompt_token_ids), request.sampling_params)
-    waits = sum(len(stage) * tokens for stage, tokens in zip(plan.stages, deferred, strict=True)) / layers
+    waits = sum(len(stage) * tokens for stage, tokens in zip(plan.stages, deferred, strict=True)) / plan.layers
     PROMPTS.labels(name).inc()
     VISUAL_TOKENS.labels(name).inc(visual)
     VISUAL_TOKENS_RUN.labels(name).inc(visual - waits)
