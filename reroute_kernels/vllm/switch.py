@@ -25,8 +25,6 @@ def install() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from . import metrics
-
     make = EngineArgs.create_engine_config
     if getattr(make, "completes", False):
         return
@@ -34,6 +32,8 @@ def install() -> None:
     @functools.wraps(make)
     def create_engine_config(self, *args, **kwargs):
         if isinstance(self.additional_config, dict) and "reroute" in self.additional_config:
+            from . import metrics  # whose counters appear on the page of metrics
+
             complete(self)
             metrics.install()
         return make(self, *args, **kwargs)
